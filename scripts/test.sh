@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lint, types and all tests but the demo and the benchmarks (pytest -m demo, pytest -m bench).
+# Makes .venv where no environment is active and installs once. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+setup '.[dev]'
+
+echo "== ruff"
+ruff check .
+ruff format --check .
+echo "== mypy"
+mypy
+echo "== pytest"
+pytest "$@"

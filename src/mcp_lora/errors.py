@@ -1,0 +1,13 @@
+"""The one exception that a user is meant to see."""
+
+
+class McpLoraError(Exception):
+    """What went wrong, in one line that ends with the next command to run.
+
+    `code` is the process's exit code: 2 for a mistake that the user can mend, otherwise the
+    engine's own.
+    """
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code

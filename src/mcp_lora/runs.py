@@ -1,0 +1,167 @@
+"""A run's folder: what is in it, whether a new run may write there, what it was made with.
+
+outputs/mcp_lora/
+├── run.yaml              the resolved configuration
+├── checkpoint-100/ …     an adapter with the optimizer's state, every save_steps
+├── adapter_model.safetensors, adapter_config.json     the adapter at the end
+├── trainer_state.json, training_args.bin, training_loss.png
+└── eval/                 what mcp-lora eval found
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.config import dump, read_config
+from mcp_lora.errors import McpLoraError
+
+DEFAULT = Path("outputs/mcp_lora")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return a run's checkpoints, oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def is_finished(run: Path) -> bool:
+    """Tell whether training in this folder came to its end."""
+    return (run / "trainer_state.json").is_file()
+
+
+def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
+    """See to it that a new run does not silently continue, skip or spoil an old one.
+
+    Args:
+        run: the output folder.
+        config: what is about to be run.
+        resume: go on from the newest checkpoint.
+        overwrite: start anew.
+
+    Returns:
+        The checkpoint to resume from, or None to start anew.
+
+    Raises:
+        McpLoraError: the folder holds a run and neither was asked for, there is nothing to
+            resume, or the checkpoint is another model's.
+    """
+    saved = checkpoints(run)
+    holds_a_run = bool(saved) or is_finished(run) or (run / "adapter_config.json").is_file()
+    if resume:
+        if not saved:
+            raise McpLoraError(f"{run} holds no checkpoint to resume from: mcp-lora train")
+        _check_same_run(run, config)
+        _check_unfinished(run, config)
+        return saved[-1]
+    if holds_a_run and not overwrite:
+        what = "a finished run" if is_finished(run) else f"a run's {saved[-1].name if saved else 'adapter'}"
+        raise McpLoraError(
+            f"{run} holds {what}: go on with it (mcp-lora train --resume), replace it "
+            f"(--overwrite) or write elsewhere (--output FOLDER)"
+        )
+    return None
+
+
+def put_aside(run: Path) -> Path | None:
+    """Move an old run to NAME.previous, in place of the one that was put aside before it.
+
+    A checkpoint is never lost to a new run that fails. Returns where it is now.
+    """
+    if not run.exists() or not any(run.iterdir()):
+        return None
+    previous = run.with_name(run.name + ".previous")
+    if previous.exists():
+        shutil.rmtree(previous)
+    return run.rename(previous)
+
+
+def write_config(run: Path, config: Mapping[str, Any]) -> Path:
+    """Write run.yaml and return its path.
+
+    Raises:
+        McpLoraError: the folder cannot be written.
+    """
+    file = run / "run.yaml"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file.write_text(dump(config), encoding="utf-8")
+    except OSError as error:
+        raise McpLoraError(
+            f"{run} cannot be written ({error.strerror}): mcp-lora train --output OTHER_FOLDER"
+        ) from None
+    return file
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Return the configuration that a run was made with.
+
+    Raises:
+        McpLoraError: the folder holds no run.
+    """
+    if not (run / "run.yaml").is_file():
+        raise McpLoraError(f"{run} holds no run (no run.yaml): mcp-lora train --output {run}")
+    return read_config(run / "run.yaml")
+
+
+def adapter(run: Path, checkpoint: str | None = None) -> Path:
+    """Return the folder of a run's adapter: `checkpoint`, or else the newest.
+
+    Args:
+        run: the run's folder.
+        checkpoint: its name (checkpoint-300), its number (300), or None.
+
+    Raises:
+        McpLoraError: there is none.
+    """
+    if checkpoint:
+        name = f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint
+        choices = [run / name]
+    else:
+        choices = [*checkpoints(run)[::-1], run]
+    for folder in choices:
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    there = ", ".join(path.name for path in checkpoints(run)) or "none"
+    raise McpLoraError(f"{choices[0]} holds no adapter (checkpoints: {there}): mcp-lora train --output {run}")
+
+
+def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
+    """Return what chat, export and prediction need to know of a run: model, template, adapter."""
+    config = read_run(run)
+    keys = ("model_name_or_path", "template", "tool_format", "enable_thinking", "trust_remote_code")
+    found = {key: config[key] for key in keys if key in config}
+    if adapter_folder:
+        found |= {"adapter_name_or_path": str(adapter_folder.absolute()), "finetuning_type": "lora"}
+    return found
+
+
+def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to load a checkpoint into another model or another shape of adapter."""
+    old = read_run(run)
+    keys = (
+        "model_name_or_path",
+        "template",
+        "tool_format",
+        "lora_rank",
+        "lora_alpha",
+        "lora_target",
+    )
+    changed = [f"{key} {old.get(key)} → {config.get(key)}" for key in keys if old.get(key) != config.get(key)]
+    if changed:
+        raise McpLoraError(
+            f"{run} holds another run's checkpoint ({', '.join(changed)}): take that run's settings, "
+            f"or start anew: mcp-lora train --overwrite"
+        )
+
+
+def _check_unfinished(run: Path, config: Mapping[str, Any]) -> None:
+    if not is_finished(run):
+        return
+    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
+    if state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6:
+        raise McpLoraError(
+            f"{run} holds a finished run ({state['epoch']:g} epochs), there is nothing to resume: "
+            f"mcp-lora train --resume num_train_epochs={state['epoch'] + 1:g}, or --overwrite"
+        )

@@ -1,0 +1,185 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from mcp_lora import config
+from mcp_lora.config import Machine, resolve
+from mcp_lora.errors import McpLoraError
+
+GPU = Machine(gpus=1, bf16=True, deepspeed=True)
+PRESETS = sorted((ROOT / "train_configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+
+
+def test_the_recipe_is_the_papers() -> None:
+    resolved, notes = resolve(config.RECIPE, {}, [], {}, GPU)
+    assert notes == []
+    recipe = {
+        "model_name_or_path": "Qwen/Qwen2.5-7B-Instruct",
+        "template": "qwen",
+        "lora_rank": 64,
+        "lora_alpha": 128,
+        "lora_dropout": 0.1,
+        "lora_target": "all",
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "optim": "adamw_torch",
+        "per_device_train_batch_size": 16,
+        "gradient_accumulation_steps": 8,
+        "num_train_epochs": 1.0,
+        "bf16": True,
+        "cutoff_len": 4096,
+        "val_size": 0.1,
+        "eval_steps": 50,
+        "logging_steps": 10,
+        "save_steps": 100,
+        "save_total_limit": 3,
+        "plot_loss": True,
+    }
+    assert {key: resolved[key] for key in recipe} == recipe
+    assert resolved["output_dir"] == str(Path("outputs/mcp_lora").absolute())
+    zero = json.loads(Path(resolved["deepspeed"]).read_text())
+    assert zero["zero_optimization"]["stage"] == 0
+
+
+def test_later_sources_win() -> None:
+    file = Path("train_configs/mine.yaml")
+    file.write_text("model_name_or_path: org/file\nlora_rank: 32\nlearning_rate: 1e-4\n")
+
+    def model(environment: dict[str, str], overrides: list[str], flag: str | None) -> Any:
+        flags = {"model_name_or_path": flag}
+        return resolve(file, environment, overrides, flags, GPU)[0]["model_name_or_path"]
+
+    environment, word = {"MODEL_PATH": "org/variable"}, ["model_name_or_path=org/word"]
+    assert model({}, [], None) == "org/file"
+    assert model(environment, [], None) == "org/variable"
+    assert model(environment, word, None) == "org/word"
+    assert model(environment, word, "org/flag") == "org/flag"
+    edited = resolve(file, {}, ["lora_rank=16"], {}, GPU)[0]
+    assert (edited["lora_rank"], edited["learning_rate"]) == (16, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("a=1", 1),
+        ("a=1e-4", 1e-4),
+        ("a=2.0E+3", 2000.0),
+        ("a=true", True),
+        ("a=null", None),
+        ("a=[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("a=x=y", "x=y"),
+        ("a=", None),
+    ],
+)
+def test_an_override_is_typed(word: str, value: object) -> None:
+    assert config.parse_overrides([word]) == {"a": value}
+
+
+@pytest.mark.parametrize("words", [["lora_rank", "32"], ["--rank=3"], ["a=[1"]])
+def test_a_word_of_another_form_is_refused(words: list[str]) -> None:
+    with pytest.raises(McpLoraError, match="mcp-lora train"):
+        config.parse_overrides(words)
+
+
+def test_an_older_gpu_trains_in_fp16() -> None:
+    resolved, notes = resolve(config.RECIPE, {}, [], {}, Machine(1, False, True))
+    assert (resolved["bf16"], resolved["fp16"]) == (False, True)
+    assert "use_cpu" not in resolved
+    assert notes == ["no bf16 on this machine: training in fp16"]
+
+
+def test_a_cpu_trains_on_the_cpu_and_in_fp32_where_bf16_is_emulated() -> None:
+    resolved, _ = resolve(config.RECIPE, {}, [], {}, Machine(0, False, True))
+    assert (resolved["use_cpu"], resolved["bf16"], resolved["fp16"]) == (True, False, False)
+    resolved, _ = resolve(config.RECIPE, {}, [], {}, Machine(0, True, True))
+    assert (resolved["use_cpu"], resolved["bf16"], resolved["fp16"]) == (True, True, False)
+
+
+def test_without_deepspeed_the_key_goes() -> None:
+    resolved, notes = resolve(config.RECIPE, {}, [], {}, Machine(1, True, False))
+    assert "deepspeed" not in resolved and len(notes) == 1
+
+
+def test_a_missing_file_names_the_next_command() -> None:
+    with pytest.raises(McpLoraError, match="mcp-lora train --config FILE"):
+        config.read_config(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [1", ""])
+def test_a_file_of_another_form_is_refused(text: str) -> None:
+    Path("bad.yaml").write_text(text)
+    with pytest.raises(McpLoraError, match=r"bad\.yaml"):
+        config.read_config(Path("bad.yaml"))
+
+
+def test_a_local_model_is_looked_at_and_a_hub_id_is_not(tiny_model: Path) -> None:
+    assert config.missing_model("Qwen/Qwen2.5-7B-Instruct") is None
+    assert config.missing_model(str(tiny_model)) is None
+    for model in ("/nowhere/model", "./model", "a/b/c", "D:\\Models\\Qwen", "train_configs"):
+        assert config.missing_model(model) == f"there is no model in {model} (no config.json)"
+
+
+def test_parameters_are_counted_in_the_files_or_read_off_the_name(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert config.parameters(str(tiny_model)) == model.num_parameters()
+    assert config.parameters("Qwen/Qwen2.5-7B-Instruct") == 7e9
+    assert config.parameters("org/Qwen2.5-0.5B") == 0.5e9
+    assert config.parameters("embedded") is None
+
+
+def test_a_big_model_wants_a_gpu() -> None:
+    said = config.too_big("Qwen/Qwen2.5-7B-Instruct", Machine(0, False, True))
+    assert said and "7.0 billion" in said and config.DEMO in said
+    assert config.too_big("Qwen/Qwen2.5-7B-Instruct", GPU) is None
+    assert config.too_big("Qwen/Qwen2.5-0.5B-Instruct", Machine(0, False, True)) is None
+
+
+def test_this_machine_can_be_looked_at() -> None:
+    import torch
+
+    machine = config.detect_machine()
+    assert machine.gpus == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
+def test_every_preset_is_accepted_by_the_engine(preset: Path, tmp_path: Path) -> None:
+    """In a process of its own: the engine's parser sets up devices and DeepSpeed."""
+    from mcp_lora import engine
+
+    resolved, _ = resolve(preset, {}, [], {}, config.detect_machine())
+    assert engine.problems(resolved) == []
+    file = tmp_path / "run.yaml"
+    file.write_text(config.dump(resolved))
+    check = (
+        "import sys, yaml; from llamafactory.hparams.parser import _parse_train_args as parse;"
+        "print(parse(yaml.safe_load(open(sys.argv[1])))[3].lora_rank)"
+    )
+    done = subprocess.run([sys.executable, "-c", check, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "64"
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
+def test_every_preset_opens_with_the_command_that_runs_it(preset: Path) -> None:
+    head = preset.read_text(encoding="utf-8").split("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert "mcp-lora train" in head
+
+
+def test_the_dump_is_yaml_that_comes_back() -> None:
+    values = {"learning_rate": 2e-4, "path": "C:\\a b", "none": None, "名": "值"}
+    assert yaml.safe_load(config.dump(values)) == values

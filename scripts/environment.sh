@@ -4,7 +4,7 @@
 # (. or .[dev]) unless that has been done for this pyproject.toml.
 setup() {
     if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
-        [ -d .venv ] || { echo "== making .venv"; "${PYTHON:-python3}" -m venv .venv; }
+        [ -x .venv/bin/pip ] || { echo "== making .venv"; "${PYTHON:-python3}" -m venv .venv; }
         source .venv/bin/activate
     fi
     local stamp

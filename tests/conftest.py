@@ -1,19 +1,21 @@
 """What the tests share: a tiny model that is real in all but size, and a project folder."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mcp_lora.embedded import CHAT_TEMPLATE
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 SAMPLE = ROOT / "data" / "filtered" / "filtered_sample.json"
-MCP_LORA = str(Path(sys.executable).parent / "mcp-lora")
+BIN = Path(sys.executable).parent
 
 
 def record(instruction: str = "Add 1 and 2.", tool: str = "get-sum", **changes: Any) -> dict[str, Any]:
@@ -55,7 +57,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     bpe.train_from_iterator(SAMPLE.read_text(encoding="utf-8").splitlines(), trainer)
     PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -74,34 +79,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def make_project(folder: Path) -> Path:
+    """A fresh project folder: the shipped presets, and 24 rows of the sample."""
+    shutil.copytree(ROOT / "train_configs", folder / "train_configs")
+    rows = json.loads(SAMPLE.read_text(encoding="utf-8"))
+    write_json(folder / "data/filtered/filtered_20250101_000000.json", rows[::12])
+    return folder
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A fresh project folder: the shipped presets, and 24 rows of the sample."""
-    shutil.copytree(ROOT / "train_configs", tmp_path / "train_configs")
-    rows = json.loads(SAMPLE.read_text(encoding="utf-8"))
-    write_json(tmp_path / "data/filtered/filtered_20250101_000000.json", rows[::12])
-    return tmp_path
+    """A fresh project folder."""
+    return make_project(tmp_path / "project")
 
 
-Cli = Callable[..., subprocess.CompletedProcess[str]]
+def environment() -> dict[str, str]:
+    """What a user's shell holds, without what would change a run."""
+    return {key: value for key, value in os.environ.items() if key != "MODEL_PATH"}
 
 
-@pytest.fixture
-def cli(project: Path) -> Cli:
-    """Run mcp-lora in the project folder, as a user would."""
-
-    def run(*words: str, stdin: str = "", env: dict[str, str] | None = None) -> Any:
-        import os
-
-        clean = {key: value for key, value in os.environ.items() if key != "MODEL_PATH"}
-        return subprocess.run(
-            [MCP_LORA, *words],
-            cwd=project,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            env=clean | (env or {}),
-            timeout=300,
-        )
-
-    return run
+def run(argv: list[Any], folder: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, as a user would."""
+    return subprocess.run(
+        list(map(str, argv)), cwd=folder, input=stdin, capture_output=True, text=True, env=environment()
+    )

@@ -134,7 +134,12 @@ def sample(example: Example, candidates: list[Tool]) -> dict[str, Any]:
     """Return one sample in LLaMA-Factory's sharegpt format (see above)."""
     call = {"name": example.call.name, "arguments": example.call.arguments}
     tools = [
-        {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+        {
+            "name": tool.name,
+            "description": tool.description,
+            # The schema's own dialect tells a model nothing; hosts leave it out too.
+            "parameters": {key: value for key, value in tool.parameters.items() if key != "$schema"},
+        }
         for tool in candidates
     ]
     return {

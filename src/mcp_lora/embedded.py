@@ -52,7 +52,7 @@ CHAT_TEMPLATE = """\
 {{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' + call.arguments | tojson }}
 {{- '}\\n</tool_call>' + ('' if loop.last else '\\n') }}
 {%- endfor %}
-{{- '<|im_end|>\\n' }}
+{{- '<|im_end|>' + ('' if message.tool_calls else '\\n') }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""

@@ -54,10 +54,11 @@ def extract_calls(text: str, template: str, tool_format: str | None) -> list[Too
     from llamafactory.data.tool_utils import get_tool_utils
 
     tools = get_tool_utils(tool_format) if tool_format else TEMPLATES[template].format_tools.tool_utils
-    found = tools.tool_extractor(text)
-    if isinstance(found, str):
+    try:
+        found = tools.tool_extractor(text)
+        calls = [] if isinstance(found, str) else [(call.name, json.loads(call.arguments)) for call in found]
+    except (TypeError, ValueError, LookupError):  # the extractors trust the shape of what they read
         return []
-    calls = [(call.name, json.loads(call.arguments)) for call in found]
     return [ToolCall(name, args) for name, args in calls if isinstance(args, dict)]
 
 

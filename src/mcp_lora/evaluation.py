@@ -38,7 +38,7 @@ class Evaluation:
     answers: list[Answer]
 
 
-def evaluate(run: Path, checkpoint: str | None, machine: Machine, batch: int = 8) -> Evaluation:
+def evaluate(run: Path, checkpoint: str | None, machine: Machine, batch: int = 16) -> Evaluation:
     """Answer a run's held-out questions greedily, with the base model and with the adapter.
 
     Writes RUN/eval/metrics.json and, per model, the engine's files.
@@ -57,9 +57,21 @@ def evaluate(run: Path, checkpoint: str | None, machine: Machine, batch: int = 8
         "base": runs.serving_config(run, None),
         "adapter": runs.serving_config(run, runs.adapter(run, checkpoint)),
     }
+    settings = {
+        "stage": "sft",
+        "do_predict": True,
+        "predict_with_generate": True,
+        "do_sample": False,  # the engine samples at temperature 0.95 by default
+        "max_new_tokens": _answer_length(models["base"], [call for _, call in questions]),
+        "dataset_dir": str(folder),
+        "eval_dataset": dataset.TEST,
+        "cutoff_len": config.get("cutoff_len", 4096),
+        "per_device_eval_batch_size": batch,
+        "use_cpu": not machine.gpus,
+        "report_to": "none",
+    }
     said = {
-        name: _predict(serving, folder, config, run / "eval" / name, machine, batch)
-        for name, serving in models.items()
+        name: _predict(serving | settings, run / "eval" / name, machine) for name, serving in models.items()
     }
     verdicts: dict[str, list[Any]] = {
         name: [
@@ -83,31 +95,23 @@ def evaluate(run: Path, checkpoint: str | None, machine: Machine, batch: int = 8
     return Evaluation(figures, answers)
 
 
-def _predict(
-    serving: dict[str, Any],
-    folder: Path,
-    config: dict[str, Any],
-    output: Path,
-    machine: Machine,
-    batch: int,
-) -> list[str]:
+def _answer_length(serving: dict[str, Any], calls: list[ToolCall]) -> int:
+    """Return how many tokens an answer may have: those of the longest right one, and room for its
+    markup. A model that does not stop need not be waited for any longer.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        serving["model_name_or_path"], trust_remote_code=serving.get("trust_remote_code", False)
+    )
+    texts = [json.dumps(asdict(call), ensure_ascii=False) for call in calls]
+    return max(len(tokenizer.encode(text)) for text in texts) + 32
+
+
+def _predict(settings: dict[str, Any], output: Path, machine: Machine) -> list[str]:
     """Let the engine answer the held-out questions and return its answers in their order."""
     shutil.rmtree(output, ignore_errors=True)
-    settings = serving | {
-        "stage": "sft",
-        "do_predict": True,
-        "predict_with_generate": True,
-        "do_sample": False,  # the engine samples at temperature 0.95 by default
-        "max_new_tokens": 128,
-        "dataset_dir": str(folder),
-        "eval_dataset": dataset.TEST,
-        "cutoff_len": config.get("cutoff_len", 4096),
-        "per_device_eval_batch_size": batch,
-        "use_cpu": not machine.gpus,
-        "output_dir": str(output),
-        "report_to": "none",
-    }
-    file = runs.write_config(output, settings)
+    file = runs.write_config(output, settings | {"output_dir": str(output)})
     environment = launch.engine_environment(settings, machine, os.environ)
     # One process: ranks would share the questions out and put the answers in another order.
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]

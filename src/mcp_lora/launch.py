@@ -85,7 +85,7 @@ def without_spaces(file: Path, environment: Mapping[str, str]) -> Iterator[Path]
         yield file
         return
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
-        yield Path(shutil.copy(file, folder))
+        yield Path(shutil.copyfile(file, Path(folder) / "run.yaml"))
 
 
 def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = False) -> Outcome:
@@ -110,16 +110,18 @@ def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = 
         raise McpLoraError(f"{argv[0]} does not exist: pip install -e .") from None
     assert process.stderr is not None
     kept = b""
-    try:
-        while chunk := os.read(process.stderr.fileno(), 1 << 14):
-            kept = (kept + chunk)[-_KEPT:]
-            if not (hold_traceback and (b"Traceback (most" in kept or b"terminate called" in kept)):
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.buffer.flush()
-        return Outcome(process.wait(), kept.decode(errors="replace"))
-    except BaseException:
-        _stop(process.pid)
-        raise
+    with process:
+        try:
+            while chunk := os.read(process.stderr.fileno(), 1 << 14):
+                kept = (kept + chunk)[-_KEPT:]
+                held = b"Traceback (most" in kept or b"terminate called" in kept
+                if not (hold_traceback and held):
+                    sys.stderr.buffer.write(chunk)
+                    sys.stderr.buffer.flush()
+            return Outcome(process.wait(), kept.decode(errors="replace"))
+        except BaseException:
+            _stop(process.pid)
+            raise
 
 
 def real_error(stderr: str, lines: int = 8) -> str:

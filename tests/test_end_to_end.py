@@ -1,0 +1,174 @@
+"""The whole way with the real engine, on a tiny model, in a folder with a space in its path."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import BIN, ROOT, environment, make_project, run
+
+# The recipe, with its DeepSpeed and its validation, on little data.
+SMALL = [
+    "per_device_train_batch_size=2",
+    "gradient_accumulation_steps=2",
+    "logging_steps=1",
+    "eval_steps=2",
+    "preprocessing_num_workers=1",
+]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A project folder with a finished run in outputs/mcp_lora."""
+    folder = make_project(tmp_path_factory.mktemp("home") / "my project")
+    done = run([BIN / "mcp-lora", "train", "--model", tiny_model, *SMALL], folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "read 24 rows" in done.stderr and "Initializing 1 distributed tasks" in done.stdout
+    return folder
+
+
+def state(output: Path) -> dict[str, object]:
+    return json.loads((output / "trainer_state.json").read_text())
+
+
+def test_a_run_leaves_what_the_guide_names(project: Path) -> None:
+    output = project / "outputs/mcp_lora"
+    steps = state(output)["global_step"]
+    expected = {"run.yaml", f"checkpoint-{steps}", "training_loss.png", "training_args.bin"}
+    assert expected | {"adapter_model.safetensors", "adapter_config.json"} <= set(os.listdir(output))
+    assert [path.name for path in (project / "data/llama_factory").glob("mcp_train_data.json")]
+    adapter = json.loads((output / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (64, 128, 0.1)
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(adapter["target_modules"]) == linear
+
+
+def test_a_finished_run_is_not_started_again(project: Path) -> None:
+    done = run([BIN / "mcp-lora", "train", "--resume", *SMALL], project)
+    assert done.returncode == 2 and "another run's checkpoint" in done.stderr  # no --model: Qwen's
+    model = yaml.safe_load((project / "outputs/mcp_lora/run.yaml").read_text())["model_name_or_path"]
+    done = run([BIN / "mcp-lora", "train", "--model", model, "--resume", *SMALL], project)
+    assert done.returncode == 2 and "nothing to resume" in done.stderr
+
+
+def test_resume_goes_on_and_overwrite_starts_anew(project: Path, tiny_model: Path) -> None:
+    # plain torch, one process: the other way to launch; the data is converted already
+    words = [BIN / "mcp-lora", "train", "--model", tiny_model, "--output", "outputs/short", "deepspeed=null"]
+    done = run([*words, *SMALL, "max_steps=2"], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "up to date" in done.stderr
+    done = run([*words, *SMALL, "max_steps=3", "--resume"], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming from" in done.stderr and "checkpoint-2" in done.stderr
+    output = project / "outputs/short"
+    assert state(output)["global_step"] == 3
+    done = run([*words, *SMALL, "max_steps=1", "--overwrite"], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert state(output)["global_step"] == 1
+    assert state(project / "outputs/short.previous")["global_step"] == 3
+
+
+@pytest.mark.parametrize("stdin", ["hello\n", "hello\nexit\n"])
+def test_chat_answers_and_leaves_quietly(project: Path, stdin: str) -> None:
+    done = run([BIN / "mcp-lora", "chat"], project, stdin)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Assistant: " in done.stdout
+    assert "Traceback" not in done.stderr and "terminate called" not in done.stderr
+
+
+def test_an_export_says_what_base_and_adapter_say(project: Path) -> None:
+    done = run(
+        [BIN / "mcp-lora", "export", "--checkpoint", str(state(project / "outputs/mcp_lora")["global_step"])],
+        project,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.search(r"difference of a logit is (\S+) \(tolerance (\S+)\)", done.stderr)
+    assert found and float(found[1]) <= float(found[2])
+    assert (project / "outputs/merged_model/model.safetensors").is_file()
+
+
+def test_an_export_that_differs_is_found_out(project: Path, tiny_model: Path) -> None:
+    from mcp_lora.merging import compare
+
+    adapter = project / "outputs/mcp_lora"
+    same = compare(str(tiny_model), adapter, project / "outputs/merged_model")
+    assert same.within_tolerance and same.dtype == "float32"
+    assert not compare(str(tiny_model), adapter, tiny_model).within_tolerance
+
+
+def test_an_evaluation_judges_both_models(project: Path) -> None:
+    done = run([BIN / "mcp-lora", "eval"], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "held-out questions" in done.stdout and "right tool" in done.stdout
+    metrics = json.loads((project / "outputs/mcp_lora/eval/metrics.json").read_text())
+    questions = json.loads((project / "data/llama_factory/mcp_test_data.json").read_text())
+    assert metrics["base"]["count"] == metrics["adapter"]["count"] == len(questions)
+
+
+def test_the_readmes_python_code_runs(project: Path, tiny_model: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert code
+    here = f'BASE, ADAPTER = "{tiny_model}", "outputs/mcp_lora"'
+    script, changed = re.subn(r"^BASE, ADAPTER = .*$", here, code[1], flags=re.M)
+    assert changed == 1
+    done = run([BIN / "python", "-c", script.replace("max_new_tokens=512", "max_new_tokens=8")], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_failing_engine_shows_its_own_error_at_the_end(project: Path, tiny_model: Path) -> None:
+    words = ["--output", "outputs/fails", "dataset=nowhere", "val_size=0", "eval_strategy=no"]
+    done = run([BIN / "mcp-lora", "train", "--model", tiny_model, *SMALL, *words], project)
+    assert done.returncode == 1
+    end = done.stderr.split("mcp-lora: error: ")[1].splitlines()
+    assert end[0] == "LLaMA-Factory ended with exit code 1:"
+    assert "nowhere" in end[1] and "ChildFailedError" not in done.stderr.split("mcp-lora: error: ")[1]
+    assert end[-1].endswith("mcp-lora train")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_every_process(project: Path, tiny_model: Path, number: int) -> None:
+    words = ["train", "--model", str(tiny_model), "--output", f"outputs/signal-{number}", *SMALL]
+    process = subprocess.Popen(
+        [BIN / "mcp-lora", *words, "num_train_epochs=10000"],
+        cwd=project,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    with process:
+        assert process.stderr
+        for line in process.stderr:
+            if "Running training" in line:
+                break
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 3  # llamafactory-cli, torchrun, the rank
+        process.send_signal(number)
+        said = process.stderr.read()
+        assert process.wait() == 128 + number
+    assert not [child for child in family if child.is_running()]
+    assert said.rstrip().endswith("error: interrupted; a run goes on with: mcp-lora train --resume")
+
+
+def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path) -> None:
+    (project / "data/two").mkdir()
+    words = [*SMALL, "max_steps=2", "dataset_dir=data/two", "--output", "outputs/two"]
+    script = [ROOT / "train_lora.py", "--model", tiny_model, *words]
+    done = run([BIN / "deepspeed", "--num_gpus=2", *script], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = done.stdout + done.stderr
+    assert output.count("mcp-lora: read 24 rows") == 1
+    assert "world size: 2" in output
+    assert state(project / "outputs/two")["global_step"] == 2
+    # what is done twice: 2 per device × 2 accumulated × 2 ranks
+    assert "(w. parallel, distributed & accumulation) = 8" in output
+
+
+def test_the_script_is_the_command(project: Path) -> None:
+    done = run([BIN / "python", ROOT / "train_lora.py", "--local_rank=0", "lora_rang=1"], project)
+    assert done.returncode == 2 and "did you mean lora_rank?" in done.stderr

@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+
+import pytest
+from conftest import SAMPLE
+
+from mcp_lora import engine
+from mcp_lora.dataset import convert
+from mcp_lora.records import ToolCall
+
+
+def test_unknown_keys_and_templates_are_all_named() -> None:
+    config = {"template": "qwem", "lora_rang": 3, "learning_rate": 1.0, "zzz": 1}
+    assert engine.problems(config) == [
+        "LLaMA-Factory knows no key lora_rang (did you mean lora_rank?)",
+        "LLaMA-Factory knows no key zzz",
+        "LLaMA-Factory knows no template qwem (did you mean qwen?)",
+    ]
+
+
+def test_a_missing_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from mcp_lora.errors import McpLoraError
+
+    engine.require()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(McpLoraError, match="pip install"):
+        engine.require()
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        (
+            '<tool_call>\n{"name": "get-sum", "arguments": {"a": 1}}\n</tool_call>',
+            [ToolCall("get-sum", {"a": 1})],
+        ),
+        ("I cannot do that.", []),
+        ('<tool_call>\n{"name": "get-sum", "argum', []),
+        ('<tool_call>\n{"name": "get-sum", "arguments": "text"}\n</tool_call>', []),
+        ('<tool_call>\n["name", "arguments"]\n</tool_call>', []),
+        ("<tool_call>\n3\n</tool_call>", []),
+    ],
+)
+def test_calls_are_read_from_an_answer(text: str, calls: list[ToolCall]) -> None:
+    assert engine.extract_calls(text, "smollm2", "qwen") == calls
+    assert engine.extract_calls(text, "qwen", None) == calls
+
+
+@pytest.mark.parametrize(("template", "tool_format"), [("qwen", None), ("smollm2", "qwen")])
+def test_the_engine_trains_on_the_call_alone_and_loses_no_sample(
+    tmp_path: Path, tiny_model: Path, template: str, tool_format: str | None
+) -> None:
+    """The engine's own loading, conversion and tokenizing of a converted file."""
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments, TrainingArguments
+    from transformers import AutoTokenizer
+
+    stats = convert([SAMPLE], tmp_path, candidates=3)
+    data_args = DataArguments(
+        template=template,
+        tool_format=tool_format,
+        dataset="mcp_train",
+        dataset_dir=str(tmp_path),
+        cutoff_len=8192,
+        preprocessing_num_workers=1,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rendered = get_template_and_fix_tokenizer(tokenizer, data_args)
+    training_args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, do_train=True)
+    model_args = ModelArguments(model_name_or_path=str(tiny_model))
+    module = get_dataset(rendered, model_args, data_args, training_args, "sft", tokenizer=tokenizer)
+    rows = list(module["train_dataset"])
+    assert len(rows) == stats["train"]
+    source = json.loads((tmp_path / "mcp_train_data.json").read_text(encoding="utf-8"))
+    for row, sample in zip(rows, source, strict=True):
+        call = json.loads(sample["conversations"][1]["value"])
+        trained = tokenizer.decode([token for token in row["labels"] if token != -100])
+        expected = f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call><|im_end|>"
+        assert trained.strip() == expected
+        prompt = tokenizer.decode(row["input_ids"])
+        assert sample["conversations"][0]["value"] in prompt and sample["system"] in prompt
+        for tool in json.loads(sample["tools"]):
+            assert json.dumps(tool["name"]) in prompt

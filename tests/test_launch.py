@@ -1,0 +1,148 @@
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mcp_lora import launch
+from mcp_lora.config import Machine
+from mcp_lora.errors import McpLoraError
+
+BIN = Path(sys.executable).parent
+
+
+def test_the_engines_command() -> None:
+    assert launch.engine_argv("train", Path("out/run.yaml")) == [
+        str(BIN / "llamafactory-cli"),
+        "train",
+        "out/run.yaml",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "gpus", "inherited", "added"),
+    [
+        ({}, 0, {"PATH": "/bin"}, {}),
+        ({"deepspeed": None}, 1, {"PATH": "/bin"}, {}),
+        ({"deepspeed": "z.json"}, 0, {"PATH": "/bin"}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"}),
+        ({"deepspeed": "z.json"}, 4, {"PATH": "/bin"}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}),
+        (
+            {"deepspeed": "z.json"},
+            4,
+            {"PATH": "/bin", "NPROC_PER_NODE": "2"},
+            {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
+        ),
+    ],
+)
+def test_the_engines_environment(
+    config: dict[str, str], gpus: int, inherited: dict[str, str], added: dict[str, str]
+) -> None:
+    found = launch.engine_environment(config, Machine(gpus, True, True), inherited)
+    assert found == {"PATH": f"{BIN}{os.pathsep}/bin"} | added
+
+
+def test_a_worker_knows_its_rank() -> None:
+    assert launch.worker_rank({}) is None
+    assert launch.worker_rank({"RANK": "0"}) is None  # a scheduler's, not a launcher's
+    assert launch.worker_rank({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == 3
+
+
+def test_a_distributed_launch_gets_a_path_without_spaces(tmp_path: Path) -> None:
+    file = tmp_path / "my run.yaml"
+    file.write_text("a: 1\n")
+    with launch.without_spaces(file, {}) as found:
+        assert found == file
+    with launch.without_spaces(file, {"FORCE_TORCHRUN": "1"}) as found:
+        assert " " not in str(found) and found.read_text() == "a: 1\n"
+    assert not found.exists()
+
+
+def test_an_environment_with_a_space_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", "/home/me/My Projects/.venv")
+    with (
+        pytest.raises(McpLoraError, match="My Projects.*deepspeed=null"),
+        launch.without_spaces(Path("run.yaml"), {"FORCE_TORCHRUN": "1"}),
+    ):
+        pass
+
+
+def test_output_passes_through_and_its_end_is_kept(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    script = "import sys, os; print(os.environ['X']); sys.stderr.write('10%\\r20%\\n'); sys.exit(3)"
+    outcome = launch.run([sys.executable, "-c", script], {"X": "to stdout"})
+    assert outcome == launch.Outcome(3, "10%\r20%\n")
+    assert capfdbinary.readouterr() == (b"to stdout\n", b"10%\r20%\n")
+
+
+def test_a_traceback_can_be_held_back(capfd: pytest.CaptureFixture[str]) -> None:
+    script = "import sys; sys.stderr.write('loading\\n'); sys.stderr.flush(); input()"
+    outcome = launch.run([sys.executable, "-c", script + " if not sys.stdin.read() else 1"], {}, True)
+    assert "EOFError" in outcome.stderr
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_missing_program_is_told() -> None:
+    with pytest.raises(McpLoraError, match="pip install"):
+        launch.run(["/nowhere/llamafactory-cli"], {})
+
+
+def test_an_interruption_ends_the_whole_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is a launcher whose ranks are processes of their own."""
+    rank = "import os, signal, sys; print(os.getpid(), end='', file=sys.stderr, flush=True); signal.pause()"
+    start = f"subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
+    launcher = f"import subprocess, sys; {start}"
+    seen: list[int] = []
+    real_read = os.read
+
+    def interrupt_after_pid(fd: int, size: int) -> bytes:
+        chunk = real_read(fd, size)
+        if chunk.isdigit():
+            seen.append(int(chunk))
+            raise KeyboardInterrupt
+        return chunk
+
+    monkeypatch.setattr(launch.os, "read", interrupt_after_pid)
+    with pytest.raises(KeyboardInterrupt):
+        launch.run([sys.executable, "-c", launcher], {})
+    assert len(seen) == 1 and not psutil.pid_exists(seen[0])
+
+
+# As torchrun 2.14 and LLaMA-Factory 0.9.5 wrote it, with the frames left out.
+FAILED_RANK = """\
+[INFO|loader] Training\r  0%|          | 0/6
+[rank0]: Traceback (most recent call last):
+[rank0]:   File "launcher.py", line 185, in <module>
+[rank0]:     run_exp()
+[rank0]: ValueError: Cannot find valid samples, check `data/README.md` for the data format.
+[rank0]: Second line of the message.
+E1124 04:00:00.000000 100 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: 1)
+Traceback (most recent call last):
+  File "torchrun", line 8, in <module>
+    sys.exit(main())
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+launcher.py FAILED
+============================================================
+Traceback (most recent call last):
+  File "llamafactory-cli", line 8, in <module>
+subprocess.CalledProcessError: Command '['torchrun']' returned non-zero exit status 1.
+"""
+
+
+def test_the_real_error_is_the_ranks() -> None:
+    found = launch.real_error(FAILED_RANK).splitlines()
+    assert found[0] == "ValueError: Cannot find valid samples, check `data/README.md` for the data format."
+    assert found[1] == "Second line of the message."
+    assert "CalledProcessError" not in "".join(found)
+
+
+def test_without_a_traceback_the_last_lines_are_the_error() -> None:
+    assert launch.real_error("one\ntwo\n\nKilled\n", lines=2) == "two\nKilled"
+
+
+def test_a_failure_says_code_error_and_command() -> None:
+    error = launch.Outcome(1, FAILED_RANK).error("mcp-lora train")
+    assert error.code == 1
+    assert "ValueError: Cannot find valid samples" in str(error)
+    assert str(error).endswith("run again: mcp-lora train")
+    assert launch.Outcome(-9, "Killed").error("x").code == 137

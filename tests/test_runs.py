@@ -1,0 +1,130 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcp_lora import runs
+from mcp_lora.errors import McpLoraError
+
+CONFIG: dict[str, Any] = {
+    "model_name_or_path": "org/model",
+    "template": "qwen",
+    "lora_rank": 64,
+    "lora_target": "all",
+    "num_train_epochs": 1.0,
+}
+
+
+def make_run(folder: Path, *steps: int, finished: bool = True) -> Path:
+    runs.write_config(folder, CONFIG)
+    places = [folder / f"checkpoint-{step}" for step in steps] + [folder] * finished
+    for place in places:
+        place.mkdir(exist_ok=True)
+        (place / "adapter_config.json").write_text("{}")
+    if finished:
+        (folder / "trainer_state.json").write_text(json.dumps({"epoch": 1.0}))
+    return folder
+
+
+def test_checkpoints_are_sorted_by_number(tmp_path: Path) -> None:
+    make_run(tmp_path, 100, 20, 3)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [path.name for path in runs.checkpoints(tmp_path)] == [
+        "checkpoint-3",
+        "checkpoint-20",
+        "checkpoint-100",
+    ]
+
+
+def test_a_fresh_folder_is_free(tmp_path: Path) -> None:
+    assert runs.prepare(tmp_path / "new", CONFIG, resume=False, overwrite=False) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "finished", "what"),
+    [((100,), True, "a finished run"), ((100,), False, "a run's checkpoint-100")],
+)
+def test_a_run_is_neither_resumed_nor_skipped_silently(
+    tmp_path: Path, steps: tuple[int, ...], finished: bool, what: str
+) -> None:
+    make_run(tmp_path, *steps, finished=finished)
+    with pytest.raises(McpLoraError, match=rf"{what}.*--resume.*--overwrite"):
+        runs.prepare(tmp_path, CONFIG, resume=False, overwrite=False)
+    assert runs.prepare(tmp_path, CONFIG, resume=False, overwrite=True) is None
+
+
+def test_resume_takes_the_newest_checkpoint(tmp_path: Path) -> None:
+    make_run(tmp_path, 20, 100, finished=False)
+    found = runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
+    assert found == tmp_path / "checkpoint-100"
+
+
+def test_resume_wants_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(McpLoraError, match="no checkpoint to resume"):
+        runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
+
+
+def test_resume_refuses_another_runs_checkpoint(tmp_path: Path) -> None:
+    make_run(tmp_path, 20, finished=False)
+    with pytest.raises(McpLoraError, match="another run's checkpoint .*lora_rank 64 → 32"):
+        runs.prepare(tmp_path, CONFIG | {"lora_rank": 32}, resume=True, overwrite=False)
+
+
+def test_resuming_a_finished_run_needs_more_epochs(tmp_path: Path) -> None:
+    make_run(tmp_path, 20)
+    with pytest.raises(McpLoraError, match="nothing to resume: .*num_train_epochs=2"):
+        runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
+    longer = CONFIG | {"num_train_epochs": 2.0}
+    assert runs.prepare(tmp_path, longer, resume=True, overwrite=False)
+
+
+def test_an_overwritten_run_is_put_aside_not_deleted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert runs.put_aside(run) is None
+    for step in (1, 2):
+        make_run(run, step)
+        assert runs.put_aside(run) == tmp_path / "run.previous"
+        assert [path.name for path in runs.checkpoints(tmp_path / "run.previous")] == [f"checkpoint-{step}"]
+        assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [(None, "checkpoint-100"), ("20", "checkpoint-20"), ("checkpoint-20", "checkpoint-20")],
+)
+def test_the_adapter_is_the_newest_or_the_named_one(
+    tmp_path: Path, checkpoint: str | None, name: str
+) -> None:
+    make_run(tmp_path, 20, 100)
+    assert runs.adapter(tmp_path, checkpoint) == tmp_path / name
+
+
+def test_without_checkpoints_the_adapter_is_the_runs(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    assert runs.adapter(tmp_path) == tmp_path
+
+
+def test_a_missing_adapter_names_what_is_there(tmp_path: Path) -> None:
+    make_run(tmp_path, 20)
+    with pytest.raises(McpLoraError, match=r"checkpoint-30 holds no adapter \(checkpoints: checkpoint-20\)"):
+        runs.adapter(tmp_path, "30")
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(McpLoraError, match=r"no run\.yaml"):
+        runs.read_run(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(McpLoraError, match="--output OTHER_FOLDER"):
+        runs.write_config(tmp_path / "file", CONFIG)
+
+
+def test_serving_knows_model_template_and_adapter(tmp_path: Path) -> None:
+    runs.write_config(tmp_path, CONFIG | {"tool_format": "qwen"})
+    base = {"model_name_or_path": "org/model", "template": "qwen", "tool_format": "qwen"}
+    assert runs.serving_config(tmp_path, None) == base
+    adapter = {"adapter_name_or_path": str(tmp_path), "finetuning_type": "lora"}
+    assert runs.serving_config(tmp_path, tmp_path) == base | adapter

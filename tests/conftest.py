@@ -42,7 +42,7 @@ def write_json(path: Path, content: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 60 thousand parameters, with a byte-level BPE of 600 entries."""
+    """A random Llama of two layers, with a byte-level BPE of at most 4,096 entries."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=4096, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     bpe.train_from_iterator(SAMPLE.read_text(encoding="utf-8").splitlines(), trainer)
     PreTrainedTokenizerFast(
@@ -64,7 +64,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=600,
+        vocab_size=len(bpe.get_vocab()),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -87,6 +87,12 @@ def test_an_override_is_typed(word: str, value: object) -> None:
     assert config.parse_overrides([word]) == {"a": value}
 
 
+def test_a_strategy_can_be_no() -> None:
+    assert config.parse_overrides(["save_strategy=no", "fp16=no"]) == {"save_strategy": "no", "fp16": False}
+    Path("mine.yaml").write_text("eval_strategy: no\n")
+    assert config.read_config(Path("mine.yaml")) == {"eval_strategy": "no"}
+
+
 @pytest.mark.parametrize("words", [["lora_rank", "32"], ["--rank=3"], ["a=[1"]])
 def test_a_word_of_another_form_is_refused(words: list[str]) -> None:
     with pytest.raises(McpLoraError, match="mcp-lora train"):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from conftest import BIN, ROOT, environment, make_project, run
 
 # The recipe, with its DeepSpeed and its validation, on little data.
@@ -48,12 +47,12 @@ def test_a_run_leaves_what_the_guide_names(project: Path) -> None:
     assert set(adapter["target_modules"]) == linear
 
 
-def test_a_finished_run_is_not_started_again(project: Path) -> None:
-    done = run([BIN / "mcp-lora", "train", "--resume", *SMALL], project)
-    assert done.returncode == 2 and "another run's checkpoint" in done.stderr  # no --model: Qwen's
-    model = yaml.safe_load((project / "outputs/mcp_lora/run.yaml").read_text())["model_name_or_path"]
-    done = run([BIN / "mcp-lora", "train", "--model", model, "--resume", *SMALL], project)
+def test_a_finished_run_is_not_started_again(project: Path, tiny_model: Path) -> None:
+    words = [BIN / "mcp-lora", "train", "--model", tiny_model, "--resume", *SMALL]
+    done = run(words, project)
     assert done.returncode == 2 and "nothing to resume" in done.stderr
+    done = run([*words, "lora_rank=32"], project)
+    assert done.returncode == 2 and "another run's checkpoint" in done.stderr
 
 
 def test_resume_goes_on_and_overwrite_starts_anew(project: Path, tiny_model: Path) -> None:

@@ -75,7 +75,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise McpLoraError(f"{file} is not YAML ({reason}): mend it and run again") from None
     if not isinstance(content, dict):
         raise McpLoraError(f"{file} holds no `key: value` lines: mend it and run again")
-    return {key: _number(value) for key, value in content.items()}
+    return {key: _mend(key, value) for key, value in content.items()}
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
         )
     pairs = (word.split("=", 1) for word in words)
     try:
-        return {key: _number(yaml.safe_load(value)) for key, value in pairs}
+        return {key: _mend(key, yaml.safe_load(value)) for key, value in pairs}
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise McpLoraError(
@@ -190,8 +190,13 @@ def _parameters_in(file: Path) -> int:
     return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text (it wants 1.0e-4); everybody writes it and means a number."""
+def _mend(key: str, value: Any) -> Any:
+    """Undo what YAML 1.1 makes of two things that everybody writes.
+
+    It reads 1e-4 as text (it wants 1.0e-4), and `no`, the name of a strategy, as false.
+    """
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
         return float(value)
+    if value is False and key.endswith("_strategy"):
+        return "no"
     return value

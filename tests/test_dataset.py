@@ -96,7 +96,7 @@ def test_the_sample_holds_out_a_tenth_of_each_big_tool(sample_data: Path) -> Non
         for row in load(sample_data / "mcp_test_data.json")
     ]
     assert len(trained) == 31 and len(tested) == 28
-    assert max(tested.count(name) for name in tested) == 1
+    assert max(tested.count(name) for name in tested) == 2  # of the tools with most rows
 
 
 def test_candidates_hold_the_right_tool_once_and_its_server_first(sample_data: Path) -> None:

@@ -155,8 +155,8 @@ def test_an_interruption_ends_every_process(project: Path, tiny_model: Path, num
 
 
 def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path) -> None:
-    (project / "data/two").mkdir()
-    words = [*SMALL, "max_steps=2", "dataset_dir=data/two", "--output", "outputs/two"]
+    data = "data/filtered/filtered_20250101_000000.json"
+    words = [*SMALL, "max_steps=2", "dataset_dir=data/two", "--data", data, "--output", "outputs/two"]
     script = [ROOT / "train_lora.py", "--model", tiny_model, *words]
     done = run([BIN / "deepspeed", "--num_gpus=2", *script], project)
     assert done.returncode == 0, done.stderr[-3000:]

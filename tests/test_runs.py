@@ -122,6 +122,19 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         runs.write_config(tmp_path / "file", CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("run_bits", "shape", "expected"),
+    [(None, {}, False), (4, {}, True), (None, {"quantization_config": {"quant_method": "gptq"}}, True)],
+)
+def test_a_quantised_base_is_known(
+    tmp_path: Path, run_bits: int | None, shape: dict[str, Any], expected: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    config = {"model_name_or_path": str(tmp_path), "quantization_bit": run_bits}
+    runs.write_config(tmp_path / "run", config)
+    assert runs.is_quantised(tmp_path / "run") is expected
+
+
 def test_serving_knows_model_template_and_adapter(tmp_path: Path) -> None:
     runs.write_config(tmp_path, CONFIG | {"tool_format": "qwen"})
     base = {"model_name_or_path": "org/model", "template": "qwen", "tool_format": "qwen"}

@@ -156,11 +156,10 @@ def export(
     from mcp_lora.merging import TOLERANCE, compare
 
     adapter = runs.adapter(run, checkpoint)
-    trained = runs.read_run(run)
-    if trained.get("quantization_bit"):
+    if runs.is_quantised(run):
         raise McpLoraError(
-            f"{run} was trained on a base quantised to {trained['quantization_bit']} bits, and merging "
-            f"into that loses precision: use the adapter as it is (mcp-lora chat {run})"
+            f"{run} was trained on a quantised base, and merging into that loses precision: "
+            f"use the adapter as it is: mcp-lora chat {run}"
         )
     if export_dir.exists():
         raise McpLoraError(f"{export_dir} exists: mcp-lora export {run} --to OTHER_FOLDER")
@@ -263,7 +262,8 @@ def main(arguments: list[str] | None = None) -> None:
     except McpLoraError as error:
         if os.environ.get("MCP_LORA_TRACEBACK"):
             traceback.print_exc()
-        _say(f"error: {error}")
+        if not launch.worker_rank(os.environ):
+            _say(f"error: {error}")
         sys.exit(error.code)
 
 

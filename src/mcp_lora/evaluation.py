@@ -8,7 +8,7 @@ The engine writes generated_predictions.jsonl, in the order of the questions; on
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,9 @@ def _predict(settings: dict[str, Any], output: Path, machine: Machine) -> list[s
     """Let the engine answer the held-out questions and return its answers in their order."""
     shutil.rmtree(output, ignore_errors=True)
     file = runs.write_config(output, settings | {"output_dir": str(output)})
-    environment = launch.engine_environment(settings, machine, os.environ)
     # One process: ranks would share the questions out and put the answers in another order.
+    alone = replace(machine, gpus=min(machine.gpus, 1))
+    environment = launch.engine_environment(settings, alone, os.environ)
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     outcome = launch.run(launch.engine_argv("train", file), environment)
     if outcome.code:

@@ -49,10 +49,11 @@ def engine_environment(
     """Return the variables that an engine needs besides those it inherits.
 
     PATH begins with this interpreter's folder, as LLaMA-Factory starts `torchrun` by its bare
-    name. DeepSpeed needs a distributed launch even for one process.
+    name. DeepSpeed needs a distributed launch even for one process; for several GPUs the engine
+    would choose one by itself, and is told so that `without_spaces` knows.
     """
     added = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])}
-    if config.get("deepspeed"):
+    if config.get("deepspeed") or machine.gpus > 1:
         added["FORCE_TORCHRUN"] = "1"
         added["NPROC_PER_NODE"] = environment.get("NPROC_PER_NODE") or str(max(machine.gpus, 1))
     return added

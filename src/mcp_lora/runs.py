@@ -137,6 +137,14 @@ def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
     return found
 
 
+def is_quantised(run: Path) -> bool:
+    """Tell whether a run's base was quantised, by the run itself or in its own files."""
+    config = read_run(run)
+    file = Path(config["model_name_or_path"]) / "config.json"
+    shape = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return bool(config.get("quantization_bit") or shape.get("quantization_config"))
+
+
 def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
     """Refuse to load a checkpoint into another model or another shape of adapter."""
     old = read_run(run)

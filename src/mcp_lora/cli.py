@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, runs
+from mcp_lora import dataset, engine, launch, runs, training
 from mcp_lora.errors import McpLoraError
 from mcp_lora.runs import DEFAULT
 
@@ -69,55 +69,27 @@ def train(
 ) -> None:
     """Train the LoRA recipe with LLaMA-Factory."""
     engine.require()
-    rank = launch.worker_rank(os.environ)
-    say = _say if not rank else _silent
-    machine = configuration.detect_machine()
     flags = {"model_name_or_path": model, "output_dir": str(output) if output else None}
-    settings, notes = configuration.resolve(config, os.environ, overrides or [], flags, machine)
-    for note in notes:
+    plan = training.plan(
+        config, overrides or [], flags, configuration.detect_machine(), resume, overwrite, dry_run
+    )
+    say = _say if plan.leads else _silent
+    for note in plan.notes:
         say(note)
-    run = Path(settings.get("output_dir") or DEFAULT)
-    settings["output_dir"] = str(run)
-    model = str(settings.get("model_name_or_path"))
-    problems = engine.problems(settings)
-    if model == embedded.NAME:
-        settings["model_name_or_path"] = str(embedded.folder() if dry_run else embedded.ensure())
-    elif missing := configuration.missing_model(model):
-        problems.append(missing)
-    if problems:
-        raise McpLoraError(f"{'; '.join(problems)}. Mend that and run again: mcp-lora train --dry-run")
-    if heavy := configuration.too_big(model, machine):
-        if not dry_run:
-            raise McpLoraError(heavy)
-        say(f"warning: {heavy}")
-    checkpoint = runs.prepare(run, settings, resume, overwrite)
-    if checkpoint:
-        settings["resume_from_checkpoint"] = str(checkpoint)
-        say(f"resuming from {checkpoint}")
-
-    environment = launch.engine_environment(settings, machine, os.environ)
-    argv = launch.engine_argv("train", run / "run.yaml")
     if dry_run:
-        typer.echo(f"# {run / 'run.yaml'}\n{configuration.dump(settings)}")
-        typer.echo("# command\n" + " ".join(argv))
-        typer.echo("# environment")
-        for name, value in environment.items():
-            typer.echo(f"{name}={value}")
+        typer.echo(f"# {plan.run / 'run.yaml'}\n{configuration.dump(plan.config)}")
+        typer.echo(f"# command\n{' '.join(plan.argv)}\n# environment")
+        typer.echo("\n".join(f"{name}={value}" for name, value in plan.environment.items()))
         return
-
-    _refresh_data(settings, data, say)
-    if overwrite and not rank and (previous := runs.put_aside(run)):
-        say(f"the run that was in {run} is now in {previous}")
-    file = runs.write_config(run, settings) if not rank else run / "run.yaml"
-    if rank is not None:
-        engine.train(settings)
-        return
-    with launch.without_spaces(file, environment) as readable:
-        say(f"running llamafactory-cli train {file}")
-        outcome = launch.run(launch.engine_argv("train", readable), environment)
-    if outcome.code:
-        raise outcome.error("mcp-lora train")
-    say(f"the adapter is in {run}. Next: mcp-lora eval {run}, mcp-lora chat {run}, mcp-lora export {run}")
+    if statistics := training.refresh_data(plan.config, data):
+        _print_statistics(statistics, Path(plan.config["dataset_dir"]))
+    else:
+        say(f"the data in {plan.config.get('dataset_dir')} is up to date")
+    if overwrite and plan.leads and (previous := runs.put_aside(plan.run)):
+        say(f"the run that was in {plan.run} is now in {previous}")
+    say(f"training; the configuration is in {plan.run / 'run.yaml'}")
+    training.start(plan)
+    say(f"the adapter is in {plan.run}; the next steps: mcp-lora eval, chat and export {plan.run}")
 
 
 @app.command(name="eval")
@@ -134,10 +106,7 @@ def chat(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
     """Talk to the adapter in the terminal."""
     engine.require()
     settings = runs.serving_config(run, runs.adapter(run, checkpoint))
-    with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
-        file = runs.write_config(Path(folder), settings)
-        environment = launch.engine_environment(settings, configuration.detect_machine(), os.environ)
-        outcome = launch.run(launch.engine_argv("chat", file), environment, hold_traceback=True)
+    outcome = _run_engine("chat", settings, hold_traceback=True)
     # LLaMA-Factory's chat raises at the end of its input, and aborts on the way out on a CPU.
     raised = launch.real_error(outcome.stderr).startswith("EOFError")
     aborted = outcome.stderr.rstrip().endswith("terminate called without an active exception")
@@ -164,10 +133,7 @@ def export(
     if export_dir.exists():
         raise McpLoraError(f"{export_dir} exists: mcp-lora export {run} --to OTHER_FOLDER")
     settings = runs.serving_config(run, adapter) | {"export_dir": str(export_dir), "export_size": 1}
-    with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
-        file = runs.write_config(Path(folder), settings)
-        environment = launch.engine_environment(settings, configuration.detect_machine(), os.environ)
-        outcome = launch.run(launch.engine_argv("export", file), environment)
+    outcome = _run_engine("export", settings)
     if outcome.code:
         raise outcome.error(f"mcp-lora export {run}")
     found = compare(settings["model_name_or_path"], adapter, export_dir)
@@ -184,25 +150,11 @@ def export(
         )
 
 
-def _refresh_data(settings: dict[str, Any], data: Path | None, say: Any) -> None:
-    """Convert where the data is newer than the conversion; the first rank to come does it."""
-    import filelock
-
-    if settings.get("dataset") != dataset.TRAIN:
-        return
-    folder = Path(settings["dataset_dir"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".lock"):
-            statistics = dataset.refresh(data, folder)
-    except OSError as error:
-        raise McpLoraError(
-            f"{folder} cannot be written ({error.strerror}): mcp-lora train dataset_dir=OTHER_FOLDER"
-        ) from None
-    if statistics:
-        _print_statistics(statistics, folder)
-    else:
-        say(f"the data in {folder} is up to date")
+def _run_engine(verb: str, settings: dict[str, Any], hold_traceback: bool = False) -> launch.Outcome:
+    with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
+        argv = launch.engine_argv(verb, runs.write_config(Path(folder), settings))
+        environment = launch.engine_environment(settings, configuration.detect_machine(), os.environ)
+        return launch.run(argv, environment, hold_traceback)
 
 
 def _print_statistics(statistics: dict[str, Any], out: Path) -> None:

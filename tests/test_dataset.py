@@ -147,6 +147,13 @@ def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -
     assert {path: path.read_bytes() for path in sample_data.iterdir() if path.is_file()} == before
 
 
+def test_a_rejected_row_that_is_no_unicode_is_kept(tmp_path: Path) -> None:
+    rows = [record("good"), record("half a pair: \ud83d")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    convert([tmp_path / "rows.json"], tmp_path)
+    assert load(tmp_path / "rejected.jsonl")["record"] == rows[1]
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file is in the way")
     with pytest.raises(McpLoraError, match="mcp-lora convert --out"):

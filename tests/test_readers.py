@@ -54,10 +54,16 @@ def test_every_container_is_read(tmp_path: Path, name: str, text: str) -> None:
             record(function_call={"name": "get-sum", "arguments": "{}"}),
             "the call's arguments are not an object",
         ),
+        (record(instruction="half a pair: \ud83d"), "a text or a number that is not JSON"),
+        (
+            record(function_call={"name": "get-sum", "arguments": {"a": float("inf")}}),
+            "a text or a number that is not JSON",
+        ),
     ],
 )
 def test_a_faulty_row_is_rejected_where_it_stands(tmp_path: Path, row: object, reason: str) -> None:
-    file = write_json(tmp_path / "rows.json", [record(), row])
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([record(), row]))
     assert list(read_filtered(file))[1] == Rejected(str(file), 2, reason, row)
 
 

@@ -242,7 +242,9 @@ def _write(out: Path, contents: dict[str, str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             for name, text in contents.items():
-                (Path(scratch) / name).write_text(text, encoding="utf-8", newline="\n")
+                # half a surrogate pair, in a rejected row, becomes its JSON escape
+                data = text.encode(errors="backslashreplace")
+                (Path(scratch) / name).write_bytes(data)
             for name in contents:
                 os.replace(Path(scratch) / name, out / name)
     except OSError as error:

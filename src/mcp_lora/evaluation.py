@@ -115,6 +115,7 @@ def _predict(settings: dict[str, Any], output: Path, machine: Machine) -> list[s
     # One process: ranks would share the questions out and put the answers in another order.
     alone = replace(machine, gpus=min(machine.gpus, 1))
     environment = launch.engine_environment(settings, alone, os.environ)
+    environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the table is what counts here
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     outcome = launch.run(launch.engine_argv("train", file), environment)
     if outcome.code:

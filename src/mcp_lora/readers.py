@@ -127,6 +127,11 @@ def _parse(record: Any) -> tuple[str, Tool, ToolCall]:
         # LLaMA-Factory's tool formats read parameters["properties"] without asking.
         parameters={"type": "object", "properties": {}} | schema,
     )
+    try:
+        # Half a surrogate pair or a NaN passes Python's json, and kills the engine later.
+        json.dumps([instruction, vars(tool), arguments], ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise ValueError("a text or a number that is not JSON") from None
     return instruction.strip(), tool, ToolCall(name, arguments)
 
 

@@ -83,7 +83,7 @@ def make_project(folder: Path) -> Path:
     """A fresh project folder: the shipped presets, and 24 rows of the sample."""
     shutil.copytree(ROOT / "train_configs", folder / "train_configs")
     rows = json.loads(SAMPLE.read_text(encoding="utf-8"))
-    write_json(folder / "data/filtered/filtered_20250101_000000.json", rows[::12][:24])
+    write_json(folder / "data/filtered/filtered_20250101_000000.json", rows[:48:2])
     return folder
 
 

@@ -23,7 +23,7 @@ def make_run(folder: Path, *steps: int, finished: bool = True) -> Path:
         place.mkdir(exist_ok=True)
         (place / "adapter_config.json").write_text("{}")
     if finished:
-        (folder / "trainer_state.json").write_text(json.dumps({"epoch": 1.0}))
+        (folder / "trainer_state.json").write_text(json.dumps({"epoch": 1.0, "global_step": 20}))
     return folder
 
 
@@ -87,6 +87,36 @@ def test_an_overwritten_run_is_put_aside_not_deleted(tmp_path: Path) -> None:
         assert runs.put_aside(run) == tmp_path / "run.previous"
         assert [path.name for path in runs.checkpoints(tmp_path / "run.previous")] == [f"checkpoint-{step}"]
         assert not run.exists()
+
+
+def test_a_run_that_failed_does_not_push_out_the_good_one_put_aside(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_run(run, 7)
+    runs.put_aside(run)
+    runs.write_config(run, CONFIG)  # all that a run leaves that fails at once
+    assert runs.put_aside(run) is None
+    assert [path.name for path in runs.checkpoints(tmp_path / "run.previous")] == ["checkpoint-7"]
+
+
+def test_a_folder_that_holds_no_run_stays_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/mother.txt").write_text("Dear mother")
+    assert runs.put_aside(tmp_path / "letters") is None
+    make_run(tmp_path / "run", 1)
+    (tmp_path / "run.previous").mkdir()
+    (tmp_path / "run.previous/mother.txt").write_text("Dear mother")
+    with pytest.raises(McpLoraError, match=r"run\.previous is no run"):
+        runs.put_aside(tmp_path / "run")
+    assert (tmp_path / "run.previous/mother.txt").is_file()
+
+
+def test_resuming_a_run_that_max_steps_ended_needs_more_steps(tmp_path: Path) -> None:
+    make_run(tmp_path, 20)
+    state = {"epoch": 0.3, "global_step": 20}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(McpLoraError, match="nothing to resume"):
+        runs.prepare(tmp_path, CONFIG | {"max_steps": 20}, resume=True, overwrite=False)
+    assert runs.prepare(tmp_path, CONFIG | {"max_steps": 30}, resume=True, overwrite=False)
 
 
 @pytest.mark.parametrize(

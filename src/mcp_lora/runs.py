@@ -31,6 +31,11 @@ def is_finished(run: Path) -> bool:
     return (run / "trainer_state.json").is_file()
 
 
+def holds_a_run(run: Path) -> bool:
+    """Tell whether a folder holds anything that training has saved."""
+    return bool(checkpoints(run)) or is_finished(run) or (run / "adapter_config.json").is_file()
+
+
 def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
     """See to it that a new run does not silently continue, skip or spoil an old one.
 
@@ -48,14 +53,13 @@ def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool)
             resume, or the checkpoint is another model's.
     """
     saved = checkpoints(run)
-    holds_a_run = bool(saved) or is_finished(run) or (run / "adapter_config.json").is_file()
     if resume:
         if not saved:
             raise McpLoraError(f"{run} holds no checkpoint to resume from: mcp-lora train")
         _check_same_run(run, config)
         _check_unfinished(run, config)
         return saved[-1]
-    if holds_a_run and not overwrite:
+    if holds_a_run(run) and not overwrite:
         what = "a finished run" if is_finished(run) else f"a run's {saved[-1].name if saved else 'adapter'}"
         raise McpLoraError(
             f"{run} holds {what}: go on with it (mcp-lora train --resume), replace it "
@@ -67,14 +71,27 @@ def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool)
 def put_aside(run: Path) -> Path | None:
     """Move an old run to NAME.previous, in place of the one that was put aside before it.
 
-    A checkpoint is never lost to a new run that fails. Returns where it is now.
+    A checkpoint is never lost to a new run that fails: a folder where nothing was saved stays.
+
+    Returns:
+        Where the old run is now, or None if there was none.
+
+    Raises:
+        McpLoraError: NAME.previous is something else, or the folder cannot be moved.
     """
-    if not run.exists() or not any(run.iterdir()):
+    if not holds_a_run(run):
         return None
     previous = run.with_name(run.name + ".previous")
-    if previous.exists():
-        shutil.rmtree(previous)
-    return run.rename(previous)
+    if previous.exists() and not holds_a_run(previous):
+        raise McpLoraError(f"{previous} is no run, and in the way: mcp-lora train --output OTHER_FOLDER")
+    try:
+        if previous.exists():
+            shutil.rmtree(previous)
+        return run.rename(previous)
+    except OSError as error:
+        raise McpLoraError(
+            f"{run} cannot be moved ({error.strerror}): mcp-lora train --output OTHER_FOLDER"
+        ) from None
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> Path:
@@ -168,8 +185,14 @@ def _check_unfinished(run: Path, config: Mapping[str, Any]) -> None:
     if not is_finished(run):
         return
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
-    if state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6:
+    steps = config.get("max_steps", -1)  # wins over the epochs where it is positive
+    if steps > 0:
+        done, more = state["global_step"] >= steps, f"max_steps={2 * steps}"
+    else:
+        done = state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6
+        more = f"num_train_epochs={state['epoch'] + 1:g}"
+    if done:
         raise McpLoraError(
-            f"{run} holds a finished run ({state['epoch']:g} epochs), there is nothing to resume: "
-            f"mcp-lora train --resume num_train_epochs={state['epoch'] + 1:g}, or --overwrite"
+            f"{run} holds a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), there "
+            f"is nothing to resume: mcp-lora train --resume {more}, or --overwrite"
         )

@@ -182,6 +182,25 @@ def test_other_data_is_converted_even_if_it_is_older(tmp_path: Path) -> None:
     assert stats and stats["read"] == 1
 
 
+def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU box that got the converted data alone, and has an older sample."""
+    monkeypatch.chdir(tmp_path)
+    source = write_json(Path("data/filtered/filtered_20250101_000000.json"), [record("mine")])
+    convert([], Path("out"))
+    convert([source], Path("named"))
+    source.unlink()
+    assert refresh(None, Path("out")) is None
+    assert refresh(None, Path("named")) is None
+    sample = write_json(Path("data/filtered/filtered_sample.json"), [record("sample")])
+    os.utime(sample, (1, 1))
+    assert refresh(None, Path("out")) is None
+    newer = write_json(Path("data/filtered/filtered_20260101_000000.json"), [record("newer")])
+    later = Path("out/stats.json").stat().st_mtime + 10
+    os.utime(newer, (later, later))
+    stats = refresh(None, Path("out"))
+    assert stats and stats["files"] == [str(newer)]
+
+
 def test_a_dataset_of_another_make_is_not_written_over(tmp_path: Path) -> None:
     write_json(tmp_path / "dataset_info.json", {})
     with pytest.raises(McpLoraError, match="did not make"):

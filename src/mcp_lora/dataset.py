@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.errors import McpLoraError
-from mcp_lora.readers import newest_filtered, read_filtered, read_rows
+from mcp_lora.readers import FILTERED, FILTERED_FOLDER, newest_filtered, read_filtered, read_rows
 from mcp_lora.records import Example, Rejected, Tool, ToolCall
 
 TRAIN, TEST = "mcp_train", "mcp_test"
@@ -105,7 +105,8 @@ def refresh(data: Path | None, out: Path) -> dict[str, Any] | None:
     """Convert again where the data is newer than the conversion in `out`.
 
     The candidates, held-out share and seed of the last conversion are kept. Without `data` its
-    inputs are too, or the newest filtered data again if none were named.
+    inputs are too, or the newest filtered data again if none were named. A conversion whose data
+    is gone stands, unless there is newer data: it may be all that was copied to this machine.
 
     Returns:
         The statistics of a new conversion, or None where the old one is good.
@@ -116,10 +117,12 @@ def refresh(data: Path | None, out: Path) -> dict[str, Any] | None:
         old = json.loads(done.read_text(encoding="utf-8"))
         settings = old["settings"]
         inputs = [data] if data else [Path(name) for name in settings["inputs"]]
-        files = inputs or [newest_filtered()]
-        missing = [file for file in files if not file.is_file()]
-        fresh = not missing and done.stat().st_mtime >= max(file.stat().st_mtime for file in files)
-        if [str(file) for file in files] == old["files"] and fresh:
+        files = inputs
+        if not inputs and any(FILTERED_FOLDER.glob(FILTERED)):
+            files = [newest_filtered()]
+        gone = not data and not all(Path(name).is_file() for name in old["files"])
+        newer = any(file.stat().st_mtime > done.stat().st_mtime for file in files if file.is_file())
+        if not newer and (gone or [str(file) for file in files] == old["files"]):
             return None
     elif (out / "dataset_info.json").is_file():
         raise McpLoraError(

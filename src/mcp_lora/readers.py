@@ -26,6 +26,7 @@ from mcp_lora.errors import McpLoraError
 from mcp_lora.records import Example, Rejected, Tool, ToolCall
 
 FILTERED_FOLDER = Path("data/filtered")
+FILTERED = "filtered_*.json"
 SAMPLE = "filtered_sample.json"
 
 
@@ -38,7 +39,7 @@ def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
     Raises:
         McpLoraError: the folder holds no such file.
     """
-    files = list(folder.glob("filtered_*.json"))
+    files = list(folder.glob(FILTERED))
     if not files:
         raise McpLoraError(
             f"no filtered_*.json in {folder}: put your data there, or name it: mcp-lora convert FILE"

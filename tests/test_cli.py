@@ -80,6 +80,13 @@ def test_an_old_run_is_pointed_out_before_anything_is_done(
     assert not Path("data/llama_factory").exists()
 
 
+def test_data_for_another_dataset_is_not_ignored(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    said = fail(capsys, "train", "--model", str(tiny_model), "--data", "x.json", "dataset=other")
+    assert "--data is converted into the dataset mcp_train, but dataset is other" in said
+
+
 def test_an_export_over_something_or_from_a_quantised_base_is_refused(
     capsys: pytest.CaptureFixture[str], tiny_model: Path
 ) -> None:

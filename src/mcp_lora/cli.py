@@ -83,8 +83,8 @@ def train(
         return
     if statistics := training.refresh_data(plan.config, data):
         _print_statistics(statistics, Path(plan.config["dataset_dir"]))
-    else:
-        say(f"the data in {plan.config.get('dataset_dir')} is up to date")
+    elif plan.config.get("dataset") == dataset.TRAIN:
+        say(f"the data in {plan.config['dataset_dir']} is up to date")
     if overwrite and plan.leads and (previous := runs.put_aside(plan.run)):
         say(f"the run that was in {plan.run} is now in {previous}")
     say(f"training; the configuration is in {plan.run / 'run.yaml'}")

@@ -135,14 +135,12 @@ def resolve(
         notes.append("no CUDA device: training on the CPU")
     if config.get("deepspeed") and not machine.deepspeed:
         del config["deepspeed"]
-        notes.append("DeepSpeed is not installed: training without it (the same as its ZeRO-0)")
+        notes.append("DeepSpeed is not installed: training without it (for ZeRO-0 the same)")
     for key in _PATHS:
         # A hub id looks like a path but is none; what does not exist stays as it was given.
         value = config.get(key)
-        if isinstance(value, str) and (key == "output_dir" or Path(value).expanduser().exists()):
+        if isinstance(value, str) and (key.endswith("_dir") or Path(value).expanduser().exists()):
             config[key] = str(Path(value).expanduser().absolute())
-    if isinstance(config.get("dataset_dir"), str):
-        config["dataset_dir"] = str(Path(config["dataset_dir"]).expanduser().absolute())
     return config, notes
 
 

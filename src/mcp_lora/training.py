@@ -89,10 +89,19 @@ def refresh_data(config: dict[str, Any], data: Path | None) -> dict[str, Any] | 
 
     Returns:
         The statistics of a new conversion, or None where there was nothing to do.
+
+    Raises:
+        McpLoraError: the data cannot be read, the folder cannot be written, or `data` is given for
+            a dataset that is not ours.
     """
     import filelock
 
     if config.get("dataset") != dataset.TRAIN:
+        if data:
+            raise McpLoraError(
+                f"--data is converted into the dataset {dataset.TRAIN}, but dataset is "
+                f"{config.get('dataset')}: mcp-lora train --data {data} dataset={dataset.TRAIN}"
+            )
         return None
     folder = Path(config["dataset_dir"])
     try:

@@ -14,7 +14,8 @@ if [ "${1:-}" = demo ]; then
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
     export CUDA_VISIBLE_DEVICES=
     echo "== 1/3 convert: the shipped sample, 2 candidate tools a question, 12 % held out"
-    mcp-lora convert data/filtered/filtered_sample.json --out data/demo --candidates 2 --test 0.12
+    mcp-lora convert data/filtered/filtered_sample.json --out data/demo --candidates 2 --test 0.12 \
+        --model embedded --config train_configs/demo.yaml
     echo "== 2/3 train: SmolLM2-135M-Instruct on the CPU, about ten minutes"
     mcp-lora train --config train_configs/demo.yaml --model embedded --overwrite
     echo "== 3/3 eval: the held-out questions, put to the base model and to the adapter"

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 
+from mcp_lora import catalogue as catalogues
+from mcp_lora import files
+from mcp_lora.catalogue import Catalogue
 from mcp_lora.embedded import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 SAMPLE = ROOT / "data" / "filtered" / "filtered_sample.json"
+SHAPES = ROOT / "tests" / "shapes"
 BIN = Path(sys.executable).parent
 
 
@@ -38,6 +42,12 @@ def write_json(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def catalogue_of(*places: Path) -> Catalogue:
+    catalogue = Catalogue()
+    catalogues.load(files.find(list(places)), catalogue)
+    return catalogue
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +87,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(shape).save_pretrained(folder)
     return folder
+
+
+def preprocessed(
+    folder: Path, model: Path, template: str, tool_format: str | None, cutoff_len: int
+) -> list[dict[str, Any]]:
+    """What LLaMA-Factory's own loading and preprocessing make of the dataset mcp_train in a folder."""
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments, ModelArguments, TrainingArguments
+    from transformers import AutoTokenizer
+
+    data_args = DataArguments(
+        template=template,
+        tool_format=tool_format,
+        dataset="mcp_train",
+        dataset_dir=str(folder),
+        cutoff_len=cutoff_len,
+        preprocessing_num_workers=1,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rendered = get_template_and_fix_tokenizer(tokenizer, data_args)
+    training_args = TrainingArguments(output_dir=str(folder / "out"), use_cpu=True, do_train=True)
+    model_args = ModelArguments(model_name_or_path=str(model))
+    module = get_dataset(rendered, model_args, data_args, training_args, "sft", tokenizer=tokenizer)
+    return list(module["train_dataset"])
 
 
 def make_project(folder: Path) -> Path:

@@ -31,7 +31,7 @@ def fail(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["convert", "nowhere.json"], "nowhere.json cannot be read"),
+        (["convert", "nowhere.json"], "no data in nowhere.json"),
         (["train", "lora_rank"], "not of the form key=value: lora_rank"),
         (["train", "--config", "nowhere.yaml"], "mcp-lora train --config FILE"),
         (["train", "lora_rang=3", "zzz=1"], "no key lora_rang (did you mean lora_rank?); LLaMA-Factory"),
@@ -106,16 +106,88 @@ def test_an_evaluation_wants_held_out_questions(capsys: pytest.CaptureFixture[st
     assert "mcp-lora convert --test 0.1" in fail(capsys, "eval", "outputs/one")
 
 
-def test_convert_prints_the_sums(capsys: pytest.CaptureFixture[str], project: Path) -> None:
-    source = write_json(project / "rows.json", [record(), record(function_call={}), "text"])
-    main_ok(["convert", str(source)])
-    lines = capsys.readouterr().err.splitlines()
-    assert "read 3 rows of" in lines[0] and "1 to train on + 0 held out + 2 rejected" in lines[0]
-    assert sorted(lines[1:]) == [
-        "mcp-lora:   rejected 1 × no call (see data/llama_factory/rejected.jsonl)",
-        "mcp-lora:   rejected 1 × not a JSON object (see data/llama_factory/rejected.jsonl)",
+def rows_with_faults(project: Path) -> str:
+    return str(write_json(project / "rows.json", [record(), record(function_call={}), "text"]))
+
+
+def table_rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+
+
+def test_convert_prints_the_account(capsys: pytest.CaptureFixture[str], project: Path) -> None:
+    main_ok(["convert", rows_with_faults(project)])
+    shown = capsys.readouterr()
+    assert table_rows(shown.out) == [
+        ["rows.json", "filtered", "2", "0", "1", "1 no-call"],
+        ["rows.json", "?", "1", "0", "0", "1 unknown-shape"],
     ]
-    assert json.loads(Path("data/llama_factory/stats.json").read_text())["read"] == 3
+    assert "read 3 rows = 1 in mcp_train + 2 rejected; 1 tools of 1 servers" in shown.err
+    assert "data/llama_factory/rejected.jsonl" in shown.err
+    assert "too little data for mcp_test_seen" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ([], 0),
+        (["--strict"], 1),
+        (["--max-rejects", "1"], 1),
+        (["--max-rejects", "2"], 0),
+        (["--max-rejects", "50%"], 1),
+        (["--max-rejects", "66.7%"], 0),
+        (["--max-rejects", "many"], 2),
+    ],
+)
+def test_rejections_can_be_bounded(
+    capsys: pytest.CaptureFixture[str], project: Path, words: list[str], code: int
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", rows_with_faults(project), *words])
+    assert (caught.value.code or 0) == code
+    if code == 1:
+        assert "2 of 3 rows were rejected" in capsys.readouterr().err
+        assert Path("data/llama_factory/rejected.jsonl").read_text()
+
+
+def test_a_conversion_for_a_model_shows_its_lengths(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    main_ok(["convert", "--model", str(tiny_model)])
+    shown = capsys.readouterr()
+    bars = [line for line in shown.out.splitlines() if "█" in line]
+    statistics = json.loads(Path("data/llama_factory/stats.json").read_text())
+    assert sum(int(bar.split()[-1]) for bar in bars) == statistics["written"]["mcp_train"]
+    assert (
+        f"median {statistics['lengths']['median']}" in shown.err and "padding of a batch of 16" in shown.err
+    )
+
+
+def test_inspect_shows_a_sample_as_the_engine_sees_it(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    main_ok(["convert"])
+    sample = json.loads(Path("data/llama_factory/mcp_train_data.json").read_text())[1]
+    capsys.readouterr()
+    main_ok(["inspect", "2", "--model", str(tiny_model)])
+    shown = capsys.readouterr()
+    question, call = (turn["value"] for turn in sample["conversations"])
+    assert f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<tool_call>" in shown.out
+    assert json.loads(call)["name"] in shown.out and "trained on" in shown.err
+    main_ok(["inspect", "2", "--model", str(tiny_model), "--ids"])
+    ids = capsys.readouterr().out.split()
+    assert all(map(str.isdecimal, ids)) and f"{len(ids)} tokens" in shown.err
+    assert "fewer than 999" in fail(capsys, "inspect", "999", "--model", str(tiny_model))
+    assert "not nowhere" in fail(capsys, "inspect", "--split", "nowhere", "--model", str(tiny_model))
+
+
+def test_inspect_says_what_the_engine_would_cut(
+    capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
+) -> None:
+    main_ok(["convert"])
+    recipe = project / "train_configs/lora_config.yaml"
+    recipe.write_text(recipe.read_text().replace("cutoff_len: 4096", "cutoff_len: 500"))
+    main_ok(["inspect", "--model", str(tiny_model)])
+    assert "CUT by the engine" in capsys.readouterr().err
 
 
 def test_a_traceback_comes_on_request(

@@ -105,7 +105,7 @@ def test_an_evaluation_judges_both_models(project: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "held-out questions" in done.stdout and "right tool" in done.stdout
     metrics = json.loads((project / "outputs/mcp_lora/eval/metrics.json").read_text())
-    questions = json.loads((project / "data/llama_factory/mcp_test_data.json").read_text())
+    questions = json.loads((project / "data/llama_factory/mcp_test_seen.json").read_text())
     assert metrics["base"]["count"] == metrics["adapter"]["count"] == len(questions)
 
 

@@ -2,10 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, preprocessed
 
 from mcp_lora import engine
-from mcp_lora.dataset import convert
+from mcp_lora.dataset import Settings, convert
 from mcp_lora.records import ToolCall
 
 
@@ -53,26 +53,12 @@ def test_the_engine_trains_on_the_call_alone_and_loses_no_sample(
     tmp_path: Path, tiny_model: Path, template: str, tool_format: str | None
 ) -> None:
     """The engine's own loading, conversion and tokenizing of a converted file."""
-    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-    from llamafactory.hparams import DataArguments, ModelArguments, TrainingArguments
     from transformers import AutoTokenizer
 
-    stats = convert([SAMPLE], tmp_path, candidates=3)
-    data_args = DataArguments(
-        template=template,
-        tool_format=tool_format,
-        dataset="mcp_train",
-        dataset_dir=str(tmp_path),
-        cutoff_len=8192,
-        preprocessing_num_workers=1,
-    )
+    stats = convert(Settings([str(SAMPLE)], candidates=3), tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rendered = get_template_and_fix_tokenizer(tokenizer, data_args)
-    training_args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, do_train=True)
-    model_args = ModelArguments(model_name_or_path=str(tiny_model))
-    module = get_dataset(rendered, model_args, data_args, training_args, "sft", tokenizer=tokenizer)
-    rows = list(module["train_dataset"])
-    assert len(rows) == stats["train"]
+    rows = preprocessed(tmp_path, tiny_model, template, tool_format, cutoff_len=8192)
+    assert len(rows) == stats["written"]["mcp_train"]
     source = json.loads((tmp_path / "mcp_train_data.json").read_text(encoding="utf-8"))
     for row, sample in zip(rows, source, strict=True):
         call = json.loads(sample["conversations"][1]["value"])

@@ -1,96 +1,193 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from conftest import SHARED, record, write_json
+from conftest import SHAPES, SHARED, catalogue_of, record, write_json
 
+from mcp_lora import readers
+from mcp_lora.catalogue import Catalogue
 from mcp_lora.errors import McpLoraError
-from mcp_lora.readers import newest_filtered, read_filtered
-from mcp_lora.records import Example, Rejected, Tool, ToolCall
+from mcp_lora.readers import newest_filtered
+from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Rejected, Tool, ToolCall, Turn
 
 
-def test_a_record_becomes_an_example(tmp_path: Path) -> None:
-    file = write_json(tmp_path / "one.json", [record("  Add 1 and 2. ")])
-    (example,) = read_filtered(file)
-    assert isinstance(example, Example)
-    assert example.instruction == "Add 1 and 2."
-    schema = {"type": "object", "properties": {"a": {"type": "number"}}}
-    assert example.tool == Tool("everything", "get-sum", "Does get-sum", schema)
-    assert example.call == ToolCall("get-sum", {"a": 1})
-    assert (example.file, example.row) == (str(file), 1)
+def contents(file: Path, shape: str | None = None) -> list[Content | Rejected]:
+    return [content for _, content in readers.read(file, catalogue_of(SHAPES / "tools"), shape)]
+
+
+def of(shape: str) -> list[Any]:
+    (file,) = (SHAPES / "rows").glob(f"{shape}.*")
+    return contents(file)
+
+
+@pytest.mark.parametrize("shape", readers.SHAPES)
+def test_a_shape_is_known_by_its_keys(shape: str) -> None:
+    (file,) = (SHAPES / "rows").glob(f"{shape}.*")
+    assert {origin.shape for origin, _ in readers.read(file, Catalogue())} == {shape}
+
+
+def test_filtered() -> None:
+    first = of("filtered")[0]
+    assert first.turns == [
+        Turn(USER, "What is 128 * 46?"),
+        Turn(CALL, "", (ToolCall("calculate", {"expression": "128 * 46"}),)),
+    ]
+    schema = {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}
+    assert first.tools == [Tool("office", "calculate", "Evaluates an arithmetic expression", schema)]
+
+
+def test_a_row_without_a_schema_gets_it_from_the_catalogue() -> None:
+    search, clock, missing = of("function_call")
+    assert [tool.server for tool in search.tools + clock.tools] == ["web", "office"]
+    assert clock.turns[0].text == ": What time is it in Lima?"  # cleaned later
+    assert missing.reason == "not-in-catalogue" and "translate" in missing.sentence
+
+
+def test_trajectory_results_are_their_text() -> None:
+    first = of("trajectory")[0]
+    assert [turn.role for turn in first.turns] == [USER, CALL, RESULT]
+    assert first.turns[2].text == "14:05"
+    assert first.tools[0].name == "get_time"
+
+
+def test_mcp_flow_test_files() -> None:
+    first = of("mcp_flow_test")[0]
+    assert first.turns[1].calls == (ToolCall("calculate", {"expression": "19 + 21 + 44"}),)
+    assert [(tool.server, tool.name) for tool in first.tools] == [
+        ("office", "calculate"),
+        ("office", "get_time"),
+    ]
+
+
+def test_openai_with_parallel_calls_and_without_any() -> None:
+    parallel, none, broken = of("openai")
+    assert parallel.system == "You are a desk clerk."
+    assert [call.arguments["place"] for call in parallel.turns[1].calls] == ["Rome", "Quito"]
+    assert [turn.role for turn in parallel.turns] == [USER, CALL, RESULT, RESULT, ANSWER]
+    assert [turn.role for turn in none.turns] == [USER, ANSWER] and len(none.tools) == 2
+    assert broken.reason == "bad-json"
+
+
+def test_sharegpt_and_hermes() -> None:
+    plain, hermes, _ = of("sharegpt")
+    assert plain.turns[1].calls[0].name == "convert-unit"
+    assert hermes.turns[1].calls == (ToolCall("calculate", {"expression": "3.5 * 8"}),)
+    assert hermes.turns[2] == Turn(RESULT, "28")
+    assert hermes.cleaned == ["text-beside-call"]
+
+
+def test_xlam_parameters_become_a_schema() -> None:
+    first, parallel, _ = of("xlam")
+    assert first.tools[0].parameters == {
+        "type": "object",
+        "properties": {
+            "customer": {"type": "string", "description": "Whose"},
+            "limit": {"type": "integer", "description": "How many", "default": 10},
+            "tags": {"type": "array", "description": "With which tags"},
+        },
+        "required": ["customer"],
+    }
+    assert len(parallel.turns[1].calls) == 2
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("written", "kind"),
     [
-        ("one.json", json.dumps(record())),
-        ("list.json", json.dumps([record()])),
-        ("bom.json", "\ufeff" + json.dumps([record()])),
-        ("lines.jsonl", json.dumps(record()) + "\n\n"),
-        # U+2028 breaks lines for str.splitlines, but not in JSON
-        ("separator.jsonl", json.dumps(record("a\u2028b"), ensure_ascii=False)),
+        ("Optional[str]", "string"),
+        ("Dict[str, int]", "object"),
+        ("float, optional", "number"),
+        ("Tuple[int, int]", "array"),
+        ("string", "string"),
+        ("Callable[[float], float]", None),
+        ("Union[int, str]", None),
+        (None, None),
     ],
 )
-def test_every_container_is_read(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    assert [type(row) for row in read_filtered(tmp_path / name)] == [Example]
+def test_a_python_type_becomes_a_schemas(written: str | None, kind: str | None) -> None:
+    schema = readers._flat_schema({"p": {"type": written}})
+    assert schema["properties"]["p"].get("type") == kind
+
+
+def test_toucan_calls_are_python_literals() -> None:
+    parallel, irrelevant, broken = of("toucan")
+    assert [call.arguments["query"] for turn in parallel.turns for call in turn.calls] == [
+        "tides Brest",
+        "tides Cork",
+    ]
+    assert [turn.role for turn in irrelevant.turns] == [USER, ANSWER]
+    assert broken.reason == "bad-json"
+
+
+def test_a_literal_is_never_run() -> None:
+    row = {
+        "question": "q",
+        "tools": "[]",
+        "messages": json.dumps([{"role": "tool_call", "content": "__import__('os').abort()"}]),
+    }
+    with pytest.raises(readers.Fault, match="neither JSON nor a Python literal"):
+        readers.SHAPES["toucan"](row, lambda name: pytest.fail(name))
+
+
+def test_toolmind_arguments_are_a_string_or_an_object() -> None:
+    one, two, _ = of("toolmind")
+    assert one.turns[1].calls[0].arguments == {"expression": "17 ** 2"}
+    assert two.turns[1].calls[0].arguments == {"expression": "18 ** 2"}
+
+
+def test_the_same_rows_from_parquet(tmp_path: Path) -> None:
+    source = json.loads((SHAPES / "rows/toucan.json").read_text(encoding="utf-8"))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(source), tmp_path / "toucan.parquet")
+    good = contents(tmp_path / "toucan.parquet")[:2]
+    assert good == of("toucan")[:2]
+
+
+def test_a_shape_can_be_forced(tmp_path: Path) -> None:
+    file = write_json(tmp_path / "rows.json", {"query": "q", "answers": [], "messages": [], "tools": []})
+    (found,) = contents(file, "openai")
+    assert isinstance(found, Content)
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ("text", "not a JSON object"),
-        (record(instruction=" "), "no instruction"),
-        (record(tool_info={}), "no tool"),
-        (record(tool_info={"tool_name": "get-sum"}), "the tool has no input schema"),
-        (
-            record(tool_info={"tool_name": "get-sum", "input_schema": {"properties": None}}),
-            "the tool has no input schema",
-        ),
-        (record(function_call={}), "no call"),
-        (record(function_call={"name": "other", "arguments": {}}), "the call names another tool"),
-        (
-            record(function_call={"name": "get-sum", "arguments": "{}"}),
-            "the call's arguments are not an object",
-        ),
-        (record(instruction="half a pair: \ud83d"), "a text or a number that is not JSON"),
-        (
-            record(function_call={"name": "get-sum", "arguments": {"a": float("inf")}}),
-            "a text or a number that is not JSON",
-        ),
+        ("text", "unknown-shape"),
+        ({"rows": 1}, "unknown-shape"),
+        (record(instruction=None), "no-instruction"),
+        (record(tool_info={}), "no-tool"),
+        (record(tool_info={"tool_name": "get-sum"}), "no-schema"),
+        (record(tool_info={"tool_name": "get-sum", "input_schema": {"properties": None}}), "no-schema"),
+        (record(function_call={}), "no-call"),
+        (record(function_call=None), "no-call"),
+        (record(function_call={"name": "get-sum", "arguments": [1]}), "bad-arguments"),
+        ([{"role": "user", "content": "Hello"}], "no-call"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "bad-message"),
+        ({"messages": [{"role": "user", "content": {"x": 1}}]}, "bad-message"),
+        ({"messages": "x"}, "bad-message"),
+        ({"conversations": [{"from": "gpt", "value": "<functioncall> {}"}]}, "no-call"),
+        ({"query": "q", "answers": "[]", "tools": "[]"}, "no-call"),
     ],
 )
 def test_a_faulty_row_is_rejected_where_it_stands(tmp_path: Path, row: object, reason: str) -> None:
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps([record(), row]))
-    assert list(read_filtered(file))[1] == Rejected(str(file), 2, reason, row)
+    file = write_json(tmp_path / "rows.json", [record(), row])
+    _, (origin, rejected) = readers.read(file, Catalogue())
+    assert isinstance(rejected, Rejected) and rejected.reason == reason and rejected.sentence
+    assert (origin.file, origin.row, origin.record) == (str(file), 2, row)
 
 
-def test_a_broken_line_costs_that_line_alone(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"broken\n' + json.dumps(record()) + "\n", encoding="utf-8")
-    broken, good = read_filtered(file)
-    assert broken == Rejected(str(file), 1, "not a JSON object", '{"broken')
-    assert isinstance(good, Example)
+def test_a_catalogue_among_the_data_is_pointed_at() -> None:
+    (found,) = contents(SHAPES / "tools/office.json")
+    assert isinstance(found, Rejected) and "--tools" in found.sentence
 
 
 def test_a_tool_without_properties_gets_an_empty_set(tmp_path: Path) -> None:
     info = {"tool_name": "get-sum", "tool_description": None, "input_schema": {}}
-    call = {"name": "get-sum", "arguments": {}}
-    file = write_json(tmp_path / "row.json", record(tool_info=info, function_call=call))
-    (example,) = read_filtered(file)
-    assert isinstance(example, Example)
-    assert example.tool.parameters == {"type": "object", "properties": {}}
-    assert example.tool.description == ""
-
-
-@pytest.mark.parametrize("content", [b"{oops", b"\xff\xfe\x00"])
-def test_what_is_not_json_names_the_file(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "bad.json").write_bytes(content)
-    with pytest.raises(McpLoraError, match=r"bad\.json .*mcp-lora convert") as caught:
-        list(read_filtered(tmp_path / "bad.json"))
-    assert "\n" not in str(caught.value)
+    (found,) = contents(write_json(tmp_path / "row.json", record(tool_info=info)))
+    assert isinstance(found, Content)
+    assert found.tools == [Tool("everything", "get-sum", "", {"type": "object", "properties": {}})]
 
 
 def test_the_newest_file_goes_by_the_date_in_its_name(tmp_path: Path) -> None:
@@ -115,9 +212,8 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the third-party data is not here")
 def test_real_files_are_read_to_the_last_row() -> None:
-    rows = {file.name: list(read_filtered(file)) for file in (SHARED / "filtered").glob("*.json")}
-    assert {name: len(found) for name, found in rows.items()} == {
-        "filtered_20251113_175326.json": 5,
-        "模板.json": 1,
+    counts = {
+        file.name: sum(isinstance(content, Content) for content in contents(file))
+        for file in (SHARED / "filtered").glob("*.json")
     }
-    assert all(isinstance(row, Example) for found in rows.values() for row in found)
+    assert counts == {"filtered_20251113_175326.json": 5, "模板.json": 1}

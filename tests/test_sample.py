@@ -11,16 +11,22 @@ import pytest
 import yaml
 from conftest import ROOT, SAMPLE
 
-from mcp_lora.readers import read_filtered
-from mcp_lora.records import Example
+from mcp_lora import readers
+from mcp_lora.catalogue import Catalogue
+from mcp_lora.checks import check
+from mcp_lora.records import Content
 
 RECORDS: list[dict[str, Any]] = json.loads(SAMPLE.read_text(encoding="utf-8"))
 
 
 def test_every_record_is_usable() -> None:
-    rows = list(read_filtered(SAMPLE))
-    assert all(isinstance(row, Example) for row in rows)
-    assert 270 <= len(rows) <= 330
+    catalogue = Catalogue()
+    rows = [content for _, content in readers.read(SAMPLE, catalogue)]
+    for row in rows:
+        assert isinstance(row, Content)
+        check(row, catalogue, whole=False, max_observation=1)
+        assert not row.cleaned
+    assert 270 <= len(rows) <= 330 and not catalogue.broken
 
 
 def test_servers_tools_and_languages() -> None:

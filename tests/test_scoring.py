@@ -18,7 +18,14 @@ EXPECTED = ToolCall("get-sum", {"a": 1, "b": [True]})
     ],
 )
 def test_an_answer_is_judged(predicted: list[ToolCall], verdict: Verdict) -> None:
-    assert judge(EXPECTED, predicted) == verdict
+    assert judge([EXPECTED], predicted) == verdict
+
+
+def test_parallel_calls_are_right_in_any_order() -> None:
+    one, two = ToolCall("get-sum", {"a": 1}), ToolCall("get-sum", {"a": 2})
+    assert judge([one, two], [two, one]) == Verdict(True, True, True)
+    assert judge([one, two], [one, one]) == Verdict(True, True, False)
+    assert judge([one, two], [one]) == Verdict(True, False, False)
 
 
 def test_shares_are_over_all_answers() -> None:

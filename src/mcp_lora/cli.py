@@ -1,17 +1,23 @@
 """The command line: it parses, composes the other modules and prints. Nothing else does."""
 
 import os
+import re
 import signal
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, engine, launch, runs, training
+from mcp_lora import dataset, embedded, engine, launch, lengths, readers, runs, training
 from mcp_lora.errors import McpLoraError
 from mcp_lora.runs import DEFAULT
 
@@ -19,9 +25,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Tune a language model to call MCP tools: convert, train, eval, chat, export.",
+    help="Tune a language model to call MCP tools: convert, inspect, train, eval, chat, export.",
 )
 
+Shape = StrEnum("Shape", list(readers.SHAPES))  # type: ignore[misc]  # the names are known at run time
 Run = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")]
 Checkpoint = Annotated[
     str | None,
@@ -32,23 +39,105 @@ Checkpoint = Annotated[
 @app.command()
 def convert(
     inputs: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
             metavar="[INPUT]...",
-            help="Filtered MCP data, .json or .jsonl. [default: the newest data/filtered/filtered_*.json]",
+            help="Tool-call data: files (.json, .jsonl, .jsonl.gz, .parquet), folders, globs. "
+            "[default: the newest data/filtered/filtered_*.json]",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = dataset.FOLDER,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(help="A tool catalogue, file or folder; may be repeated.", metavar="PATH"),
+    ] = None,
+    format: Annotated[
+        Shape | None, typer.Option(help="The shape of the data, if its keys do not show it.")
+    ] = None,
+    turns: Annotated[
+        Literal["call", "all"],
+        typer.Option(help="Up to and with the first call, or the whole conversation."),
+    ] = "call",
+    max_observation: Annotated[
+        int, typer.Option(min=1, help="Characters of a tool's result; what is beyond is left out.")
+    ] = 4000,
     candidates: Annotated[
         int, typer.Option(min=1, help="Tools offered per sample, the right one included.")
     ] = 10,
+    holdout_servers: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the servers that is held out for testing.")
+    ] = 0.0,
+    holdout_tools: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the tools that is held out for testing.")
+    ] = 0.0,
     test: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the rows that is held out for testing.")
+        float, typer.Option(min=0, max=0.9, help="Share of the other rows that is held out for testing.")
     ] = 0.1,
-    seed: Annotated[int, typer.Option(help="Draws held-out rows and candidate tools.")] = 42,
+    no_call: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of extra samples without the right tool.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Decides what is held out and draws candidate tools.")] = 42,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model whose tokenizer counts: no sample gets longer than cutoff_len."),
+    ] = None,
+    config: Annotated[
+        Path, typer.Option(help="The recipe: template and cutoff_len, with --model.")
+    ] = configuration.RECIPE,
+    strict: Annotated[bool, typer.Option("--strict", help="End with 1 if a row is rejected.")] = False,
+    max_rejects: Annotated[
+        str, typer.Option(help="End with 1 if more are rejected: 5%, or a number of rows.", metavar="N")
+    ] = "100%",
 ) -> None:
-    """Turn filtered MCP data into LLaMA-Factory's dataset format."""
-    _print_statistics(dataset.convert(inputs or [], out, candidates, test, seed), out)
+    """Turn tool-call data into LLaMA-Factory's dataset format."""
+    allowed = _allowed_rejects("0" if strict else max_rejects)
+    settings = dataset.Settings(
+        inputs or [],
+        tools or [],
+        format.value if format else None,
+        turns,
+        max_observation,
+        candidates,
+        holdout_servers,
+        holdout_tools,
+        test,
+        no_call,
+        seed,
+    )
+    budget = lengths.budget(_recipe(config, model)) if model else None
+    with _progress() as progress, dataset.locked(out):
+        statistics = dataset.convert(settings, out, budget, progress)
+    _print_statistics(statistics, out)
+    rejected, read = sum(statistics["rejected"].values()), statistics["read"]
+    if rejected > allowed(read):
+        raise McpLoraError(
+            f"{rejected} of {read} rows were rejected, and {allowed(read)} may be: "
+            f"see why in {out / 'rejected.jsonl'}",
+            code=1,
+        )
+
+
+@app.command()
+def inspect(
+    row: Annotated[int, typer.Argument(min=1, help="Which sample, from 1.")] = 1,
+    split: Annotated[str, typer.Option(help="The dataset in the folder.", metavar="NAME")] = dataset.TRAIN,
+    model: Annotated[str | None, typer.Option(help="Base model: a folder, a hub id, or `embedded`.")] = None,
+    config: Annotated[
+        Path, typer.Option(help="The recipe: folder, template, cutoff_len.")
+    ] = configuration.RECIPE,
+    data: Annotated[
+        Path | None, typer.Option("--from", help="The dataset's folder, if not the recipe's.")
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the token ids.")] = False,
+) -> None:
+    """Show a sample as the engine sees it, what is trained on in another colour."""
+    recipe = _recipe(config, model)
+    folder = data or Path(recipe["dataset_dir"])
+    found = next(islice(dataset.samples(folder, split), row - 1, None), None)
+    if found is None:
+        raise McpLoraError(f"{split} in {folder} has fewer than {row} samples: mcp-lora inspect 1")
+    counter = lengths.Lengths(lengths.budget(recipe))
+    _print_sample(found, counter, ids)
 
 
 @app.command()
@@ -81,7 +170,9 @@ def train(
         typer.echo(f"# command\n{' '.join(plan.argv)}\n# environment")
         typer.echo("\n".join(f"{name}={value}" for name, value in plan.environment.items()))
         return
-    if statistics := training.refresh_data(plan.config, data):
+    with _progress() as progress:
+        statistics = training.refresh_data(plan.config, data, progress)
+    if statistics:
         _print_statistics(statistics, Path(plan.config["dataset_dir"]))
     elif plan.config.get("dataset") == dataset.TRAIN:
         say(f"the data in {plan.config['dataset_dir']} is up to date")
@@ -157,15 +248,130 @@ def _run_engine(verb: str, settings: dict[str, Any], hold_traceback: bool = Fals
         return launch.run(argv, environment, hold_traceback)
 
 
+def _recipe(config: Path, model: str | None) -> dict[str, Any]:
+    """Return the resolved configuration; an embedded model is fetched."""
+    flags = {"model_name_or_path": model}
+    machine = configuration.detect_machine()
+    recipe, _ = configuration.resolve(config, os.environ, [], flags, machine)
+    if recipe.get("model_name_or_path") == embedded.NAME:
+        recipe["model_name_or_path"] = str(embedded.ensure())
+    if problems := engine.problems(recipe):
+        raise McpLoraError(f"{'; '.join(problems)}. Mend {config} and run again")
+    return recipe
+
+
+def _allowed_rejects(text: str) -> Callable[[int], int]:
+    """Read `5%` or `20`: how many of the rows may be rejected."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+    if not found:
+        raise McpLoraError(f"--max-rejects {text}: neither a share nor a number: --max-rejects 5%")
+    number = float(found.group(1))
+    return lambda read: int(number * read / 100 if found.group(2) else number)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """Show a bar for what takes more than a second."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    start = time.monotonic()
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(doing: str, share: float) -> None:
+            if doing not in tasks and time.monotonic() - start > 1:
+                tasks[doing] = bar.add_task(doing, total=1)
+            if doing in tasks:
+                bar.update(tasks[doing], completed=share)
+
+        yield show
+
+
 def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
-    counts = statistics["train"], statistics["test"], statistics["rejected"]
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    splits = list(statistics["written"])
+    sources = statistics["sources"]
+    common = os.path.commonpath([os.path.dirname(source["file"]) for source in sources])
+    table = Table(title=f"{statistics['read']} rows of {common or '.'}", title_justify="left")
+    table.add_column("file", overflow="fold", min_width=12)
+    table.add_column("shape", no_wrap=True)
+    for column in ("read", "cleaned", *(name.removeprefix("mcp_") for name in splits)):
+        table.add_column(column.replace("_", " "), justify="right")
+    table.add_column("rejected", overflow="fold", min_width=9)
+    for source in sources:
+        why = ", ".join(f"{count} {reason}" for reason, count in source["rejected"].items())
+        counts = [source["read"], sum(source["cleaned"].values())]
+        counts += [source["written"].get(name, 0) for name in splits]
+        name = os.path.relpath(source["file"], common or ".")
+        table.add_row(*map(Text, [name, source["shape"], *map(str, counts), why or "0"]))
+    written = statistics["written"]
+    rejected = sum(statistics["rejected"].values())
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a file has room
+    console.print(table)
+    parts = [f"{count} in {name}" for name, count in written.items()]
     _say(
-        f"read {statistics['read']} rows of {', '.join(statistics['files'])}: {counts[0]} to train on "
-        f"+ {counts[1]} held out + {counts[2]} rejected; {statistics['tools']} tools of "
-        f"{statistics['servers']} servers → {out}"
+        f"read {statistics['read']} rows = {' + '.join(parts)} + {rejected} rejected; "
+        f"{statistics['tools']} tools of {statistics['servers']} servers → {out}"
     )
-    for reason, count in statistics["reasons"].items():
-        _say(f"  rejected {count} × {reason} (see {out / 'rejected.jsonl'})")
+    if rejected:
+        _say(f"why rows were rejected is in {out / 'rejected.jsonl'}")
+    for name, count in statistics["no_call_samples"].items():
+        _say(f"{count} extra samples without the right tool in {name}")
+    for what, count in statistics["cleaned"].items():
+        _say(f"cleaned: {count} × {what}")
+    for broken in statistics["broken_schemas"]:
+        _say(f"warning: the schema of {broken['tool']} is none, its calls are unchecked: {broken['problem']}")
+    for note in statistics["notes"]:
+        _say(f"warning: {note}")
+    if found := statistics["lengths"]:
+        _print_lengths(found)
+        lost, dropped = statistics["samples_that_lost_tools"], statistics["tools_dropped"]
+        _say(f"{lost} samples lost {dropped} candidate tools to fit")
+
+
+def _print_lengths(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    most = max(count for *_, count in found["histogram"])
+    width = max(10, min(50, console.width - 24))
+    for low, high, count in found["histogram"]:
+        bar = "█" * -(-count * width // most)
+        console.print(Text(f"{low:>6}–{high:<6} {bar} {count}"))
+    _say(
+        f"tokens of a sample to train on: median {found['median']}, 95 % up to {found['p95']}, max "
+        f"{found['max']}, cutoff_len {found['cutoff_len']}; padding of a batch of {found['batch_size']}: "
+        f"{found['padding']:.0%}"
+    )
+
+
+def _print_sample(sample: dict[str, Any], counter: lengths.Lengths, ids: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    encoded = counter.encode(sample)
+    for trained, run in groupby(encoded, key=lambda token: token[1]):
+        tokens = [token for token, _ in run]
+        text = " ".join(map(str, tokens)) if ids else counter.tokenizer.decode(tokens)
+        console.print(
+            Text(text, style="bold green" if trained else "dim"), end="\n" if ids else "", soft_wrap=True
+        )
+    console.print()
+    trained = sum(trained for _, trained in encoded)
+    whole = counter.count([counter.render_sample(sample)])[0]
+    cut = f", {whole - len(encoded)} CUT by the engine" if whole > len(encoded) else ""
+    _say(
+        f"{len(encoded)} tokens, {trained} of them trained on (in green){cut}; cutoff_len "
+        f"{counter.cutoff_len}, template {counter.name}"
+    )
 
 
 def _print_evaluation(evaluation: Any) -> None:

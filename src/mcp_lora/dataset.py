@@ -1,176 +1,290 @@
-r"""Turn examples into the files that LLaMA-Factory trains on.
+"""A dataset's folder: tool-call data in LLaMA-Factory's format, what it was made from, and how.
 
-A sample, in LLaMA-Factory's sharegpt format (its data/README.md; a `function_call` turn is the
-call as a JSON string, `tools` the candidate tools as a JSON string):
-
-    {"conversations": [{"from": "human", "value": "What is 128 * 46?"},
-                       {"from": "function_call",
-                        "value": "{\"name\": \"calculate\", \"arguments\": {\"expression\": …}}"}],
-     "system": "You are a helpful assistant …",
-     "tools": "[{\"name\": \"calculate\", \"description\": …, \"parameters\": …}]"}
+mcp_train_data.json         the samples to train on (see mcp_lora.samples), .jsonl above 100 MB
+mcp_test_seen.json          held-out rows of tools that are trained on
+mcp_test_unseen_tool.json   rows of held-out tools, and of held-out servers
+mcp_test_unseen_server.json
+mcp_test_no_call.json       held-out rows for which the right answer is not to call
+dataset_info.json           names and describes them for LLaMA-Factory
+rejected.jsonl              every row that could not be used
+stats.json                  the account of all rows, and the settings
 """
 
+import ctypes
+import gc
 import json
 import os
-import random
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import shutil
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mcp_lora import catalogue as catalogues
+from mcp_lora import files
+from mcp_lora.accounts import Accounts
+from mcp_lora.candidates import Split
+from mcp_lora.catalogue import Catalogue
 from mcp_lora.errors import McpLoraError
-from mcp_lora.readers import FILTERED, FILTERED_FOLDER, newest_filtered, read_filtered, read_rows
-from mcp_lora.records import Example, Rejected, Tool, ToolCall
+from mcp_lora.lengths import Lengths
+from mcp_lora.readers import FILTERED, FILTERED_FOLDER, newest_filtered
+from mcp_lora.records import ToolCall
+from mcp_lora.rows import Progress, Rows, Settings
+from mcp_lora.samples import SPLITS, TEST, TRAIN, UNSEEN_SERVER, UNSEEN_TOOL, Samples
 
-TRAIN, TEST = "mcp_train", "mcp_test"
+__all__ = [
+    "FOLDER",
+    "TEST",
+    "TRAIN",
+    "Progress",
+    "Settings",
+    "convert",
+    "locked",
+    "questions",
+    "refresh",
+    "samples",
+]
+
 FOLDER = Path("data/llama_factory")
-# Without a system message some templates render another prompt than the model's own chat
-# template does, so that the adapter would be served another prompt than it was trained on.
-SYSTEM = "You are a helpful assistant. Answer the user by calling the right tool."
 
 
 def convert(
-    inputs: list[Path],
+    settings: Settings,
     out: Path = FOLDER,
-    candidates: int = 10,
-    test: float = 0.1,
-    seed: int = 42,
+    budget: dict[str, Any] | None = None,
+    progress: Progress = lambda doing, share: None,
 ) -> dict[str, Any]:
-    """Convert filtered MCP data and return the statistics that are also in `out`/stats.json.
+    """Convert tool-call data and return the statistics that are also in `out`/stats.json.
 
-    Writes mcp_train_data.json, mcp_test_data.json (the held-out share `test`), dataset_info.json,
-    rejected.jsonl and stats.json. Every row ends in one place: `read` = `train` + `test` +
-    `rejected`. The same inputs, settings and seed give the same bytes.
+    Every row ends in one place: `read` is the sum of `written` and of `rejected`. The same inputs,
+    settings and seed give the same bytes. `out` holds the old conversion until the new one is whole.
 
     Args:
-        inputs: files to read; none means the newest data/filtered/filtered_*.json.
-        out: the folder to write into.
-        candidates: tools offered per sample, the right one included.
-        test: share of the usable rows to hold out, from 0 to below 1.
-        seed: draws what is held out, the candidate tools and their order.
+        settings: what and how.
+        out: the folder to write.
+        budget: lengths.KEYS of the run's configuration. No sample is longer than its cutoff_len
+            then; without it lengths are not known.
+        progress: is told how far it is.
 
     Raises:
-        McpLoraError: an input is not JSON or holds no usable row, or `out` cannot be written;
-            nothing has been written over then.
+        McpLoraError: there is no usable row, the tokenizer cannot be read, or `out` cannot be
+            written; nothing has been written over then.
     """
-    files = inputs or [newest_filtered()]
-    examples, rejected = [], []
-    for item in _without_duplicates(row for file in files for row in read_filtered(file)):
-        if isinstance(item, Example):
-            examples.append(item)
-        else:
-            rejected.append(item)
-    reasons = Counter(item.reason for item in rejected)
-    if not examples:
-        found = ", ".join(f"{count} × {reason}" for reason, count in reasons.items())
-        names = ", ".join(map(str, files))
+    out = Path(os.path.realpath(out))
+    if out.exists() and not out.is_dir():
+        raise McpLoraError(f"{out} is no folder: mcp-lora convert --out OTHER_FOLDER")
+    if (out / "dataset_info.json").is_file() and not (out / "stats.json").is_file():
         raise McpLoraError(
-            f"no usable row in {names} ({found or 'it is empty'}): mcp-lora convert OTHER_FILE"
+            f"{out} holds a dataset that mcp-lora did not make: mcp-lora convert --out OTHER_FOLDER, "
+            f"and mcp-lora train dataset_dir=OTHER_FOLDER"
         )
-
-    held_out = _hold_out(examples, test, seed)
-    samples = [sample(*pair) for pair in _with_candidates(examples, candidates, seed)]
-    splits = {
-        TRAIN: [row for index, row in enumerate(samples) if index not in held_out],
-        TEST: [row for index, row in enumerate(samples) if index in held_out],
-    }
-    stats = {
-        "read": len(examples) + len(rejected),
-        "train": len(splits[TRAIN]),
-        "test": len(splits[TEST]),
-        "rejected": len(rejected),
-        "reasons": dict(reasons),
-        "servers": len({example.tool.server for example in examples}),
-        "tools": len({(example.tool.server, example.tool.name) for example in examples}),
-        "settings": {
-            "inputs": [str(file) for file in inputs],
-            "candidates": candidates,
-            "test": test,
-            "seed": seed,
-        },
-        "files": [str(file) for file in files],
-    }
-    contents = {data_file(out, name).name: _dump(rows) for name, rows in splits.items()}
-    contents["dataset_info.json"] = _dump({name: _description(name) for name, rows in splits.items() if rows})
-    contents["rejected.jsonl"] = "".join(
-        json.dumps(vars(item), ensure_ascii=False) + "\n" for item in rejected
-    )
-    contents["stats.json"] = _dump(stats)  # last: its date is the conversion's
-    _write(out, contents)
+    found = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
+    lengths = Lengths(budget) if budget else None
+    collects = gc.isenabled()
+    gc.disable()  # nothing here refers to itself, and to look for that takes a fifth of the time
+    new = out.parent / f".{out.name}.new"
+    try:
+        shutil.rmtree(new, ignore_errors=True)  # what a conversion that was killed has left
+        new.mkdir(parents=True)
+        try:
+            stats = _convert(settings, found, lengths, new, progress) | {"budget": budget}
+            _dump(stats, new / "stats.json")
+            _put(new, out)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except OSError as error:
+        raise McpLoraError(
+            f"{out} cannot be written ({error.strerror}): mcp-lora convert --out OTHER_FOLDER"
+        ) from None
+    finally:
+        if collects:
+            gc.enable()
     return stats
 
 
-def refresh(data: Path | None, out: Path) -> dict[str, Any] | None:
-    """Convert again where the data is newer than the conversion in `out`.
-
-    The candidates, held-out share and seed of the last conversion are kept. Without `data` its
-    inputs are too, or the newest filtered data again if none were named. A conversion whose data
-    is gone stands, unless there is newer data: it may be all that was copied to this machine.
-
-    Returns:
-        The statistics of a new conversion, or None where the old one is good.
-    """
-    settings: dict[str, Any] = {}
-    done = out / "stats.json"
-    if done.is_file():
-        old = json.loads(done.read_text(encoding="utf-8"))
-        settings = old["settings"]
-        inputs = [data] if data else [Path(name) for name in settings["inputs"]]
-        files = inputs
-        if not inputs and any(FILTERED_FOLDER.glob(FILTERED)):
-            files = [newest_filtered()]
-        gone = not data and not all(Path(name).is_file() for name in old["files"])
-        newer = any(file.stat().st_mtime > done.stat().st_mtime for file in files if file.is_file())
-        if not newer and (gone or [str(file) for file in files] == old["files"]):
-            return None
-    elif (out / "dataset_info.json").is_file():
+def _convert(
+    settings: Settings, found: list[Path], lengths: Lengths | None, new: Path, progress: Progress
+) -> dict[str, Any]:
+    catalogue = Catalogue()
+    tool_files = files.find([Path(name) for name in settings.tools])
+    notes = catalogues.load(tool_files, catalogue)
+    rows = Rows(new / "rows", catalogue, settings)
+    with Accounts(new / "rejected.jsonl") as accounts:
+        rows.read(found, accounts, lengths, progress)
+        if not rows.count:
+            raise _unusable(accounts, found)
+        split = Split(settings.holdout_servers, settings.holdout_tools, settings.test, settings.seed)
+        split = split.within(rows.kept)
+        writer = Samples(new, catalogue, split, settings.candidates, settings.no_call)
+        writer.write(rows, accounts, lengths, progress)
+        accounts.write_late()
+    (new / "rows").unlink()
+    written = writer.finish()
+    if TRAIN not in written:
         raise McpLoraError(
-            f"{out} holds a dataset that mcp-lora did not make: mcp-lora train dataset_dir=OTHER_FOLDER"
+            f"of {rows.count} usable rows none is left to train on: hold out less, with mcp-lora "
+            f"convert --test, --holdout-tools and --holdout-servers"
         )
-    else:
-        inputs = [data] if data else []
-    return convert(inputs, out, **{k: v for k, v in settings.items() if k != "inputs"})
-
-
-def sample(example: Example, candidates: list[Tool]) -> dict[str, Any]:
-    """Return one sample in LLaMA-Factory's sharegpt format (see above)."""
-    call = {"name": example.call.name, "arguments": example.call.arguments}
-    tools = [
-        {
-            "name": tool.name,
-            "description": tool.description,
-            # The schema's own dialect tells a model nothing; hosts leave it out too.
-            "parameters": {key: value for key, value in tool.parameters.items() if key != "$schema"},
-        }
-        for tool in candidates
+    shares = (settings.test, settings.holdout_tools, settings.holdout_servers)
+    notes += [
+        f"too little data for {name}, it is left out"
+        for name, share in zip((TEST, UNSEEN_TOOL, UNSEEN_SERVER), shares, strict=True)
+        if share and name not in written
     ]
+    _dump({name: _description(file) for name, file in written.items()}, new / "dataset_info.json")
+    totals = {what: dict(accounts.total(what)) for what in ("written", "rejected", "cleaned")}
     return {
-        "conversations": [
-            {"from": "human", "value": example.instruction},
-            {"from": "function_call", "value": json.dumps(call, ensure_ascii=False)},
+        "read": sum(account.read for account in accounts.all()),
+        "written": {name: totals["written"][name] for name in SPLITS if name in totals["written"]},
+        "rejected": totals["rejected"],
+        "cleaned": totals["cleaned"],
+        "no_call_samples": dict(writer.extra),
+        "tools": len(rows.kept),
+        "servers": len({server for server, _ in rows.kept if server}),
+        "sources": [vars(account) for account in accounts.all()],
+        "lengths": lengths.summary(writer.lengths) if lengths else None,
+        "samples_that_lost_tools": writer.shortened,
+        "tools_dropped": writer.dropped,
+        "broken_schemas": [
+            {"server": server, "tool": tool, "problem": problem}
+            for (server, tool), problem in catalogue.broken.items()
         ],
-        "system": SYSTEM,
-        "tools": json.dumps(tools, ensure_ascii=False),
+        "notes": notes,
+        "settings": asdict(settings),
+        "files": [str(file) for file in found],
+        "catalogues": [str(file) for file in tool_files],
     }
 
 
-def data_file(folder: Path, dataset: str) -> Path:
-    """Return where the samples of a dataset (TRAIN or TEST) are."""
-    return folder / f"{dataset}_data.json"
+def refresh(
+    data: Path | None,
+    out: Path,
+    budget: dict[str, Any],
+    progress: Progress = lambda doing, share: None,
+) -> dict[str, Any] | None:
+    """Convert again where the data is newer than the conversion in `out`, or the run's budget another.
+
+    The settings of the last conversion are kept. Without `data` its inputs are too, or the newest
+    filtered data again if none were named. A conversion whose data is gone stands, unless there is
+    newer data: it may be all that was copied to this machine.
+
+    Returns:
+        The statistics of a new conversion, or None where the old one is good.
+
+    Raises:
+        McpLoraError: as convert, or the folder holds another's dataset, or a sample of a conversion
+            that cannot be repeated would be cut.
+    """
+    settings = Settings()
+    done = out / "stats.json"
+    if done.is_file():
+        old = json.loads(done.read_text(encoding="utf-8"))
+        settings = Settings(**old["settings"])
+        inputs = [data] if data else [Path(name) for name in settings.inputs]
+        if not inputs and any(FILTERED_FOLDER.glob(FILTERED)):
+            inputs = [newest_filtered()]
+        try:
+            now = files.find(inputs)
+        except McpLoraError:
+            now = []
+        sources = [*map(Path, old["files"]), *map(Path, old.get("catalogues", []))]
+        gone = not data and not all(file.is_file() for file in sources)
+        newer = any(
+            file.stat().st_mtime > done.stat().st_mtime for file in (*now, *sources) if file.is_file()
+        )
+        stands = not newer and (gone or list(map(str, now)) == old["files"])
+        counted = old.get("budget") == budget
+        if stands and (counted or gone):
+            if not counted:
+                _measure(out, old, budget)
+            return None
+    if data:
+        settings = replace(settings, inputs=[str(data)])
+    return convert(settings, out, budget, progress)
 
 
-def questions(folder: Path) -> list[tuple[str, ToolCall]]:
-    """Return the held-out instructions of a conversion with their calls, in file order."""
-    rows = read_rows(data_file(folder, TEST))
-    turns = [[turn["value"] for turn in row["conversations"]] for row in rows]
-    return [(instruction, ToolCall(**json.loads(call))) for instruction, call in turns]
+def samples(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a dataset, as they stand in its file.
+
+    Raises:
+        McpLoraError: the folder holds no such dataset.
+    """
+    file = folder / "dataset_info.json"
+    described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if dataset not in described:
+        names = ", ".join(described) or "no dataset"
+        raise McpLoraError(f"{folder} holds {names}, not {dataset}: mcp-lora convert --out {folder}")
+    return files.read(folder / described[dataset]["file_name"])
 
 
-def _description(dataset: str) -> dict[str, Any]:
-    """Describe a dataset for LLaMA-Factory; any name left out would fall back to none at all."""
+def questions(folder: Path) -> list[tuple[str, list[ToolCall]]]:
+    """Return the held-out questions of seen tools with their calls, in file order; none if there are none."""
+    file = folder / "dataset_info.json"
+    if not file.is_file() or TEST not in json.loads(file.read_text(encoding="utf-8")):
+        return []
+    found = []
+    for sample in samples(folder, TEST):
+        *_, question, answer = (turn["value"] for turn in sample["conversations"])
+        calls = json.loads(answer)
+        calls = calls if isinstance(calls, list) else [calls]
+        found.append((question, [ToolCall(**call) for call in calls]))
+    return found
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep others from converting into a folder at the same time; several ranks may want to.
+
+    Raises:
+        McpLoraError: the folder's parent cannot be written.
+    """
+    import filelock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.parent / f".{folder.name}.lock"):
+            yield
+    except OSError as error:
+        raise McpLoraError(
+            f"{folder} cannot be written ({error.strerror}): mcp-lora convert --out OTHER_FOLDER"
+        ) from None
+
+
+def _measure(folder: Path, old: dict[str, Any], budget: dict[str, Any]) -> None:
+    """Count the tokens of a conversion that cannot be repeated, for another model than it was made for."""
+    lengths = Lengths(budget)
+    counted = array("I")
+    source = samples(folder, TRAIN)
+    while batch := list(islice(source, 100)):
+        counted.extend(lengths.count([lengths.render_sample(sample) for sample in batch]))
+    too_long = sum(length > lengths.cutoff_len for length in counted)
+    if too_long:
+        raise McpLoraError(
+            f"{too_long} of {len(counted)} samples in {folder} are longer than cutoff_len = "
+            f"{lengths.cutoff_len} tokens (up to {max(counted)}), and the engine would cut their questions. "
+            f"Convert for this model where the data is: mcp-lora convert --model MODEL"
+        )
+    stats = old | {"budget": budget, "lengths": lengths.summary(counted)}
+    _dump(stats, folder / "stats.json.new")
+    os.replace(folder / "stats.json.new", folder / "stats.json")
+
+
+def _unusable(accounts: Accounts, found: list[Path]) -> McpLoraError:
+    reasons = accounts.total("rejected")
+    names = ", ".join(map(str, found[:3])) + (" …" if len(found) > 3 else "")
+    what = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common()) or "it is empty"
+    advice = "--tools CATALOGUE" if "not-in-catalogue" in reasons else "OTHER_FILE"
+    return McpLoraError(f"no usable row in {names} ({what}): mcp-lora convert {advice}")
+
+
+def _description(file: Path) -> dict[str, Any]:
+    """Describe a file for LLaMA-Factory; any name left out would fall back to none at all."""
     return {
-        "file_name": data_file(Path(), dataset).name,
+        "file_name": file.name,
         "formatting": "sharegpt",
         "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
         "tags": {
@@ -185,72 +299,44 @@ def _description(dataset: str) -> dict[str, Any]:
     }
 
 
-def _without_duplicates(rows: Iterable[Example | Rejected]) -> Iterator[Example | Rejected]:
-    """Reject a row that repeats an earlier one: it could be trained on and held out at once."""
-    seen = set()
-    for row in rows:
-        if isinstance(row, Example):
-            key = json.dumps([row.instruction, vars(row.call)], sort_keys=True)
-            if key in seen:
-                row = Rejected(row.file, row.row, "duplicate", row.record)
-            seen.add(key)
-        yield row
+def _dump(content: Any, file: Path) -> None:
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _hold_out(examples: list[Example], share: float, seed: int) -> set[int]:
-    """Draw the indices of the held-out examples: `share` of each tool's, but never its last one.
+def _put(new: Path, out: Path) -> None:
+    """Put a whole new folder in the place of the old one, in one step where the system can.
 
-    The examples are put in line by tool and taken at even distances, so that the total is right
-    even where a tool has few.
+    On Linux two folders change places at once. Elsewhere, or where `out` is a mount point, the
+    files are replaced one after another, stats.json last.
     """
-    by_tool: dict[tuple[str, str], list[int]] = {}
-    for index, example in enumerate(examples):
-        by_tool.setdefault((example.tool.server, example.tool.name), []).append(index)
-    draw = random.Random(seed)
-    spare: list[int] = []
-    for indices in by_tool.values():
-        draw.shuffle(indices)
-        spare += indices[1:]
-    count = min(round(share * len(examples)), len(spare))
-    return {spare[(2 * k + 1) * len(spare) // (2 * count)] for k in range(count)}
+    if not out.exists():
+        new.rename(out)
+    elif _exchange(new, out):
+        for old in new.iterdir():
+            if not _is_ours(old):
+                old.rename(out / old.name)
+    else:
+        files_now = sorted(new.iterdir(), key=lambda file: file.name == "stats.json")
+        for file in files_now:
+            os.replace(file, out / file.name)
+        for old in out.iterdir():
+            if _is_ours(old) and old.name not in {file.name for file in files_now}:
+                old.unlink()
 
 
-def _with_candidates(examples: list[Example], count: int, seed: int) -> Iterator[tuple[Example, list[Tool]]]:
-    """Pair every example with its candidate tools: its own, its server's, then any, shuffled."""
-    servers: dict[str, dict[str, Tool]] = {}
-    for example in examples:
-        servers.setdefault(example.tool.server, {}).setdefault(example.tool.name, example.tool)
-    everything = [tool for tools in servers.values() for tool in tools.values()]
-    for example in examples:
-        # Drawn from the example alone: other rows may come and go without changing this one.
-        draw = random.Random(f"{seed} {example.instruction}")
-        own = list(servers[example.tool.server].values())
-        chosen = {example.tool.name: example.tool}
-        for pool in (own, everything):
-            for tool in draw.sample(pool, len(pool)):
-                if len(chosen) < count:
-                    chosen.setdefault(tool.name, tool)
-        tools = list(chosen.values())
-        draw.shuffle(tools)
-        yield example, tools
+def _is_ours(file: Path) -> bool:
+    return file.name in ("dataset_info.json", "rejected.jsonl", "stats.json") or (
+        file.name.startswith(("mcp_train_data.", "mcp_test_")) and file.suffix in (".json", ".jsonl")
+    )
 
 
-def _dump(content: Any) -> str:
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-
-
-def _write(out: Path, contents: dict[str, str]) -> None:
-    """Write all files into `out`: none appears before every one of them is on disk."""
+def _exchange(one: Path, two: Path) -> bool:
+    """Let two folders change places; False where the system cannot (see man 2 renameat2)."""
+    if sys.platform != "linux":
+        return False
+    at_cwd, exchange = -100, 2
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out) as scratch:
-            for name, text in contents.items():
-                # half a surrogate pair, in a rejected row, becomes its JSON escape
-                data = text.encode(errors="backslashreplace")
-                (Path(scratch) / name).write_bytes(data)
-            for name in contents:
-                os.replace(Path(scratch) / name, out / name)
-    except OSError as error:
-        raise McpLoraError(
-            f"{out} cannot be written ({error.strerror}): mcp-lora convert --out OTHER_FOLDER"
-        ) from None
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:  # a C library of before 2018
+        return False
+    return not rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(two), exchange)

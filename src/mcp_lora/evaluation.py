@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import dataset, engine, launch, runs
+from mcp_lora import dataset, engine, files, launch, runs
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
-from mcp_lora.readers import read_rows
 from mcp_lora.records import ToolCall
 from mcp_lora.scoring import Figures, judge, summarise
 
@@ -25,7 +24,7 @@ class Answer:
     """One held-out question with the right call and what each model said ("base", "adapter")."""
 
     instruction: str
-    expected: ToolCall
+    expected: list[ToolCall]
     said: dict[str, str]
     exact: dict[str, bool]
 
@@ -48,7 +47,7 @@ def evaluate(run: Path, checkpoint: str | None, machine: Machine, batch: int = 1
     """
     config = runs.read_run(run)
     folder = Path(config["dataset_dir"])
-    questions = dataset.questions(folder) if dataset.data_file(folder, dataset.TEST).is_file() else []
+    questions = dataset.questions(folder)
     if not questions:
         raise McpLoraError(
             f"{folder} holds no held-out questions: mcp-lora convert --test 0.1 --out {folder}"
@@ -62,7 +61,7 @@ def evaluate(run: Path, checkpoint: str | None, machine: Machine, batch: int = 1
         "do_predict": True,
         "predict_with_generate": True,
         "do_sample": False,  # the engine samples at temperature 0.95 by default
-        "max_new_tokens": _answer_length(models["base"], [call for _, call in questions]),
+        "max_new_tokens": _answer_length(models["base"], [calls for _, calls in questions]),
         "dataset_dir": str(folder),
         "eval_dataset": dataset.TEST,
         "cutoff_len": config.get("cutoff_len", 4096),
@@ -95,7 +94,7 @@ def evaluate(run: Path, checkpoint: str | None, machine: Machine, batch: int = 1
     return Evaluation(figures, answers)
 
 
-def _answer_length(serving: dict[str, Any], calls: list[ToolCall]) -> int:
+def _answer_length(serving: dict[str, Any], answers: list[list[ToolCall]]) -> int:
     """Return how many tokens an answer may have: those of the longest right one, and room for its
     markup. A model that does not stop need not be waited for any longer.
     """
@@ -104,8 +103,11 @@ def _answer_length(serving: dict[str, Any], calls: list[ToolCall]) -> int:
     tokenizer = AutoTokenizer.from_pretrained(
         serving["model_name_or_path"], trust_remote_code=serving.get("trust_remote_code", False)
     )
-    texts = [json.dumps(asdict(call), ensure_ascii=False) for call in calls]
-    return max(len(tokenizer.encode(text)) for text in texts) + 32
+    lengths = [
+        sum(len(tokenizer.encode(json.dumps(call._asdict(), ensure_ascii=False))) + 32 for call in calls)
+        for calls in answers
+    ]
+    return max(lengths)
 
 
 def _predict(settings: dict[str, Any], output: Path, machine: Machine) -> list[str]:
@@ -120,4 +122,4 @@ def _predict(settings: dict[str, Any], output: Path, machine: Machine) -> list[s
     outcome = launch.run(launch.engine_argv("train", file), environment)
     if outcome.code:
         raise outcome.error(f"mcp-lora eval {output.parent.parent}")
-    return [row["predict"] for row in read_rows(output / "generated_predictions.jsonl")]
+    return [row["predict"] for row in files.read(output / "generated_predictions.jsonl")]

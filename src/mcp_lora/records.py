@@ -1,14 +1,28 @@
-"""The one shape that every reader yields and every writer takes."""
+"""The shapes that every reader yields and every writer takes."""
 
-from dataclasses import dataclass
-from typing import Any
+import json
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+# The roles of a turn.
+USER, CALL, RESULT, ANSWER = "user", "call", "result", "answer"
+# Their names in LLaMA-Factory's sharegpt format, and what its templates call these.
+TAGS = {USER: "human", CALL: "function_call", RESULT: "observation", ANSWER: "gpt"}
+ENGINE_ROLES = {
+    "human": "user",
+    "function_call": "function",
+    "observation": "observation",
+    "gpt": "assistant",
+}
 
 
-@dataclass(frozen=True)
-class Tool:
+class Tool(NamedTuple):
     """A tool that a server offers; known by (server, name), as names recur across servers.
 
-    `parameters` is the JSON Schema that MCP calls `inputSchema`.
+    `parameters` is the JSON Schema that MCP calls `inputSchema`, with `properties`. `server` is
+    empty where the data does not name it.
     """
 
     server: str
@@ -17,38 +31,73 @@ class Tool:
     parameters: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class ToolCall:
+class ToolCall(NamedTuple):
     """A tool's name and the arguments it is called with, as a JSON object."""
 
     name: str
     arguments: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Example:
-    """One instruction, the tool that answers it and the right call.
+class Turn(NamedTuple):
+    """One turn of a conversation: `calls`, in parallel, where the role is CALL, else `text`."""
 
-    `file` and `row` (counted from 1) say where it was read and `record` holds it as it stood
-    there, so that an example that is rejected later can still be pointed at.
-    """
+    role: str
+    text: str = ""
+    calls: tuple[ToolCall, ...] = ()
 
-    instruction: str
-    tool: Tool
-    call: ToolCall
+
+class Origin(NamedTuple):
+    """Where a row stands: `row` counts from 1; `record` holds it as it stood there."""
+
     file: str
     row: int
+    shape: str
     record: Any
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A row that cannot be used: where it stands, why, and the row itself.
+@dataclass
+class Content:
+    """What a row holds: a conversation and the tools that it brings, the called ones among them.
 
-    `reason` is a short phrase, the same for all rows with this fault, so that it can be counted.
+    `system` is the row's own system message, if any; `cleaned` names what was mended in the row.
     """
 
-    file: str
-    row: int
+    turns: list[Turn]
+    tools: list[Tool]
+    system: str = ""
+    cleaned: list[str] = field(default_factory=list)
+
+
+class Rejected(NamedTuple):
+    """A row that cannot be used: a code, the same for all rows with this fault, and a sentence."""
+
+    origin: Origin
     reason: str
-    record: Any
+    sentence: str
+
+
+class Fault(Exception):
+    """What makes a row unusable, where it is found; it becomes a Rejected."""
+
+    def __init__(self, reason: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+        self.sentence = sentence
+
+
+def as_json(value: Any) -> bytes:
+    """Return a value as JSON that every reader takes.
+
+    Raises:
+        Fault: it holds half a surrogate pair, NaN or nesting without end. Python's json lets the
+            first two pass, and they kill the engine later.
+    """
+    try:
+        text = msgspec.json.encode(value)
+        # It makes null of NaN; Python's json says so.
+        return _encode(value).encode() if b"null" in text else text
+    except (ValueError, TypeError, RecursionError):
+        raise Fault("not-json-value", "a text or a number in it is not JSON") from None
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode

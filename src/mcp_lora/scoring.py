@@ -26,14 +26,15 @@ class Figures:
     exact: float
 
 
-def judge(expected: ToolCall, predicted: Sequence[ToolCall]) -> Verdict:
+def judge(expected: Sequence[ToolCall], predicted: Sequence[ToolCall]) -> Verdict:
     """Judge the calls of one answer.
 
-    valid: the answer is one call or more that can be read. tool: it is one call, of the right
-    tool. exact: with the right arguments too, equal as JSON (1 is not 1.0, nor true).
+    valid: the answer is one call or more that can be read. tool: it calls the right tools, each as
+    often as is right, parallel ones in any order. exact: with the right arguments too, equal as JSON
+    (1 is not 1.0, nor true).
     """
-    tool = len(predicted) == 1 and predicted[0].name == expected.name
-    exact = tool and _canonical(predicted[0]) == _canonical(expected)
+    tool = sorted(call.name for call in predicted) == sorted(call.name for call in expected)
+    exact = tool and sorted(map(_canonical, predicted)) == sorted(map(_canonical, expected))
     return Verdict(bool(predicted), tool, exact)
 
 
@@ -49,4 +50,4 @@ def summarise(verdicts: Sequence[Verdict]) -> Figures:
 
 
 def _canonical(call: ToolCall) -> str:
-    return json.dumps(call.arguments, sort_keys=True)
+    return json.dumps([call.name, call.arguments], sort_keys=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, runs
+from mcp_lora import dataset, embedded, engine, launch, lengths, runs
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
 
@@ -84,8 +84,14 @@ def plan(
     )
 
 
-def refresh_data(config: dict[str, Any], data: Path | None) -> dict[str, Any] | None:
-    """Convert where the data is newer than the conversion; of several ranks the first to come does.
+def refresh_data(
+    config: dict[str, Any],
+    data: Path | None,
+    progress: dataset.Progress = lambda doing, share: None,
+) -> dict[str, Any] | None:
+    """Convert where the data is newer than the conversion, or was converted for another model.
+
+    Of several ranks the first to come does.
 
     Returns:
         The statistics of a new conversion, or None where there was nothing to do.
@@ -94,8 +100,6 @@ def refresh_data(config: dict[str, Any], data: Path | None) -> dict[str, Any] | 
         McpLoraError: the data cannot be read, the folder cannot be written, or `data` is given for
             a dataset that is not ours.
     """
-    import filelock
-
     if config.get("dataset") != dataset.TRAIN:
         if data:
             raise McpLoraError(
@@ -104,14 +108,8 @@ def refresh_data(config: dict[str, Any], data: Path | None) -> dict[str, Any] | 
             )
         return None
     folder = Path(config["dataset_dir"])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".lock"):
-            return dataset.refresh(data, folder)
-    except OSError as error:
-        raise McpLoraError(
-            f"{folder} cannot be written ({error.strerror}): mcp-lora train dataset_dir=OTHER_FOLDER"
-        ) from None
+    with dataset.locked(folder):
+        return dataset.refresh(data, folder, lengths.budget(config), progress)
 
 
 def start(plan: Plan) -> None:

@@ -1,0 +1,102 @@
+"""What every row must pass, whatever its shape: cleaned, in order, its calls valid."""
+
+import re
+
+from mcp_lora.catalogue import Catalogue
+from mcp_lora.readers import BETWEEN_RESULTS
+from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Fault, Turn
+
+_OPENS = (USER, RESULT)  # the turns that LLaMA-Factory wants in the first, third, … place
+
+
+def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: int) -> list[Turn]:
+    """Return a row's turns as they can be trained on; what is mended is added to `content.cleaned`.
+
+    Args:
+        content: as a reader gives it; a system message that lists the tools is taken out of it.
+        catalogue: checks arguments against schemas.
+        whole: keep the whole conversation, not only what goes up to the first call.
+        max_observation: a tool's result is shortened to so many characters.
+
+    Returns:
+        A conversation that begins with the user, alternates (USER or RESULT) with (CALL or ANSWER)
+        and ends with one of the latter, as LLaMA-Factory wants it.
+
+    Raises:
+        Fault: it cannot be used.
+    """
+    cleaned = content.cleaned
+    turns = content.turns if whole else _up_to_the_call(content.turns)
+    turns = _in_turn([_clean(turn, max_observation, cleaned) for turn in turns], cleaned)
+    while turns and turns[-1].role in _OPENS:
+        cleaned.append(f"trailing-{turns.pop().role}")
+    if not turns or (turns[0].role == USER and not turns[0].text):
+        raise Fault("no-instruction", "there is no question with an answer")
+    _check_order(turns)
+    calls = [call for turn in turns for call in turn.calls]
+    if not calls and not content.tools:
+        raise Fault("no-tool", "no tool is called and none is on offer")
+    tools = {tool.name: tool for tool in content.tools}
+    for call in calls:
+        if call.name not in tools:
+            raise Fault("unknown-tool", f"{call.name} is called, but not among the tools")
+        if problem := catalogue.problem(tools[call.name], call.arguments):
+            raise Fault("schema", f"the arguments of {call.name} break its schema: {problem}")
+    content.system = content.system.strip()
+    if '"parameters"' in content.system or "<tools>" in content.system:
+        content.system = ""  # it lists the tools, and the template does that itself
+        cleaned.append("system-with-tools")
+    return turns
+
+
+def _up_to_the_call(turns: list[Turn]) -> list[Turn]:
+    """Return the turns up to the first call, and those in parallel; without one, to the first answer."""
+    roles = [turn.role for turn in turns]
+    if CALL in roles:
+        end = roles.index(CALL) + 1
+        while end < len(turns) and roles[end] == CALL:
+            end += 1
+        return turns[:end]
+    answers = [place for place, turn in enumerate(turns) if turn.role == ANSWER and turn.text.strip()]
+    return turns[: answers[0] + 1] if answers else turns
+
+
+def _clean(turn: Turn, max_observation: int, cleaned: list[str]) -> Turn:
+    """Take the leading ": " that generators leave, and white space, off a question; shorten a result."""
+    text = turn.text
+    if turn.role == USER:
+        text = text.strip()
+        if text.startswith(":") and (bare := re.match(r":\s+", text)):
+            text = text[bare.end() :]
+            cleaned.append("leading-colon")
+        elif text != turn.text:
+            cleaned.append("white-space")
+    elif turn.role == RESULT and len(text) > max_observation:
+        left_out = len(text) - max_observation
+        text = f"{text[:max_observation]}\n[… {left_out} more characters]"
+        cleaned.append("shortened-result")
+    return turn if text == turn.text else turn._replace(text=text)
+
+
+def _in_turn(turns: list[Turn], cleaned: list[str]) -> list[Turn]:
+    """Join what stands one after another in one role: parallel calls, their results, texts."""
+    joined: list[Turn] = []
+    for turn in turns:
+        if turn.role == ANSWER and not turn.text.strip():
+            continue
+        if turn.role == CALL and joined and joined[-1].role == ANSWER:
+            joined.pop()  # for LLaMA-Factory a turn is a call or a text
+            cleaned.append("text-beside-call")
+        if joined and (last := joined[-1]).role == turn.role:
+            between = {CALL: "", RESULT: BETWEEN_RESULTS}.get(turn.role, "\n\n")
+            joined[-1] = Turn(turn.role, last.text + between + turn.text, last.calls + turn.calls)
+        else:
+            joined.append(turn)
+    return joined
+
+
+def _check_order(turns: list[Turn]) -> None:
+    for place, turn in enumerate(turns):
+        before = turns[place - 1].role if place else ""
+        if (turn.role in _OPENS) == bool(place % 2) or (turn.role == RESULT and before != CALL):
+            raise Fault("bad-order", f"turn {place + 1} is a {turn.role}, after {before or 'nothing'}")

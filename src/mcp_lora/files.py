@@ -1,0 +1,235 @@
+r"""Read the records of a file, one at a time: a big file takes no more memory than a small one.
+
+`.json` is an array of records, one record, or several after one another; `.jsonl` and `.jsonl.gz`
+have one record a line; `.parquet` one a row. UTF-8, with or without a byte order mark. Bytes that
+are no UTF-8 become lone surrogates, which cost the row that they are in and no other.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from glob import glob
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TextIO
+
+import msgspec
+
+from mcp_lora.errors import McpLoraError
+
+SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+CHUNK = 1 << 17  # bytes read at once; much more would not fit into the cache
+_SEPARATORS = re.compile(r"[\s,]*")
+
+Progress = Callable[[int], None]  # told how many bytes of a file have been read
+
+
+class Broken(NamedTuple):
+    """A place in a file that is no record: what is wrong with it, and its text if it is a line."""
+
+    sentence: str
+    text: str | None = None
+
+
+def find(places: list[Path]) -> list[Path]:
+    """Return the files that are meant by files, folders (searched to the bottom) and globs.
+
+    Raises:
+        McpLoraError: a place holds no file of a kind that can be read; all such are named.
+    """
+    found: list[Path] = []
+    missing = []
+    for place in places:
+        if place.is_dir():
+            files = sorted(file for file in place.rglob("*") if file.name.endswith(SUFFIXES))
+        elif place.exists():
+            files = [place]
+        else:
+            files = sorted(Path(name) for name in glob(str(place), recursive=True))
+        if not files:
+            missing.append(str(place))
+        found += files
+    if missing:
+        kinds = ", ".join(SUFFIXES)
+        raise McpLoraError(f"no data in {', '.join(missing)} ({kinds}): mcp-lora convert OTHER_FILE")
+    unknown = [str(file) for file in found if not file.name.endswith(SUFFIXES)]
+    if unknown:
+        raise McpLoraError(
+            f"{', '.join(unknown)}: not one of {', '.join(SUFFIXES)}: mcp-lora convert OTHER_FILE"
+        )
+    return list(dict.fromkeys(found))
+
+
+def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
+    """Yield the records of a file in order, a Broken in the place of one that cannot be read.
+
+    A broken line costs itself. A `.json` file that breaks off, or a compressed one, ends with one
+    Broken: what comes after that cannot be told apart.
+    """
+    try:
+        if file.name.endswith(".parquet"):
+            yield from _parquet(file, progress)
+        elif file.name.endswith(".json"):
+            with file.open("rb") as stream:
+                yield from _values(stream, progress)
+        else:
+            with file.open("rb") as raw:
+                lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
+                yield from _lines(lines, raw, progress)
+    except (OSError, EOFError, zlib.error) as error:
+        yield Broken(f"the file cannot be read any further: {_one_line(error)}")
+
+
+def _lines(lines: Iterable[bytes], raw: IO[bytes], progress: Progress) -> Iterator[Any]:
+    # Of the bytes, not of the text: str.splitlines also breaks at characters that JSON may hold.
+    for number, line in enumerate(lines):
+        line = line.strip()
+        if number == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line:
+            yield _decoded(line)
+        if number % 256 == 0:  # to ask takes as long as to read a line
+            progress(raw.tell())
+
+
+def _decoded(line: bytes | msgspec.Raw) -> Any:
+    try:
+        return msgspec.json.decode(line)
+    except (ValueError, RecursionError):
+        pass
+    # Python's json takes more: NaN, control characters, half a surrogate pair.
+    text = bytes(line).decode("utf-8", "surrogateescape")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Broken(f"it is not JSON: {_one_line(error)}", text)
+
+
+def _values(file: io.BufferedReader, progress: Progress) -> Iterator[Any]:
+    """Yield the elements of the array that a file holds, or the values that follow each other."""
+    place, count = yield from _split(file, progress)
+    file.seek(place)
+    with io.TextIOWrapper(file, "utf-8", "surrogateescape") as stream:
+        yield from _one_by_one(stream, progress, count)
+
+
+def _split(file: io.BufferedReader, progress: Progress) -> Generator[Any, None, tuple[int, int]]:
+    """Yield elements of an array, found without looking into them: much faster than one by one.
+
+    What has been read is cut after a "}," or "]," that leaves whole elements before it, which shows
+    when they are split. The bytes at one such cut tell where to look for the next.
+
+    Returns:
+        The place in the file up to which that went, and how many elements there were.
+    """
+    data = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+    if not data.startswith(b"["):
+        return 0, 0
+    data = data[1:]
+    cut, size, count = b"", CHUNK, 0
+    while True:
+        end, records = _whole_records(data, cut)
+        if records:
+            yield from map(_decoded, records)
+            count += len(records)
+            cut = data[end : end + 12]
+            data, size = data[end + 2 :], CHUNK
+        more = file.read(size) if len(data) <= 16 * CHUNK else b""
+        if not more:
+            return (file.tell() - len(data) if count else 0), count
+        data += more
+        size *= 2
+        progress(file.tell())
+
+
+_RAW = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+def _whole_records(data: bytes, cut: bytes) -> tuple[int, list[msgspec.Raw]]:
+    """Split the start of an array, without its bracket; return where the last whole element ends."""
+    end = data.rfind(cut) if cut else -1
+    for _ in range(64):
+        if end >= 0:
+            try:
+                return end, _RAW.decode(b"[%b]" % data[: end + 1])
+            except (msgspec.DecodeError, RecursionError):
+                pass
+        before = end if end >= 0 else len(data)
+        end = max(data.rfind(b"},", 0, before), data.rfind(b"],", 0, before))
+        if end < 0:
+            break
+    return 0, []
+
+
+def _one_by_one(stream: TextIO, progress: Progress, count: int) -> Iterator[Any]:
+    """Yield the values of a stream; if `count` is not 0, it is an array of which so many have been read."""
+    decode = json.JSONDecoder().raw_decode
+    text, at, size, ended = stream.read(1).removeprefix("\ufeff"), 0, CHUNK, False
+    array: bool | None = True if count else None  # not known before the first character
+    while True:
+        at = _SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        problem = ""
+        if at < len(text):
+            if array is None:
+                array = text[at] == "["
+                at += array
+                continue
+            if array and text[at] == "]":
+                if text[at + 1 :].strip() or stream.read(CHUNK).strip():
+                    yield Broken(f"there is text after the end of the array of {count} records")
+                return
+            try:
+                value, end = decode(text, at)
+            except (ValueError, RecursionError) as error:
+                problem = getattr(error, "msg", None) or _one_line(error)
+                # Near its end the text that we have may just break off where a chunk ends.
+                position = getattr(error, "pos", -1)
+                cut = problem.startswith("Unterminated string") or position > len(text) - 16
+            else:
+                cut = text[end - 1] not in '}]"'  # a number may go on
+                if ended or not cut or end < len(text):
+                    yield value
+                    count += 1
+                    at, size = end, CHUNK
+                    continue
+        elif ended:
+            if array:
+                yield Broken(f"the array is not closed: the file breaks off after {count} records")
+            return
+        else:
+            cut = True
+        if ended or not cut:
+            yield Broken(f"not JSON after {count} records, the rest is not read: {problem}")
+            return
+        more = stream.read(size)
+        progress(stream.buffer.tell())
+        text, at, size, ended = text[at:] + more, 0, 2 * size, not more
+
+
+def _parquet(file: Path, progress: Progress) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            size, read, count = file.stat().st_size, 0, table.metadata.num_rows
+            for batch in table.iter_batches(batch_size=256):
+                yield from map(_without_nulls, batch.to_pylist())
+                read += batch.num_rows
+                progress(size * read // count)
+    except pyarrow.ArrowException as error:
+        yield Broken(f"the file cannot be read any further: {_one_line(error)}")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Leave out the keys without a value: a column gives every row the keys of all rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

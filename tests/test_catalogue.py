@@ -1,0 +1,122 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHAPES, SHARED, catalogue_of, write_json
+
+from mcp_lora import catalogue as catalogues
+from mcp_lora import files
+from mcp_lora.catalogue import Catalogue, tool_of
+from mcp_lora.records import Fault, Tool
+
+
+def tool(schema: Any, name: str = "t", server: str = "s") -> Tool:
+    return tool_of(server, {"name": name, "parameters": schema})
+
+
+def test_both_kinds_of_file_are_read_and_what_is_no_tool_is_told(tmp_path: Path) -> None:
+    catalogue = Catalogue()
+    (tmp_path / "empty.json").touch()
+    write_json(tmp_path / "braces.json", {})
+    found = files.find([SHAPES / "tools", tmp_path])
+    notes = catalogues.load(found, catalogue)
+    assert [(tool.server, tool.name) for tool in catalogue.tools] == [
+        ("office", "calculate"),
+        ("office", "convert-unit"),
+        ("office", "get_time"),
+        ("web", "search"),
+        ("web", "fetch"),
+    ]
+    assert catalogue.tools[4].parameters == {"type": "object", "properties": {}}
+    assert [note.split("/")[-1] for note in notes] == [
+        "web.json: a tool has no name",
+        "braces.json holds no tools",
+        "empty.json holds no tools",
+    ]
+
+
+def test_a_name_that_recurs_belongs_to_the_files_own_server() -> None:
+    catalogue = Catalogue()
+    catalogue.number(tool({"type": "object", "title": "one"}, "search", "one"))
+    catalogue.number(tool({"type": "object", "title": "two"}, "search", "two"))
+    assert catalogue.find("search", "two").server == "two"
+    with pytest.raises(Fault, match="several servers: one, two") as caught:
+        catalogue.find("search", "three")
+    assert caught.value.reason == "ambiguous-tool"
+    with pytest.raises(Fault, match="in no catalogue"):
+        catalogue.find("other", "one")
+
+
+def test_another_definition_of_a_tool_does_not_take_its_place() -> None:
+    catalogue = Catalogue()
+    first, second = tool({"type": "object"}), tool({"type": "object", "title": "later"})
+    assert catalogue.number(first) == catalogue.number(first) == 0
+    assert catalogue.number(second) is None
+    assert catalogue.tools == [first]
+
+
+@pytest.mark.parametrize(
+    ("schema", "arguments", "problem"),
+    [
+        ({"properties": {"a": {"type": ["string", "null"]}}}, {"a": None}, None),
+        ({"properties": {"a": {"type": "string"}}}, {"a": None}, 'a: null is not of type "string"'),
+        ({"properties": {"a": {"anyOf": [{"type": "integer"}, {"type": "null"}]}}}, {"a": 1}, None),
+        ({"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"enum": [1]}}}, {"a": 2}, "a: 2 is"),
+        ({"properties": {"a": {}}}, {"a": [{"b": 1}]}, None),
+        ({"required": ["a"]}, {}, '"a" is a required property'),
+        ({"properties": {}, "additionalProperties": False}, {"z": 1}, "'z' was unexpected"),
+        ({"properties": {"a": {"enum": ["x"]}}}, {"a": "y"}, "a: "),
+        ({"properties": {"a": {"type": "string", "format": "uri"}}}, {"a": ""}, None),
+        ({"$schema": "http://json-schema.org/draft-07/schema#"}, {}, None),
+        ({"properties": {"a": {"type": "array", "items": {"type": "integer"}}}}, {"a": [1, "x"]}, "a/1: "),
+        ({"properties": {"a": {"type": "integer"}}}, {"a": 10**30}, None),
+    ],
+)
+@pytest.mark.parametrize("registered", [True, False])
+def test_arguments_are_checked(
+    schema: dict[str, Any], arguments: dict[str, Any], problem: str | None, registered: bool
+) -> None:
+    catalogue = Catalogue()
+    checked = tool(schema)
+    if registered:
+        catalogue.number(checked)
+    found = catalogue.problem(checked, arguments)
+    assert found is None if problem is None else problem in str(found)
+    assert not catalogue.broken
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"type": "dict"}}},
+        {"type": "any"},
+        {"$ref": "http://127.0.0.1:9/schema.json"},
+        {"$ref": "file:///etc/hostname"},
+        {"properties": {"a": {"pattern": "["}}},
+        {"required": "a"},
+    ],
+)
+def test_a_broken_schema_is_not_the_rows_fault(schema: dict[str, Any]) -> None:
+    """Nor is anything fetched for it."""
+    catalogue = Catalogue()
+    assert catalogue.problem(tool(schema), {"a": 1}) is None
+    assert list(catalogue.broken) == [("s", "t")] and catalogue.broken["s", "t"]
+
+
+def test_a_schema_nested_too_deep_is_a_broken_one() -> None:
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(600):
+        deep = {"type": "object", "properties": {"a": deep}}
+    catalogue = Catalogue()
+    assert catalogue.problem(tool(deep), {}) is None
+    assert "Recursion limit" in catalogue.broken["s", "t"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the third-party data is not here")
+def test_real_catalogues() -> None:
+    catalogue = catalogue_of(SHARED / "tools", SHARED / "mcp_tools")
+    for known in catalogue.tools:
+        catalogue.problem(known, {})
+    assert len(catalogue.tools) == 4775
+    # exclusiveMinimum: true, as it was in draft 4
+    assert list(catalogue.broken) == [("PDF Reader MCP Server", "pdf-reader-mcp_read_pdf")]

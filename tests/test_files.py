@@ -1,0 +1,133 @@
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import write_json
+
+from mcp_lora import files
+from mcp_lora.errors import McpLoraError
+from mcp_lora.files import Broken
+
+ROWS = [{"a": 1, "b": ["é", None]}, {"a": 2.5}, "text", [1, [2]], 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("array.json", json.dumps(ROWS).encode()),
+        ("indented.json", json.dumps(ROWS, indent=2, ensure_ascii=False).encode()),
+        ("bom.json", json.dumps(ROWS).encode("utf-8-sig")),
+        ("one_after_the_other.json", "\n".join(map(json.dumps, ROWS)).encode()),
+        ("lines.jsonl", "\n\n".join(map(json.dumps, ROWS)).encode()),
+        ("bom.jsonl", "\r\n".join(map(json.dumps, ROWS)).encode("utf-8-sig")),
+        ("packed.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
+def test_every_container_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, chunk: int
+) -> None:
+    """Wherever a chunk ends: in a number, in an escape, between two records."""
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    (tmp_path / name).write_bytes(content)
+    assert list(files.read(tmp_path / name)) == ROWS
+
+
+def test_one_record_alone_is_a_record_and_nothing_is_none(tmp_path: Path) -> None:
+    assert list(files.read(write_json(tmp_path / "one.json", {"a": 1}))) == [{"a": 1}]
+    for name in ("empty.json", "empty.jsonl"):
+        (tmp_path / name).touch()
+        assert list(files.read(tmp_path / name)) == []
+
+
+def test_a_separator_character_is_no_end_of_line(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text(json.dumps("a\u2028b\x85c", ensure_ascii=False), encoding="utf-8")
+    assert list(files.read(file)) == ["a\u2028b\x85c"]
+
+
+def test_parquet_rows_have_their_own_keys_alone(tmp_path: Path) -> None:
+    rows = [
+        {"call": {"name": "a", "arguments": {"x": 1}}},
+        {"call": {"name": "b", "arguments": {"y": ["z"]}}},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert list(files.read(tmp_path / "rows.parquet")) == rows
+
+
+def test_a_broken_line_costs_that_line_alone(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"broken\n{"a": 1}\n' + b"9" * 5000 + b"\n" + b"[" * 100_000 + b'\n"\xff"\n')
+    broken, good, long, deep, no_utf8 = files.read(file)
+    assert isinstance(broken, Broken) and broken.text == '{"broken' and "not JSON" in broken.sentence
+    assert good == {"a": 1}
+    assert isinstance(long, Broken) and isinstance(deep, Broken)
+    assert no_utf8 == "\udcff"  # which no row passes with
+
+
+@pytest.mark.parametrize(
+    ("content", "good", "said"),
+    [
+        ("[1, 2, {", 2, "not JSON after 2 records"),
+        ("[1, 2", 2, "breaks off after 2 records"),
+        ('[1, {"a": tru}, 3]', 1, "not JSON after 1 records"),
+        ('["unclosed, 2]' + "x" * 100, 0, "Unterminated string"),
+        ("[1, 2] 3", 2, "after the end of the array of 2 records"),
+        ("[" + "[" * 100_000, 0, "recursion"),
+        ("oops", 0, "not JSON after 0 records"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_a_file_that_breaks_off_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, good: int, said: str, chunk: int
+) -> None:
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    (tmp_path / "cut.json").write_text(content)
+    *rows, end = files.read(tmp_path / "cut.json")
+    assert len(rows) == good
+    assert isinstance(end, Broken) and said in end.sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cut.jsonl.gz", gzip.compress(b"1\n" * 100_000)[:-50]),
+        ("no.jsonl.gz", b"plain text"),
+        ("no.parquet", b"plain text"),
+    ],
+)
+def test_a_damaged_container_ends_with_what_is_wrong(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    *_, end = files.read(tmp_path / name)
+    assert isinstance(end, Broken) and "cannot be read any further" in end.sentence
+
+
+def test_a_broken_place_is_found_without_reading_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "CHUNK", 100)
+    read: list[int] = []
+    (tmp_path / "rows.json").write_text('[{"a": oops' + " " * 100_000)
+    list(files.read(tmp_path / "rows.json", read.append))
+    assert max(read) < 10_000
+
+
+def test_places_are_files_folders_and_globs(tmp_path: Path) -> None:
+    names = ["a/one.json", "a/b/two.jsonl", "three.parquet", "four.jsonl.gz"]
+    for name in [*names, "a/notes.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = files.find([tmp_path / "a", tmp_path / "a/one.json", tmp_path / "*.parquet"])
+    assert [str(file.relative_to(tmp_path)) for file in found] == [
+        "a/b/two.jsonl",
+        "a/one.json",
+        "three.parquet",
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(McpLoraError, match=r"no data in .*empty, .*no\.json .*mcp-lora convert"):
+        files.find([tmp_path / "a", tmp_path / "empty", tmp_path / "no.json"])
+    with pytest.raises(McpLoraError, match=r"notes\.txt: not one of"):
+        files.find([tmp_path / "a/notes.txt"])

@@ -180,6 +180,18 @@ def test_inspect_shows_a_sample_as_the_engine_sees_it(
     assert "not nowhere" in fail(capsys, "inspect", "--split", "nowhere", "--model", str(tiny_model))
 
 
+def test_inspect_says_what_the_template_cannot_render(
+    capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
+) -> None:
+    bad = record(tool="choose", function_call={"name": "choose", "arguments": {}})
+    bad["tool_info"]["input_schema"] = {"type": "object", "properties": {"n": {"enum": [1, 2]}}}
+    main_ok(["convert", str(write_json(project / "rows.json", bad))])
+    recipe = project / "train_configs/lora_config.yaml"
+    recipe.write_text(recipe.read_text().replace("template: qwen ", "template: gemma "))
+    said = fail(capsys, "inspect", "--model", str(tiny_model))
+    assert "template gemma cannot render it" in said and "mcp-lora convert --model" in said
+
+
 def test_inspect_says_what_the_engine_would_cut(
     capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
 ) -> None:

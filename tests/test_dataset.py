@@ -60,6 +60,23 @@ def many(servers: int = 30, tools: int = 5, rows: int = 4) -> list[dict[str, Any
     ]
 
 
+def killed_at(step: str, after: bool, out: Path) -> int:
+    """Convert the sample into a folder with SIGKILL at a step of mcp_lora.dataset; return the exit code."""
+    script = f"""
+import os, signal
+from pathlib import Path
+from mcp_lora import dataset
+step = dataset.{step}
+def killed(*words):
+    if {after}: step(*words)
+    os.kill(os.getpid(), signal.SIGKILL)
+dataset.{step} = killed
+dataset.convert(dataset.Settings([{str(SAMPLE)!r}], seed=2), Path({str(out)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    return done.returncode
+
+
 @pytest.fixture
 def sample_data(tmp_path: Path) -> Path:
     converted(tmp_path, SAMPLE)
@@ -343,6 +360,31 @@ def test_others_files_in_the_folder_stay(sample_data: Path) -> None:
     assert load(sample_data / "mine/notes.json") == "mine"
 
 
+@pytest.mark.parametrize("step", ["_exchange", "_is_ours"])
+def test_others_files_outlive_a_conversion_that_is_killed(sample_data: Path, step: str) -> None:
+    write_json(sample_data / "mine/notes.json", "mine")
+    killed_at(step, True, sample_data)
+    converted(sample_data, SAMPLE)
+    assert load(sample_data / "mine/notes.json") == "mine"
+
+
+@pytest.mark.parametrize("name", ["stats.json", "dataset_info.json"])
+def test_a_damaged_description_is_an_error(sample_data: Path, name: str) -> None:
+    (sample_data / name).write_text("{")
+    with pytest.raises(McpLoraError, match=rf"{name} is damaged.*mcp-lora convert --out"):
+        refreshed(None, sample_data) if name == "stats.json" else dataset.questions(sample_data)
+
+
+def test_a_damaged_or_foreign_dataset_is_an_error(sample_data: Path) -> None:
+    file = sample_data / TRAIN_FILE
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(McpLoraError, match=r"mcp_train_data\.json .*mcp-lora convert --out"):
+        list(dataset.samples(sample_data, "mcp_train"))
+    write_json(file, [{"instruction": "of another make"}])
+    with pytest.raises(McpLoraError, match=r"mcp_train_data\.json .*mcp-lora convert --out"):
+        list(dataset.samples(sample_data, "mcp_train"))
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file is in the way")
     for out in (tmp_path / "out", tmp_path / "out/below"):
@@ -376,19 +418,7 @@ def test_a_conversion_that_is_killed_leaves_the_old_one_or_the_new(
     converted(old, SAMPLE, seed=1)
     converted(new, SAMPLE, seed=2)
     wholes = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in (old, new)]
-    script = f"""
-import os, signal
-from pathlib import Path
-from mcp_lora import dataset
-step = dataset.{call}
-def killed(*words):
-    if {after}: step(*words)
-    os.kill(os.getpid(), signal.SIGKILL)
-dataset.{call} = killed
-dataset.convert(dataset.Settings([{str(SAMPLE)!r}], seed=2), Path({str(old)!r}))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert killed_at(call, after, old) == -signal.SIGKILL
     assert {file.name: file.read_bytes() for file in old.iterdir()} in wholes
     converted(old, SAMPLE, seed=2)  # and the next one is not disturbed
     assert {file.name: file.read_bytes() for file in old.iterdir()} == wholes[1]

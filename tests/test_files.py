@@ -131,3 +131,10 @@ def test_places_are_files_folders_and_globs(tmp_path: Path) -> None:
         files.find([tmp_path / "a", tmp_path / "empty", tmp_path / "no.json"])
     with pytest.raises(McpLoraError, match=r"notes\.txt: not one of"):
         files.find([tmp_path / "a/notes.txt"])
+
+
+def test_a_name_that_is_no_utf8_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.json").touch()
+    with pytest.raises(McpLoraError, match=r"caf.*no UTF-8.*rename it") as caught:
+        files.find([tmp_path])
+    str(caught.value).encode()

@@ -11,6 +11,7 @@ from mcp_lora import dataset, lengths
 from mcp_lora.dataset import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 from mcp_lora.lengths import Lengths
+from mcp_lora.records import Fault
 
 
 def budget_of(model: Path, template: str = "qwen", cutoff_len: int = 4096, **more: Any) -> dict[str, Any]:
@@ -154,6 +155,31 @@ def test_a_tool_that_the_template_cannot_render_is_no_candidate(tmp_path: Path, 
     (sample,) = dataset.samples(tmp_path / "out", "mcp_train")
     assert [tool["name"] for tool in json.loads(sample["tools"])] == ["get-sum"]
     assert convert(settings, tmp_path / "out", budget_of(tiny_model))["written"] == {"mcp_train": 2}
+
+
+def test_an_interruption_is_no_fault_of_the_row(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal's handler raises wherever the program is, in the engine's template too."""
+    counter = Lengths(budget_of(tiny_model))
+
+    def interrupted(*words: object) -> None:
+        raise McpLoraError("interrupted")
+
+    monkeypatch.setattr(counter.template, "encode_multiturn", interrupted)
+    with pytest.raises(McpLoraError, match="interrupted"):
+        counter.render([{"role": "user", "content": "a"}], "", None)
+
+
+def test_a_sample_that_cannot_be_rendered_is_an_error(tmp_path: Path, tiny_model: Path) -> None:
+    bad = record("Choose.", tool="choose", function_call={"name": "choose", "arguments": {}})
+    bad["tool_info"]["input_schema"] = {"type": "object", "properties": {"n": {"enum": [1, 2]}}}
+    source = write_json(tmp_path / "rows.json", [bad])
+    convert(Settings([str(source)], test=0), tmp_path / "out")
+    (sample,) = dataset.samples(tmp_path / "out", "mcp_train")
+    with pytest.raises(Fault, match="cannot render"):
+        Lengths(budget_of(tiny_model, "gemma")).encode(sample)
+    source.unlink()
+    with pytest.raises(McpLoraError, match=r"cannot render it.*mcp-lora convert --model"):
+        refresh(None, tmp_path / "out", budget_of(tiny_model, "gemma"))
 
 
 def test_a_template_is_left_as_it_was(tiny_model: Path) -> None:

@@ -19,6 +19,7 @@ import typer
 from mcp_lora import config as configuration
 from mcp_lora import dataset, embedded, engine, launch, lengths, readers, runs, training
 from mcp_lora.errors import McpLoraError
+from mcp_lora.records import Fault
 from mcp_lora.runs import DEFAULT
 
 app = typer.Typer(
@@ -137,7 +138,10 @@ def inspect(
     if found is None:
         raise McpLoraError(f"{split} in {folder} has fewer than {row} samples: mcp-lora inspect 1")
     counter = lengths.Lengths(lengths.budget(recipe))
-    _print_sample(found, counter, ids)
+    try:
+        _print_sample(found, counter, ids)
+    except Fault as fault:
+        raise McpLoraError(f"{fault}: mcp-lora convert --model leaves such samples out") from None
 
 
 @app.command()
@@ -148,7 +152,7 @@ def train(
     ] = None,
     config: Annotated[Path, typer.Option(help="The recipe.")] = configuration.RECIPE,
     model: Annotated[str | None, typer.Option(help="Base model: a folder, a hub id, or `embedded`.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Filtered MCP data to train on.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Tool-call data to train on.")] = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
@@ -250,6 +254,7 @@ def _run_engine(verb: str, settings: dict[str, Any], hold_traceback: bool = Fals
 
 def _recipe(config: Path, model: str | None) -> dict[str, Any]:
     """Return the resolved configuration; an embedded model is fetched."""
+    engine.require()
     flags = {"model_name_or_path": model}
     machine = configuration.detect_machine()
     recipe, _ = configuration.resolve(config, os.environ, [], flags, machine)

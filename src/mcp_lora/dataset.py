@@ -32,7 +32,7 @@ from mcp_lora.catalogue import Catalogue
 from mcp_lora.errors import McpLoraError
 from mcp_lora.lengths import Lengths
 from mcp_lora.readers import FILTERED, FILTERED_FOLDER, newest_filtered
-from mcp_lora.records import ToolCall
+from mcp_lora.records import Fault, ToolCall
 from mcp_lora.rows import Progress, Rows, Settings
 from mcp_lora.samples import SPLITS, TEST, TRAIN, UNSEEN_SERVER, UNSEEN_TOOL, Samples
 
@@ -182,7 +182,7 @@ def refresh(
     settings = Settings()
     done = out / "stats.json"
     if done.is_file():
-        old = json.loads(done.read_text(encoding="utf-8"))
+        old = _load(done)
         settings = Settings(**old["settings"])
         inputs = [data] if data else [Path(name) for name in settings.inputs]
         if not inputs and any(FILTERED_FOLDER.glob(FILTERED)):
@@ -211,20 +211,23 @@ def samples(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
     """Yield the samples of a dataset, as they stand in its file.
 
     Raises:
-        McpLoraError: the folder holds no such dataset.
+        McpLoraError: the folder holds no such dataset, or a damaged one.
     """
-    file = folder / "dataset_info.json"
-    described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    described = _load(folder / "dataset_info.json")
     if dataset not in described:
         names = ", ".join(described) or "no dataset"
         raise McpLoraError(f"{folder} holds {names}, not {dataset}: mcp-lora convert --out {folder}")
-    return files.read(folder / described[dataset]["file_name"])
+    file = folder / described[dataset]["file_name"]
+    for sample in files.read(file):
+        if not isinstance(sample, dict) or not {"conversations", "system", "tools"} <= set(sample):
+            what = sample.sentence if isinstance(sample, files.Broken) else "a sample is of another make"
+            raise McpLoraError(f"{file} cannot be used ({what}): mcp-lora convert --out {folder}")
+        yield sample
 
 
 def questions(folder: Path) -> list[tuple[str, list[ToolCall]]]:
     """Return the held-out questions of seen tools with their calls, in file order; none if there are none."""
-    file = folder / "dataset_info.json"
-    if not file.is_file() or TEST not in json.loads(file.read_text(encoding="utf-8")):
+    if TEST not in _load(folder / "dataset_info.json"):
         return []
     found = []
     for sample in samples(folder, TEST):
@@ -259,8 +262,14 @@ def _measure(folder: Path, old: dict[str, Any], budget: dict[str, Any]) -> None:
     lengths = Lengths(budget)
     counted = array("I")
     source = samples(folder, TRAIN)
-    while batch := list(islice(source, 100)):
-        counted.extend(lengths.count([lengths.render_sample(sample) for sample in batch]))
+    try:
+        while batch := list(islice(source, 100)):
+            counted.extend(lengths.count([lengths.render_sample(sample) for sample in batch]))
+    except Fault as fault:
+        raise McpLoraError(
+            f"a sample in {folder}: {fault}. Convert for this model where the data is: "
+            f"mcp-lora convert --model MODEL"
+        ) from None
     too_long = sum(length > lengths.cutoff_len for length in counted)
     if too_long:
         raise McpLoraError(
@@ -299,6 +308,17 @@ def _description(file: Path) -> dict[str, Any]:
     }
 
 
+def _load(file: Path) -> dict[str, Any]:
+    """Return what one of our descriptions holds, nothing where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise McpLoraError(f"{file} is damaged: make it anew with mcp-lora convert --out {file.parent}")
+    return content
+
+
 def _dump(content: Any, file: Path) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
@@ -306,16 +326,12 @@ def _dump(content: Any, file: Path) -> None:
 def _put(new: Path, out: Path) -> None:
     """Put a whole new folder in the place of the old one, in one step where the system can.
 
-    On Linux two folders change places at once. Elsewhere, or where `out` is a mount point, the
-    files are replaced one after another, stats.json last.
+    On Linux two folders change places at once. Elsewhere, where `out` is a mount point, or where it
+    holds others' files, which are never moved, our files are replaced one after another, stats.json last.
     """
     if not out.exists():
         new.rename(out)
-    elif _exchange(new, out):
-        for old in new.iterdir():
-            if not _is_ours(old):
-                old.rename(out / old.name)
-    else:
+    elif not all(map(_is_ours, out.iterdir())) or not _exchange(new, out):
         files_now = sorted(new.iterdir(), key=lambda file: file.name == "stats.json")
         for file in files_now:
             os.replace(file, out / file.name)

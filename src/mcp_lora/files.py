@@ -38,7 +38,8 @@ def find(places: list[Path]) -> list[Path]:
     """Return the files that are meant by files, folders (searched to the bottom) and globs.
 
     Raises:
-        McpLoraError: a place holds no file of a kind that can be read; all such are named.
+        McpLoraError: a place holds no file of a kind that can be read; all such are named. Or a
+            name is no UTF-8, and could not be told of.
     """
     found: list[Path] = []
     missing = []
@@ -60,6 +61,11 @@ def find(places: list[Path]) -> list[Path]:
         raise McpLoraError(
             f"{', '.join(unknown)}: not one of {', '.join(SUFFIXES)}: mcp-lora convert OTHER_FILE"
         )
+    for file in found:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:
+            raise McpLoraError(f"{str(file)!r}: a name that is no UTF-8: rename it") from None
     return list(dict.fromkeys(found))
 
 

@@ -120,6 +120,8 @@ class Lengths:
         """
         try:
             turns = self.template.encode_multiturn(self._recorder, messages, system, tools)
+        except McpLoraError:  # an interruption
+            raise
         except Exception as error:  # whatever the formatters stumble over
             raise Fault("not-renderable", f"template {self.name} cannot render it: {error!r}") from None
         return [piece for pair in turns for turn in pair for piece in turn]
@@ -208,7 +210,11 @@ class Lengths:
 
         Returns:
             (token id, whether it is trained on) of each.
+
+        Raises:
+            Fault: the template cannot render it.
         """
+        self.render_sample(sample)
         from llamafactory.data.processor import SupervisedDatasetProcessor
 
         messages = [

@@ -127,13 +127,18 @@ def project(tmp_path: Path) -> Path:
     return make_project(tmp_path / "project")
 
 
-def environment() -> dict[str, str]:
-    """What a user's shell holds, without what would change a run."""
-    return {key: value for key, value in os.environ.items() if key != "MODEL_PATH"}
+def environment(**variables: str) -> dict[str, str]:
+    """What a user's shell holds, without what would change a run, and variables besides."""
+    return {key: value for key, value in os.environ.items() if key != "MODEL_PATH"} | variables
 
 
-def run(argv: list[Any], folder: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder, as a user would."""
+def run(argv: list[Any], folder: Path, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, as a user would, with variables in the environment."""
     return subprocess.run(
-        list(map(str, argv)), cwd=folder, input=stdin, capture_output=True, text=True, env=environment()
+        list(map(str, argv)),
+        cwd=folder,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment(**variables),
     )

@@ -164,8 +164,8 @@ def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path)
     assert output.count("mcp-lora: read 24 rows") == 1
     assert "world size: 2" in output
     assert state(project / "outputs/two")["global_step"] == 2
-    # what is done twice: 2 per device × 2 accumulated × 2 ranks
-    assert "(w. parallel, distributed & accumulation) = 8" in output
+    assert "batch 4 = 2 per device × 1 accumulated × 2 processes" in output
+    assert "(w. parallel, distributed & accumulation) = 4" in output
 
 
 def test_the_script_is_the_command(project: Path) -> None:

@@ -1,12 +1,13 @@
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from mcp_lora import launch
-from mcp_lora.config import Machine
+from mcp_lora import launch, world
 from mcp_lora.errors import McpLoraError
 
 BIN = Path(sys.executable).parent
@@ -32,21 +33,15 @@ def test_the_engines_command() -> None:
             {"deepspeed": "z.json"},
             4,
             {"PATH": "/bin", "NPROC_PER_NODE": "2"},
-            {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
+            {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"},
         ),
     ],
 )
 def test_the_engines_environment(
     config: dict[str, str], gpus: int, inherited: dict[str, str], added: dict[str, str]
 ) -> None:
-    found = launch.engine_environment(config, Machine(gpus, True, True), inherited)
+    found = launch.engine_environment(config, world.find(inherited, gpus), gpus, inherited)
     assert found == {"PATH": f"{BIN}{os.pathsep}/bin"} | added
-
-
-def test_a_worker_knows_its_rank() -> None:
-    assert launch.worker_rank({}) is None
-    assert launch.worker_rank({"RANK": "0"}) is None  # a scheduler's, not a launcher's
-    assert launch.worker_rank({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}) == 3
 
 
 def test_a_distributed_launch_gets_a_path_without_spaces(tmp_path: Path) -> None:
@@ -147,3 +142,29 @@ def test_a_failure_says_code_error_and_command() -> None:
     assert "ValueError: Cannot find valid samples" in str(error)
     assert str(error).endswith("run again: mcp-lora train")
     assert launch.Outcome(-9, "Killed").error("x").code == 137
+
+
+def test_a_second_interruption_kills_at_once() -> None:
+    """A command that does not end when it is asked to would be waited for; asked again, it is killed."""
+    deaf = (
+        "import signal, sys\n"
+        "def asked(*_): print('asked', flush=True)\n"
+        "signal.signal(signal.SIGTERM, asked)\n"
+        "print('ready', flush=True)\n"
+        "while True: signal.pause()"
+    )
+    script = (
+        "import signal, sys\n"
+        "from mcp_lora import cli, launch\n"
+        "signal.signal(signal.SIGINT, cli._interrupted)\n"
+        f"launch.run([sys.executable, '-c', {deaf!r}], {{}})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        (child,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=8)  # left alone, it would be waited for ten seconds
+    assert not child.is_running()

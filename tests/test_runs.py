@@ -3,6 +3,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mcp_lora import runs
 from mcp_lora.errors import McpLoraError
@@ -22,6 +24,11 @@ def make_run(folder: Path, *steps: int, finished: bool = True) -> Path:
     for place in places:
         place.mkdir(exist_ok=True)
         (place / "adapter_config.json").write_text("{}")
+    for step, place in zip(steps, places, strict=False):
+        save_file({"lora_A": torch.zeros(8, 8)}, place / "adapter_model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"step": step}, place / name)
+        (place / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     if finished:
         (folder / "trainer_state.json").write_text(json.dumps({"epoch": 1.0, "global_step": 20}))
     return folder
@@ -61,7 +68,38 @@ def test_resume_takes_the_newest_checkpoint(tmp_path: Path) -> None:
 
 
 def test_resume_wants_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(McpLoraError, match="no checkpoint to resume"):
+    with pytest.raises(McpLoraError, match="no complete checkpoint to resume from: mcp-lora train$"):
+        runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
+
+
+TORN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+MISSING = ("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "trainer_state.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [(name, share) for name in TORN for share in (0, 0.5, 0.99)] + [(name, None) for name in MISSING],
+)
+def test_a_checkpoint_that_was_not_written_to_its_end_is_not_resumed_from(
+    tmp_path: Path, name: str, share: float | None
+) -> None:
+    make_run(tmp_path, 20, 100, finished=False)
+    file = tmp_path / "checkpoint-100" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if share is not None:
+        file.write_bytes(whole[: int(len(whole) * share)])
+    found = runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
+    assert found == tmp_path / "checkpoint-20"
+    aside = tmp_path / "checkpoint-100.incomplete"
+    assert runs.put_aside_incomplete(tmp_path) == [aside]
+    assert aside.is_dir() and runs.checkpoints(tmp_path) == [tmp_path / "checkpoint-20"]
+
+
+def test_all_checkpoints_may_be_incomplete(tmp_path: Path) -> None:
+    make_run(tmp_path, 20, finished=False)
+    (tmp_path / "checkpoint-20/trainer_state.json").unlink()
+    with pytest.raises(McpLoraError, match="no complete checkpoint .*mcp-lora train --overwrite"):
         runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
 
 

@@ -21,6 +21,8 @@ from mcp_lora import dataset, embedded, engine, launch, lengths, readers, runs, 
 from mcp_lora.errors import McpLoraError
 from mcp_lora.records import Fault
 from mcp_lora.runs import DEFAULT
+from mcp_lora.world import World, worker_rank
+from mcp_lora.world import find as find_world
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -154,7 +156,24 @@ def train(
     model: Annotated[str | None, typer.Option(help="Base model: a folder, a hub id, or `embedded`.")] = None,
     data: Annotated[Path | None, typer.Option(help="Tool-call data to train on.")] = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of this machine.", show_default="all visible")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines.", show_default="1")] = None,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
+    master: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the first is met.")] = None,
+    zero: Annotated[
+        Literal["0", "2", "3"] | None,
+        typer.Option(help="DeepSpeed's ZeRO stage.", show_default="the recipe's"),
+    ] = None,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples of a step, on all GPUs together.", show_default="the recipe's"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run.")] = False,
+    no_retry: Annotated[
+        bool, typer.Option("--no-retry", help="Out of memory, do not start again with a smaller batch.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew; the old run moves to RUN.previous.")
@@ -162,11 +181,22 @@ def train(
 ) -> None:
     """Train the LoRA recipe with LLaMA-Factory."""
     engine.require()
-    flags = {"model_name_or_path": model, "output_dir": str(output) if output else None}
+    flags = {
+        "model_name_or_path": model,
+        "output_dir": str(output) if output else None,
+        "deepspeed": str(configuration.ZERO.with_name(f"ds_z{zero}_config.json")) if zero else None,
+    }
+    machine = configuration.detect_machine(gpus if dry_run else None)
+    if gpus and gpus > machine.gpus:
+        raise McpLoraError(
+            f"this machine shows {machine.gpus} GPUs, not {gpus} (CUDA_VISIBLE_DEVICES, nvidia-smi): "
+            f"mcp-lora train, or see what {gpus} would do: mcp-lora train --gpus {gpus} --dry-run"
+        )
+    world = find_world(os.environ, machine.gpus, gpus, nodes, node_rank, master)
     plan = training.plan(
-        config, overrides or [], flags, configuration.detect_machine(), resume, overwrite, dry_run
+        config, overrides or [], flags, machine, world, global_batch, resume, overwrite, dry_run
     )
-    say = _say if plan.leads else _silent
+    say = _silent if world.rank else _say
     for note in plan.notes:
         say(note)
     if dry_run:
@@ -180,10 +210,10 @@ def train(
         _print_statistics(statistics, Path(plan.config["dataset_dir"]))
     elif plan.config.get("dataset") == dataset.TRAIN:
         say(f"the data in {plan.config['dataset_dir']} is up to date")
-    if overwrite and plan.leads and (previous := runs.put_aside(plan.run)):
+    if overwrite and world.leads and (previous := runs.put_aside(plan.run)):
         say(f"the run that was in {plan.run} is now in {previous}")
     say(f"training; the configuration is in {plan.run / 'run.yaml'}")
-    training.start(plan)
+    training.start(plan, say, not no_retry)
     say(f"the adapter is in {plan.run}; the next steps: mcp-lora eval, chat and export {plan.run}")
 
 
@@ -248,7 +278,8 @@ def export(
 def _run_engine(verb: str, settings: dict[str, Any], hold_traceback: bool = False) -> launch.Outcome:
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
         argv = launch.engine_argv(verb, runs.write_config(Path(folder), settings))
-        environment = launch.engine_environment(settings, configuration.detect_machine(), os.environ)
+        gpus = configuration.detect_machine().gpus
+        environment = launch.engine_environment(settings, World(gpus or 1), gpus, os.environ)
         return launch.run(argv, environment, hold_traceback)
 
 
@@ -425,7 +456,7 @@ def main(arguments: list[str] | None = None) -> None:
     except McpLoraError as error:
         if os.environ.get("MCP_LORA_TRACEBACK"):
             traceback.print_exc()
-        if not launch.worker_rank(os.environ):
+        if not worker_rank(os.environ):
             _say(f"error: {error}")
         sys.exit(error.code)
 

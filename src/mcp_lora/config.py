@@ -23,6 +23,7 @@ import yaml
 from mcp_lora.errors import McpLoraError
 
 RECIPE = Path("train_configs/lora_config.yaml")
+ZERO = Path("train_configs/ds_z0_config.json")  # its neighbours are the other stages
 DEMO = "./scripts/train_lora.sh demo"
 # The embedded model, of 0.135 billion, already trains at no more than 200 tokens a second on two
 # cores; the time grows with the parameters.
@@ -40,8 +41,11 @@ class Machine:
     deepspeed: bool
 
 
-def detect_machine() -> Machine:
+def detect_machine(imagined: int | None = None) -> Machine:
     """Look at this machine. On a CPU bf16 counts only where the processor computes in it.
+
+    Args:
+        imagined: GPUs that a plan is made for; where there are fewer, they are taken to know bf16.
 
     PyTorch emulates it elsewhere: on two AVX2 cores `a @ b.T`, (2048, 576) by (1536, 576), ran at
     20 GFLOP/s in bf16 and at 143 in fp32.
@@ -51,7 +55,9 @@ def detect_machine() -> Machine:
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus:
+    if imagined and imagined > gpus:
+        gpus, bf16 = imagined, True
+    elif gpus:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -135,7 +141,9 @@ def resolve(
         notes.append("no CUDA device: training on the CPU")
     if config.get("deepspeed") and not machine.deepspeed:
         del config["deepspeed"]
-        notes.append("DeepSpeed is not installed: training without it (for ZeRO-0 the same)")
+        notes.append(
+            "DeepSpeed is not installed: training without it (the same as ZeRO-0; 2 and 3 save memory)"
+        )
     for key in _PATHS:
         # A hub id looks like a path but is none; what does not exist stays as it was given.
         value = config.get(key)
@@ -183,10 +191,28 @@ def parameters(model: str) -> float | None:
     return float(named.group(1)) * 1e9 if named else None
 
 
+def safetensors_size(file: Path) -> int:
+    """Return the bytes that a safetensors file has by its header, when it is whole.
+
+    Raises:
+        ValueError: the header is not whole.
+    """
+    length, header = _safetensors_header(file)
+    return 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+
+
 def _parameters_in(file: Path) -> int:
+    return sum(prod(entry["shape"]) for entry in _safetensors_header(file)[1].values())
+
+
+def _safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
     with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError("the header is not whole")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return length, header
 
 
 def _mend(key: str, value: Any) -> Any:

@@ -43,6 +43,7 @@ __all__ = [
     "Progress",
     "Settings",
     "convert",
+    "file_of",
     "locked",
     "questions",
     "refresh",
@@ -205,6 +206,16 @@ def refresh(
     if data:
         settings = replace(settings, inputs=[str(data)])
     return convert(settings, out, budget, progress)
+
+
+def file_of(folder: Path, dataset: str) -> Path | None:
+    """Return the file of a dataset, None where the folder describes no such dataset.
+
+    Raises:
+        McpLoraError: the description is damaged.
+    """
+    described = _load(folder / "dataset_info.json").get(dataset)
+    return folder / described["file_name"] if described and "file_name" in described else None
 
 
 def samples(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ The engine writes generated_predictions.jsonl, in the order of the questions; on
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
 from mcp_lora.records import ToolCall
 from mcp_lora.scoring import Figures, judge, summarise
+from mcp_lora.world import World
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,8 @@ def _predict(settings: dict[str, Any], output: Path, machine: Machine) -> list[s
     shutil.rmtree(output, ignore_errors=True)
     file = runs.write_config(output, settings | {"output_dir": str(output)})
     # One process: ranks would share the questions out and put the answers in another order.
-    alone = replace(machine, gpus=min(machine.gpus, 1))
-    environment = launch.engine_environment(settings, alone, os.environ)
+    environment = launch.engine_environment(settings, World(), machine.gpus, os.environ)
     environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the table is what counts here
-    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     outcome = launch.run(launch.engine_argv("train", file), environment)
     if outcome.code:
         raise outcome.error(f"mcp-lora eval {output.parent.parent}")

@@ -7,16 +7,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
+from mcp_lora.world import World
 
 # torchrun and LLaMA-Factory's launcher raise these when a rank has failed for another reason.
 _WRAPPERS = ("ChildFailedError", "CalledProcessError")
+# What torch says: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. …,
+# RuntimeError: CUDA error: out of memory, RuntimeError: … DefaultCPUAllocator: can't allocate memory: …
+_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory")
 _KEPT = 1 << 16  # bytes of an engine's stderr that are kept to find its error in
 
 
@@ -27,10 +30,17 @@ class Outcome:
     code: int
     stderr: str
 
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether memory, a GPU's or the machine's, was what ran out."""
+        return bool(self.code) and bool(_OUT_OF_MEMORY.search(real_error(self.stderr)))
+
     def error(self, command: str) -> McpLoraError:
         """Return the failure as an error that shows the engine's own last lines."""
         code = self.code if self.code > 0 else 128 - self.code
         last = real_error(self.stderr) or "it printed no error"
+        if "inline_container.cc" in last and "unexpected pos" in last:  # all that torch.save says of it
+            last += "\n(a file could not be written to its end: is the disk full? df -h)"
         return McpLoraError(
             f"LLaMA-Factory ended with exit code {code}:\n{last}\nMend that and run again: {command}",
             code,
@@ -44,25 +54,33 @@ def engine_argv(verb: str, file: Path) -> list[str]:
 
 
 def engine_environment(
-    config: Mapping[str, Any], machine: Machine, environment: Mapping[str, str]
+    config: Mapping[str, Any], world: World, visible: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the variables that an engine needs besides those it inherits.
 
     PATH begins with this interpreter's folder, as LLaMA-Factory starts `torchrun` by its bare
     name. DeepSpeed needs a distributed launch even for one process; for several GPUs the engine
-    would choose one by itself, and is told so that `without_spaces` knows.
+    would choose one by itself, and is told so that `without_spaces` knows. Of more GPUs than are
+    wanted it would take all.
+
+    Args:
+        config: LLaMA-Factory's keys.
+        world: who trains.
+        visible: GPUs that this machine shows.
+        environment: what the engine inherits.
     """
     added = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])}
-    if config.get("deepspeed") or machine.gpus > 1:
+    if visible > world.per_node:
+        shown = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(visible)))
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(shown.split(",")[: world.per_node])
+    if config.get("deepspeed") or world.processes > 1:
         added["FORCE_TORCHRUN"] = "1"
-        added["NPROC_PER_NODE"] = environment.get("NPROC_PER_NODE") or str(max(machine.gpus, 1))
+        added["NPROC_PER_NODE"] = str(world.per_node)
+    if world.master:
+        host, port = world.master
+        added |= {"NNODES": str(world.nodes), "NODE_RANK": str(world.node_rank)}
+        added |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     return added
-
-
-def worker_rank(environment: Mapping[str, str]) -> int | None:
-    """Return this process's rank if deepspeed or torchrun started it, else None."""
-    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys()
-    return int(environment["RANK"]) if launched else None
 
 
 @contextmanager
@@ -139,12 +157,13 @@ def real_error(stderr: str, lines: int = 8) -> str:
         if found and not found.group().split("\n", 1)[0].split(":")[0].endswith(_WRAPPERS):
             ends.append(found.group())
     source = ends[-1] if ends else text
-    kept = [line.rstrip() for line in source.strip().split("\n") if line.strip()]
+    lines_of_it = (line.rstrip() for line in source.strip().split("\n"))
+    kept = [line for line in lines_of_it if line and not re.search(r"%\|.*\|", line)]  # no progress bars
     return "\n".join(kept[:lines] if ends else kept[-lines:])
 
 
 def _stop(pid: int) -> None:
-    """End a process and its descendants: ask first, insist after ten seconds."""
+    """End a process and its descendants: ask first, insist after ten seconds, or when asked again."""
     import psutil
 
     try:
@@ -152,10 +171,13 @@ def _stop(pid: int) -> None:
         family = [*root.children(recursive=True), root]
     except psutil.NoSuchProcess:
         return
-    for process in family:
-        try:
-            process.terminate()
-        except psutil.NoSuchProcess:
-            continue
-    for process in psutil.wait_procs(family, timeout=10)[1]:
-        process.kill()
+    left = family
+    try:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        left = psutil.wait_procs(family, timeout=10)[1]
+    finally:  # at once after a second Ctrl-C, as nobody is known to be gone then
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()

@@ -2,6 +2,7 @@
 
 outputs/mcp_lora/
 ├── run.yaml              the resolved configuration
+├── manifest.json         what it was made of (see mcp_lora.manifest)
 ├── checkpoint-100/ …     an adapter with the optimizer's state, every save_steps
 ├── adapter_model.safetensors, adapter_config.json     the adapter at the end
 ├── trainer_state.json, training_args.bin, training_loss.png
@@ -10,11 +11,12 @@ outputs/mcp_lora/
 
 import json
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.config import dump, read_config
+from mcp_lora.config import dump, read_config, safetensors_size
 from mcp_lora.errors import McpLoraError
 
 DEFAULT = Path("outputs/mcp_lora")
@@ -24,6 +26,63 @@ def checkpoints(run: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first."""
     found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint can be resumed from: a run can be killed while it writes one.
+
+    The trainer's state is written last (transformers, Trainer._save_checkpoint), but after a power cut
+    a file may be there and not what is in it; the end of each shows that. What torch saves is a zip
+    file, with its directory at the end; a safetensors file says in its header how long it is.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    saved = [file for file in checkpoint.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
+    tensors = list(checkpoint.glob("*.safetensors"))
+    optimizer = (checkpoint / "optimizer.pt").is_file() or (checkpoint / "latest").is_file()  # DeepSpeed's
+    return (
+        isinstance(state, dict)
+        and checkpoint.name == f"checkpoint-{state.get('global_step')}"
+        and (checkpoint / "adapter_config.json").is_file()
+        and optimizer
+        and bool(tensors)
+        and all(map(zipfile.is_zipfile, saved))
+        and all(map(_is_whole, tensors))
+    )
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        return file.stat().st_size == safetensors_size(file)
+    except ValueError:
+        return False
+
+
+def put_aside_incomplete(run: Path) -> list[Path]:
+    """Rename the checkpoints that are not complete, so that no engine resumes from one.
+
+    Returns:
+        Where they are now.
+
+    Raises:
+        McpLoraError: one cannot be renamed.
+    """
+    aside = []
+    for checkpoint in checkpoints(run):
+        if not is_complete(checkpoint):
+            target = checkpoint.with_name(f"{checkpoint.name}.incomplete")
+            try:
+                if target.exists():
+                    shutil.rmtree(target)
+                aside.append(checkpoint.rename(target))
+            except OSError as error:
+                raise McpLoraError(
+                    f"{checkpoint} is incomplete and cannot be renamed ({error.strerror}): remove it, and "
+                    f"mcp-lora train --resume"
+                ) from None
+    return aside
 
 
 def is_finished(run: Path) -> bool:
@@ -36,13 +95,20 @@ def holds_a_run(run: Path) -> bool:
     return bool(checkpoints(run)) or is_finished(run) or (run / "adapter_config.json").is_file()
 
 
+def how_to_go_on(run: Path) -> str:
+    """Return the option with which a run that has failed is started again, if one is needed."""
+    if any(map(is_complete, checkpoints(run))):
+        return " --resume"
+    return " --overwrite" if holds_a_run(run) else ""
+
+
 def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
     """See to it that a new run does not silently continue, skip or spoil an old one.
 
     Args:
         run: the output folder.
         config: what is about to be run.
-        resume: go on from the newest checkpoint.
+        resume: go on from the newest complete checkpoint.
         overwrite: start anew.
 
     Returns:
@@ -54,8 +120,11 @@ def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool)
     """
     saved = checkpoints(run)
     if resume:
+        saved = [checkpoint for checkpoint in saved if is_complete(checkpoint)]
         if not saved:
-            raise McpLoraError(f"{run} holds no checkpoint to resume from: mcp-lora train")
+            raise McpLoraError(
+                f"{run} holds no complete checkpoint to resume from: mcp-lora train{how_to_go_on(run)}"
+            )
         _check_same_run(run, config)
         _check_unfinished(run, config)
         return saved[-1]

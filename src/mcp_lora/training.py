@@ -1,38 +1,38 @@
 """Prepare a training run, and hand it to the engine."""
 
 import os
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, lengths, runs
+from mcp_lora import dataset, embedded, engine, launch, lengths, manifest, runs
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
+from mcp_lora.world import World, share_batch
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will be run: the resolved configuration, the command, its variables, remarks.
 
-    `rank` is this process's among those that deepspeed or torchrun started, None without them.
+    `batch` says what the batch of a step is made of, `world` who trains.
     """
 
     config: dict[str, Any]
     argv: list[str]
     environment: dict[str, str]
     notes: list[str]
-    rank: int | None
+    batch: str
+    world: World
 
     @property
     def run(self) -> Path:
         """The output folder."""
         return Path(self.config["output_dir"])
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process speaks and writes for all."""
-        return not self.rank
 
 
 def plan(
@@ -40,6 +40,8 @@ def plan(
     overrides: list[str],
     flags: dict[str, Any],
     machine: Machine,
+    world: World,
+    batch: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -51,6 +53,8 @@ def plan(
         overrides: key=value words, in the engine's names.
         flags: keys set by options of their own; None is not set.
         machine: where it will run.
+        world: who trains.
+        batch: samples of an optimizer step, if not the recipe's.
         resume: go on from the newest checkpoint.
         overwrite: the output folder may hold a run.
         dry_run: fetch nothing, and only remark on what this machine could not run.
@@ -60,6 +64,9 @@ def plan(
     """
     config, notes = configuration.resolve(file, os.environ, overrides, flags, machine)
     config.setdefault("output_dir", str(runs.DEFAULT.absolute()))
+    shared, words = share_batch(config, world.processes, batch)
+    config |= shared
+    notes.append(words)
     problems = engine.problems(config)
     model = str(config.get("model_name_or_path"))
     if model != embedded.NAME and (missing := configuration.missing_model(model)):
@@ -78,9 +85,10 @@ def plan(
     return Plan(
         config,
         launch.engine_argv("train", Path(config["output_dir"]) / "run.yaml"),
-        launch.engine_environment(config, machine, os.environ),
+        launch.engine_environment(config, world, machine.gpus, os.environ),
         notes,
-        launch.worker_rank(os.environ),
+        words,
+        world,
     )
 
 
@@ -112,19 +120,104 @@ def refresh_data(
         return dataset.refresh(data, folder, lengths.budget(config), progress)
 
 
-def start(plan: Plan) -> None:
+def start(plan: Plan, say: Callable[[str], None], retry: bool = True) -> None:
     """Write run.yaml and train: through llamafactory-cli, or in this process if it is a rank.
+
+    Out of memory, the batch per device is halved and more of them are accumulated, so that the
+    training stays the same; it goes on from the newest complete checkpoint.
+
+    Args:
+        plan: what to run.
+        say: is told of what is done without having been asked for.
+        retry: whether to start again after running out of memory.
 
     Raises:
         McpLoraError: the folder cannot be written, or the engine fails.
     """
-    if plan.leads:
-        runs.write_config(plan.run, plan.config)
-    if plan.rank is not None:
-        engine.train(plan.config)
+    if plan.world.leads:
+        _make_ready(plan, say)
+    if plan.world.rank is not None:
+        with _recorded(plan) as record:
+            engine.train(plan.config)
+            record["exit"] = 0
         return
-    *command, file = plan.argv
-    with launch.without_spaces(Path(file), plan.environment) as readable:
-        outcome = launch.run([*command, str(readable)], plan.environment)
-    if outcome.code:
-        raise outcome.error("mcp-lora train")
+    with _recorded(plan) as record:
+        while True:
+            outcome = _run(plan)
+            record["exit"] = outcome.code
+            if not outcome.code:
+                return
+            # Other machines would not know of it.
+            smaller = _smaller(plan) if outcome.out_of_memory and retry and plan.world.nodes == 1 else None
+            if not smaller:
+                break
+            plan = smaller
+            keys = ("per_device_train_batch_size", "gradient_accumulation_steps", "resume_from_checkpoint")
+            record["retries"].append({key: plan.config.get(key) for key in keys})
+            _make_ready(plan, say)
+            say(f"out of memory; again from {_from(plan)}: {plan.batch}")
+    if outcome.out_of_memory:
+        raise McpLoraError(
+            f"out of memory at {plan.batch}:\n{launch.real_error(outcome.stderr)}\n"
+            f"Lower cutoff_len (samples lose candidate tools to fit) or lora_rank, recompute activations "
+            f"(disable_gradient_checkpointing=false), divide the model among GPUs (--zero 3), or train on a "
+            f"4-bit base: mcp-lora train --config train_configs/qlora.yaml",
+            outcome.code,
+        )
+    raise outcome.error(f"mcp-lora train{runs.how_to_go_on(plan.run)}")
+
+
+def _make_ready(plan: Plan, say: Callable[[str], None]) -> None:
+    """Write run.yaml, and put aside what the engine could not resume from."""
+    runs.write_config(plan.run, plan.config)
+    for checkpoint in runs.put_aside_incomplete(plan.run):
+        say(f"{checkpoint} was not written to its end: no run resumes from it")
+
+
+def _run(plan: Plan) -> launch.Outcome:
+    """Run the engine; the run's folder, with its run.yaml, is the first machine's."""
+    with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
+        file = plan.run / "run.yaml" if plan.world.leads else runs.write_config(Path(folder), plan.config)
+        with launch.without_spaces(file, plan.environment) as readable:
+            return launch.run([*plan.argv[:-1], str(readable)], plan.environment)
+
+
+def _smaller(plan: Plan) -> Plan | None:
+    """Return the plan with half the batch per device, from the newest checkpoint; None if it is 1 already."""
+    size = plan.config["per_device_train_batch_size"]
+    if size == 1:
+        return None
+    processes = plan.world.processes
+    batch = size * plan.config["gradient_accumulation_steps"] * processes
+    keys, words = share_batch({"per_device_train_batch_size": size // 2}, processes, batch)
+    saved = [checkpoint for checkpoint in runs.checkpoints(plan.run) if runs.is_complete(checkpoint)]
+    config = plan.config | keys | {"resume_from_checkpoint": str(saved[-1]) if saved else None}
+    return replace(plan, config=config, batch=words)
+
+
+def _from(plan: Plan) -> str:
+    checkpoint = plan.config["resume_from_checkpoint"]
+    return Path(checkpoint).name if checkpoint else "the start"
+
+
+@contextmanager
+def _recorded(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Keep the run's manifest: the first process writes it, at the start and at the end."""
+    record: dict[str, Any] = {"retries": [], "exit": None}
+    if not plan.world.leads:
+        yield record
+        return
+    record = manifest.describe(plan.config, plan.argv, plan.environment, plan.world.processes)
+    manifest.write(plan.run, record)
+    try:
+        yield record
+    except McpLoraError as error:
+        record["exit"] = error.code
+        raise
+    except BaseException:
+        record["exit"] = 1
+        raise
+    finally:
+        record["ended"] = manifest.now()
+        with suppress(OSError):  # a full disk is told of by the engine
+            manifest.write(plan.run, record)

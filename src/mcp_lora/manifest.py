@@ -1,0 +1,125 @@
+"""What a run was made of: `manifest.json` in its folder, written at its start and again at its end.
+
+    {"started": "2026-11-24T12:00:00+00:00", "ended": "2026-11-24T14:10:03+00:00", "exit": 0,
+     "retries": [{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16,
+                  "resume_from_checkpoint": "outputs/mcp_lora/checkpoint-100"}],
+     "command": ["…/llamafactory-cli", "train", "outputs/mcp_lora/run.yaml"],
+     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"},
+     "processes": 4, "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"},
+     "gpus": ["NVIDIA A100-SXM4-80GB"], "git_commit": "8373a1e…", "seed": 42,
+     "data": {"file": "…/mcp_train_data.json", "sha256": "…"},
+     "base": {"file": "…/config.json", "sha256": "…"},
+     "config": {"lora_rank": 64, …}}
+
+`ended` and `exit` are null while it trains, and stay so where it was killed.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mcp_lora import dataset
+
+NAME = "manifest.json"
+PACKAGES = (
+    "mcp-lora",
+    "llamafactory",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "accelerate",
+    "datasets",
+)
+_SEED = 42  # transformers' own
+
+
+def describe(
+    config: Mapping[str, Any], argv: list[str], environment: Mapping[str, str], processes: int
+) -> dict[str, Any]:
+    """Return the manifest of a run that begins now.
+
+    Args:
+        config: what is run, in LLaMA-Factory's keys.
+        argv, environment: the engine's command, and the variables that it gets besides.
+        processes: how many train.
+    """
+    import torch
+
+    return {
+        "started": now(),
+        "ended": None,
+        "exit": None,
+        "retries": [],
+        "command": argv,
+        "environment": dict(environment),
+        "processes": processes,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "git_commit": _git_commit(),
+        "seed": config.get("seed", _SEED),
+        "data": _hashed(dataset.file_of(Path(str(config.get("dataset_dir"))), str(config.get("dataset")))),
+        "base": _hashed(_config_of(str(config.get("model_name_or_path")))),
+        "config": dict(config),
+    }
+
+
+def now() -> str:
+    """Return the time, in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write(run: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a run's manifest, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    new = run / f"{NAME}.new"
+    new.write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, run / NAME)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the folder that the command was given in, if git knows one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _config_of(model: str) -> Path | None:
+    """Return a base model's config.json: in its folder, or where the hub's cache has it."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+
+    known = re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+    found = try_to_load_from_cache(model, "config.json") if known else None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _hashed(file: Path | None) -> dict[str, str] | None:
+    if not file or not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return {"file": str(file), "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

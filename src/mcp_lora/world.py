@@ -1,0 +1,132 @@
+"""Who trains together: the machines, the processes on each, and the batch that all of them share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mcp_lora.errors import McpLoraError
+
+_PORT = "29500"  # torchrun's own default
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one training.
+
+    Attributes:
+        per_node: processes on this machine, one a GPU.
+        nodes: machines.
+        node_rank: which of them this one is, from 0.
+        master: where the first machine is to be met, (host, port); None means on this one.
+        rank: this process's, if deepspeed or torchrun started it, else None.
+    """
+
+    per_node: int = 1
+    nodes: int = 1
+    node_rank: int = 0
+    master: tuple[str, str] | None = None
+    rank: int | None = None
+
+    @property
+    def processes(self) -> int:
+        """How many train in all."""
+        return self.per_node * self.nodes
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return not self.rank and not self.node_rank
+
+
+def find(
+    environment: Mapping[str, str],
+    visible: int,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    node_rank: int | None = None,
+    master: str | None = None,
+) -> World:
+    """Return the world that the options, or else LLaMA-Factory's variables, describe.
+
+    Args:
+        environment: RANK and WORLD_SIZE are a launcher's, and win; NPROC_PER_NODE, NNODES,
+            NODE_RANK, MASTER_ADDR and MASTER_PORT are what LLaMA-Factory's launcher reads.
+        visible: GPUs that this machine shows.
+        gpus: how many of them to use.
+        nodes, node_rank, master: the machines, this one's place among them, HOST:PORT of the first.
+
+    Raises:
+        McpLoraError: the first machine is not named, or this one is none of them.
+    """
+    if (rank := worker_rank(environment)) is not None:
+        return World(int(environment["WORLD_SIZE"]), rank=rank)
+    per_node = gpus or _number(environment, "NPROC_PER_NODE") or visible or 1
+    nodes = nodes or _number(environment, "NNODES") or 1
+    if node_rank is None:
+        node_rank = _number(environment, "NODE_RANK") or 0
+    host, _, port = (master or environment.get("MASTER_ADDR", "")).rpartition(":")
+    if not host:
+        host, port = port, environment.get("MASTER_PORT", _PORT)
+    if nodes > 1 and not host:
+        raise McpLoraError(
+            f"{nodes} machines have to meet at the first of them: "
+            f"mcp-lora train --nodes {nodes} --node-rank {node_rank} --master HOST:PORT"
+        )
+    if not 0 <= node_rank < nodes:
+        raise McpLoraError(
+            f"of {nodes} machines the ranks are 0 to {nodes - 1}, not {node_rank}: "
+            f"mcp-lora train --nodes {nodes} --node-rank {nodes - 1}"
+        )
+    return World(per_node, nodes, node_rank, (host, port) if nodes > 1 else None)
+
+
+def worker_rank(environment: Mapping[str, str]) -> int | None:
+    """Return this process's rank if deepspeed or torchrun started it, else None."""
+    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys()
+    return int(environment["RANK"]) if launched else None
+
+
+def share_batch(
+    config: Mapping[str, Any], processes: int, wanted: int | None = None
+) -> tuple[dict[str, Any], str]:
+    """Divide the batch of one optimizer step among processes.
+
+    A configuration's `per_device_train_batch_size` × `gradient_accumulation_steps` is the batch of
+    the recipe on one GPU. It stays the same on any number, as the learning rate belongs to it:
+
+        per device × accumulation × processes = batch
+
+    Args:
+        config: LLaMA-Factory's keys; what is left out is 8 × 1, as in transformers.
+        processes: how many train.
+        wanted: the batch, where it is to be another.
+
+    Returns:
+        The two keys, and what came out in words. Where the processes do not divide the batch it is the
+        nearest that they can have, with at least half the batch per device.
+    """
+    most = int(config.get("per_device_train_batch_size") or 8)
+    batch = wanted or most * int(config.get("gradient_accumulation_steps") or 1)
+    most = min(most, max(1, batch // processes))
+
+    def rounded(per_device: int) -> int:
+        return max(1, round(batch / (per_device * processes)))
+
+    per_device = min(
+        range(most, (most - 1) // 2, -1), key=lambda size: abs(size * rounded(size) * processes - batch)
+    )
+    steps = rounded(per_device)
+    found = per_device * steps * processes
+    words = f"batch {found} = {per_device} per device × {steps} accumulated × {processes} processes"
+    if found != batch:
+        words = f"warning: {words}, as {processes} do not divide {batch}"
+    return {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": steps}, words
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name)
+    if value is None:
+        return None
+    if not value.isdigit():
+        raise McpLoraError(f"{name}={value} in the environment is no number: unset {name}")
+    return int(value)

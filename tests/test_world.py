@@ -1,0 +1,78 @@
+import pytest
+
+from mcp_lora import world
+from mcp_lora.errors import McpLoraError
+from mcp_lora.world import World, share_batch
+
+RECIPE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}
+
+
+@pytest.mark.parametrize(
+    ("processes", "per_device", "accumulated"),
+    [(1, 16, 8), (2, 16, 4), (4, 16, 2), (8, 16, 1), (16, 8, 1), (128, 1, 1)],
+)
+def test_the_batch_is_the_same_on_any_number_of_gpus(
+    processes: int, per_device: int, accumulated: int
+) -> None:
+    keys, words = share_batch(RECIPE, processes)
+    expected = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated}
+    assert keys == expected
+    made = f"batch 128 = {per_device} per device × {accumulated} accumulated × {processes} processes"
+    assert words == made
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(3, 126), (5, 130), (6, 132), (7, 126), (256, 256)])
+def test_a_batch_that_is_not_divided_is_rounded_and_said(processes: int, batch: int) -> None:
+    keys, words = share_batch(RECIPE, processes)
+    made = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"] * processes
+    assert made == batch and words.startswith(f"warning: batch {batch} = ")
+    assert words.endswith(f"as {processes} do not divide 128")
+
+
+def test_another_batch_can_be_wanted() -> None:
+    keys, _ = share_batch(RECIPE, 4, 256)
+    assert keys == {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}
+    keys, _ = share_batch(RECIPE, 1, 4)
+    assert keys == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    keys, _ = share_batch({}, 2)  # the engine's defaults
+    assert keys == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+
+
+def test_a_worker_belongs_to_its_launchers_world() -> None:
+    assert world.worker_rank({}) is None
+    assert world.worker_rank({"RANK": "0"}) is None  # a scheduler's, not a launcher's
+    launched = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "NPROC_PER_NODE": "2"}
+    assert world.find(launched, 2) == World(4, rank=3)
+    assert not world.find(launched, 2).leads
+
+
+def test_one_machine_trains_on_the_gpus_that_it_shows() -> None:
+    assert world.find({}, 0) == World(1)
+    assert world.find({}, 4) == World(4)
+    assert world.find({"NPROC_PER_NODE": "2"}, 4) == World(2)
+    assert world.find({"NPROC_PER_NODE": "2"}, 4, gpus=3) == World(3)
+
+
+def test_several_machines_meet_at_the_first() -> None:
+    second = World(8, 2, 1, ("10.0.0.1", "29500"))
+    assert second.processes == 16 and not second.leads
+    assert world.find({}, 8, nodes=2, node_rank=1, master="10.0.0.1") == second
+    variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert world.find(variables, 8) == second
+    found = world.find(variables, 8, node_rank=0, master="other:1")
+    assert found == World(8, 2, 0, ("other", "1")) and found.leads
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "said"),
+    [
+        ({}, {"nodes": 2}, "--nodes 2 --node-rank 0 --master HOST:PORT"),
+        ({"MASTER_ADDR": "a"}, {"nodes": 2, "node_rank": 2}, "the ranks are 0 to 1, not 2"),
+        ({"NNODES": "two"}, {}, "NNODES=two"),
+    ],
+)
+def test_a_world_that_cannot_be_is_refused(
+    environment: dict[str, str], options: dict[str, int], said: str
+) -> None:
+    with pytest.raises(McpLoraError, match=said):
+        world.find(environment, 1, **options)

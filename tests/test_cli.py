@@ -1,6 +1,7 @@
 """The command line on the user's mistakes: one line, the next command, exit code 2."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,7 +189,9 @@ def test_inspect_says_what_the_template_cannot_render(
     main_ok(["convert", str(write_json(project / "rows.json", bad))])
     recipe = project / "train_configs/lora_config.yaml"
     recipe.write_text(recipe.read_text().replace("template: qwen ", "template: gemma "))
-    said = fail(capsys, "inspect", "--model", str(tiny_model))
+    silent = shutil.copytree(tiny_model, project / "no chat template")
+    (silent / "chat_template.jinja").unlink()
+    said = fail(capsys, "inspect", "--model", str(silent))
     assert "template gemma cannot render it" in said and "mcp-lora convert --model" in said
 
 

@@ -1,5 +1,6 @@
 """The command line: it parses, composes the other modules and prints. Nothing else does."""
 
+import json
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, lengths, readers, runs, training
+from mcp_lora import dataset, embedded, engine, launch, lengths, readers, runs, templates, training
 from mcp_lora.errors import McpLoraError
 from mcp_lora.records import Fault
 from mcp_lora.runs import DEFAULT
@@ -28,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Tune a language model to call MCP tools: convert, inspect, train, eval, chat, export.",
+    help="Tune a language model to call MCP tools: doctor, convert, inspect, train, eval, chat, export.",
 )
 
 Shape = StrEnum("Shape", list(readers.SHAPES))  # type: ignore[misc]  # the names are known at run time
@@ -217,6 +218,33 @@ def train(
     say(f"the adapter is in {plan.run}; the next steps: mcp-lora eval, chat and export {plan.run}")
 
 
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Base model: a folder, a hub id, or `embedded`.")] = None,
+    config: Annotated[Path, typer.Option(help="The recipe.")] = configuration.RECIPE,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Look whether this machine, the packages, the model and the data are fit for a training."""
+    engine.require()
+    from mcp_lora.doctor import examine
+
+    machine = configuration.detect_machine()
+    settings, _ = configuration.resolve(config, os.environ, [], {"model_name_or_path": model}, machine)
+    if settings.get("model_name_or_path") == embedded.NAME:
+        settings["model_name_or_path"] = str(embedded.folder())
+    templates.fit(settings, chosen=False)
+    findings = []
+    for finding in examine(settings, machine):
+        findings.append(finding)
+        if not as_json:
+            typer.echo(f"{finding.verdict:8} {finding.what:18} {finding.words}")
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings], indent=2))
+    problems = [finding.what for finding in findings if finding.verdict == "problem"]
+    if problems:
+        raise McpLoraError(f"not fit to train ({', '.join(problems)}): see above, and mcp-lora doctor", 1)
+
+
 @app.command(name="eval")
 def evaluate(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
     """Answer the held-out questions with the base model and with the adapter, and compare."""
@@ -293,6 +321,7 @@ def _recipe(config: Path, model: str | None) -> dict[str, Any]:
         recipe["model_name_or_path"] = str(embedded.ensure())
     if problems := engine.problems(recipe):
         raise McpLoraError(f"{'; '.join(problems)}. Mend {config} and run again")
+    _say(templates.fit(recipe, chosen=False))
     return recipe
 
 

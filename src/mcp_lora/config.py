@@ -29,6 +29,7 @@ DEMO = "./scripts/train_lora.sh demo"
 # cores; the time grows with the parameters.
 CPU_PARAMETERS = 2e9
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken")
 _PATHS = ("model_name_or_path", "dataset_dir", "output_dir", "deepspeed")
 
 
@@ -164,6 +165,9 @@ def missing_model(model: str) -> str | None:
     looks_like_path = looks_like_path or model.count("/") > 1 or folder.exists()
     if looks_like_path and not (folder / "config.json").is_file():
         return f"there is no model in {model} (no config.json)"
+    # transformers makes an empty tokenizer of a config.json alone, and says nothing.
+    if looks_like_path and not any(any(folder.glob(name)) for name in _TOKENIZERS):
+        return f"there is no tokenizer in {model} ({', '.join(_TOKENIZERS)})"
     return None
 
 

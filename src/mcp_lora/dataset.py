@@ -45,6 +45,7 @@ __all__ = [
     "convert",
     "file_of",
     "locked",
+    "newer",
     "questions",
     "refresh",
     "samples",
@@ -192,12 +193,9 @@ def refresh(
             now = files.find(inputs)
         except McpLoraError:
             now = []
-        sources = [*map(Path, old["files"]), *map(Path, old.get("catalogues", []))]
+        sources = _sources(old)
         gone = not data and not all(file.is_file() for file in sources)
-        newer = any(
-            file.stat().st_mtime > done.stat().st_mtime for file in (*now, *sources) if file.is_file()
-        )
-        stands = not newer and (gone or list(map(str, now)) == old["files"])
+        stands = not _newer(done, [*now, *sources]) and (gone or list(map(str, now)) == old["files"])
         counted = old.get("budget") == budget
         if stands and (counted or gone):
             if not counted:
@@ -216,6 +214,24 @@ def file_of(folder: Path, dataset: str) -> Path | None:
     """
     described = _load(folder / "dataset_info.json").get(dataset)
     return folder / described["file_name"] if described and "file_name" in described else None
+
+
+def newer(folder: Path) -> list[Path]:
+    """Return the files that a conversion was made of and that have been changed since.
+
+    Raises:
+        McpLoraError: its description is damaged.
+    """
+    done = folder / "stats.json"
+    return _newer(done, _sources(_load(done))) if done.is_file() else []
+
+
+def _sources(stats: dict[str, Any]) -> list[Path]:
+    return [*map(Path, stats["files"]), *map(Path, stats.get("catalogues", []))]
+
+
+def _newer(done: Path, sources: list[Path]) -> list[Path]:
+    return [file for file in sources if file.is_file() and file.stat().st_mtime > done.stat().st_mtime]
 
 
 def samples(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:

@@ -93,7 +93,7 @@ class Lengths:
         finally:
             TEMPLATES[name] = shared
             logger.setLevel(level)
-        self._recorder = _Recorder(self.tokenizer)
+        self._recorder = Recorder(self.tokenizer)
         self.cutoff_len: int = self.data_args.cutoff_len
         self.batch_size: int = settings.get("per_device_train_batch_size") or 8
         self.grouped = settings.get("train_sampling_strategy") == "group_by_length"
@@ -260,7 +260,7 @@ def _window(base: Pieces, others: list[Pieces]) -> tuple[int, int, int] | None:
     return place, start, end
 
 
-class _Recorder:
+class Recorder:
     """Stands in for the tokenizer in a template, and keeps the texts that it is given."""
 
     def __init__(self, tokenizer: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, lengths, manifest, runs
+from mcp_lora import dataset, embedded, engine, launch, lengths, manifest, runs, templates
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
 from mcp_lora.world import World, share_batch
@@ -79,6 +79,7 @@ def plan(
         notes.append(f"warning: {heavy}")
     if model == embedded.NAME:
         config["model_name_or_path"] = str(embedded.folder() if dry_run else embedded.ensure())
+    notes.append(templates.fit(config, any(word.startswith("template=") for word in overrides)))
     if checkpoint := runs.prepare(Path(config["output_dir"]), config, resume, overwrite):
         config["resume_from_checkpoint"] = str(checkpoint)
         notes.append(f"resuming from {checkpoint}")

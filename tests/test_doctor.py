@@ -1,0 +1,84 @@
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BIN, run
+
+from mcp_lora import config, dataset, doctor
+from mcp_lora.config import Machine
+
+CPU = Machine(0, False, False)
+
+
+@pytest.fixture(autouse=True)
+def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+
+
+def found(model: Path, **changes: Any) -> dict[str, doctor.Finding]:
+    settings, _ = config.resolve(config.RECIPE, {}, [], {"model_name_or_path": str(model)}, CPU)
+    return {finding.what: finding for finding in doctor.examine(settings | changes, CPU)}
+
+
+def test_a_machine_that_is_fit(project: Path, tiny_model: Path) -> None:
+    done = run([BIN / "mcp-lora", "doctor", "--model", tiny_model, "--json"], project)
+    assert done.returncode == 0, done.stderr
+    verdicts = {line["what"]: line["verdict"] for line in json.loads(done.stdout)}
+    assert "problem" not in verdicts.values()
+    for what in ("Python", "llamafactory", "torch", "peft", "torchrun", "model", "template"):
+        assert verdicts[what] == "ok"
+    assert verdicts["data"] == "warning"  # not converted yet
+
+
+def test_a_problem_is_exit_code_1(project: Path) -> None:
+    done = run([BIN / "mcp-lora", "doctor", "--model", "/nowhere/model"], project)
+    assert done.returncode == 1
+    assert "problem  model              there is no model in /nowhere/model" in done.stdout
+    assert "not fit to train (model)" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_package_outside_its_bounds(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+
+    def other(name: str) -> str:
+        if name == "jieba":
+            raise importlib.metadata.PackageNotFoundError
+        return "5.6.0" if name == "transformers" else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", other)
+    findings = found(tiny_model)
+    assert findings["transformers"].verdict == "problem" and "5.6.0, tested" in findings["transformers"].words
+    assert findings["jieba"].words == "is not installed: pip install 'jieba>=0.42'"
+
+
+def test_an_answer_that_would_not_stop(tiny_model: Path, tmp_path: Path) -> None:
+    """A base whose eos is not what the template ends an answer with: vicuna's ends with eos itself."""
+    assert found(tiny_model, template="qwen")["template"].verdict == "ok"
+    assert found(tiny_model, template="vicuna")["template"].verdict == "ok"
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    finding = found(other, template="cpm4")["template"]
+    assert "an answer ends with '<|im_end|>" in finding.words and "eos is" in finding.words
+
+
+def test_data_that_has_changed_since(tiny_model: Path, project: Path) -> None:
+    dataset.convert(dataset.Settings())
+    assert found(tiny_model)["data"].verdict == "ok"
+    (source,) = (project / "data/filtered").glob("filtered_*.json")
+    later = (project / "data/llama_factory/stats.json").stat().st_mtime + 10
+    os.utime(source, (later, later))
+    stale = found(tiny_model)["data"]
+    assert stale.verdict == "warning" and source.name in stale.words
+
+
+def test_a_folder_without_a_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(tiny_model / "config.json", bare)
+    model = found(bare)["model"]
+    assert model.verdict == "problem" and "there is no tokenizer" in model.words

@@ -60,7 +60,8 @@ def test_a_dry_run_shows_all_and_writes_nothing(capsys: pytest.CaptureFixture[st
     main_ok(["train", "--dry-run", "lora_rank=32", "--output", "outputs/here"])
     shown = capsys.readouterr()
     run_file = project / "outputs/here/run.yaml"
-    _, text, command, environment = shown.out.split("# ")
+    _, text, command, environment, plan = shown.out.split("# ")
+    assert "the config of Qwen/Qwen2.5-7B-Instruct is not here" in plan
     resolved = yaml.safe_load(text.partition("\n")[2])
     assert text.startswith(str(run_file))
     assert (resolved["lora_rank"], resolved["model_name_or_path"]) == (32, "Qwen/Qwen2.5-7B-Instruct")

@@ -6,7 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLE
+from conftest import BIN, ROOT, SAMPLE, run, write_json
+
+from mcp_lora import memory
+from mcp_lora.config import RECIPE, read_config
 
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 
@@ -16,31 +19,61 @@ def text(request: pytest.FixtureRequest) -> str:
     return Path(request.param).read_text(encoding="utf-8")
 
 
-def test_the_adapters_size_for_qwen(text: str) -> None:
-    """PEFT on the real modules, without their weights (shapes from the model's config.json)."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+# Shapes from the models' config.json: words, hidden, intermediate, layers, heads, key-value heads.
+SHAPES = {
+    "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4),
+    "Qwen2.5-14B": ("qwen2", 152064, 5120, 13824, 48, 40, 8),
+    "Llama-3.1-70B": ("llama", 128256, 8192, 28672, 80, 64, 8),
+}
 
-    shape = Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
-    with torch.device("meta"):
-        model = get_peft_model(
-            Qwen2ForCausalLM(shape), LoraConfig(r=64, lora_alpha=128, target_modules="all-linear")
-        )
-    trained, total = model.get_nb_trainable_parameters()
-    assert f"{trained:,}" in text
-    assert f"{trained / total:.1%}".replace("%", " %") in text
-    assert f"{trained * 4 / 1e6:.0f} MB" in text
-    assert f"{(total - trained) * 2 / 1e9:.1f} GB" in text
-    assert f"{trained * 16 / 1e9:.1f} GB" in text
+
+def folder_of(name: str, place: Path) -> Path:
+    """A folder with the config.json of a model, and nothing else."""
+    keys = ("model_type", "vocab_size", "hidden_size", "intermediate_size")
+    keys += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config = dict(zip(keys, SHAPES[name], strict=True)) | {"tie_word_embeddings": False}
+    write_json(place / name / "config.json", config)
+    return place / name
+
+
+def test_the_hardware_table_is_what_a_plan_says(text: str, tmp_path: Path) -> None:
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| \S+-\d+B \|", line)]
+    assert len(rows) == 7
+    for name, recipe, gpus, batch, cutoff, *shown, _ in rows:
+        zero = "3" if "zero" in recipe else "0"
+        config = read_config(ROOT / "train_configs" / ("qlora.yaml" if "qlora" in recipe else RECIPE.name))
+        config |= {
+            "model_name_or_path": str(folder_of(name, tmp_path)),
+            "per_device_train_batch_size": int(batch),
+            "cutoff_len": int(cutoff.replace(",", "")),
+            "deepspeed": str(ROOT / f"train_configs/ds_z{zero}_config.json"),
+        }
+        found = memory.estimate(config, int(gpus))
+        assert found
+        parts = (found.weights, found.adapter, found.activations, found.logits, found.total)
+        assert shown == [f"{part / 1e9:.1f}" for part in parts]
+
+
+def test_the_adapters_size_for_qwen(text: str, tmp_path: Path) -> None:
+    config = read_config(ROOT / RECIPE) | {"model_name_or_path": str(folder_of("Qwen2.5-7B", tmp_path))}
+    found = memory.estimate(config, 1)
+    assert found and f"{found.trained:,}" in text
+    assert f"{found.trained / (found.base + found.trained):.1%}".replace("%", " %") in text
+    assert f"{found.file / 1e6:.0f} MB" in text
+
+
+def test_a_plan_needs_a_config_alone(tmp_path: Path, project: Path) -> None:
+    model = folder_of("Qwen2.5-7B", tmp_path)
+    done = run([BIN / "mcp-lora", "train", "--model", model, "--gpus", "8", "--dry-run"], project)
+    assert done.returncode == 0, done.stderr
+    plan = done.stdout.split("# plan\n")[1].splitlines()
+    assert plan == [
+        "batch 128 = 16 per device × 1 accumulated × 8 processes",
+        "trained: 161,480,704 parameters, 2.1% of the model; adapter on disk: 645,975,704 bytes",
+        "memory per GPU, GB: weights 15.2 + adapter 2.6 + activations 45.8 + logits 119.6 = 183.2, "
+        "for samples of cutoff_len",
+        "steps: not known, the data is not converted: mcp-lora convert",
+    ]
 
 
 def test_the_tree_names_every_file(text: str) -> None:

@@ -204,6 +204,7 @@ def train(
         typer.echo(f"# {plan.run / 'run.yaml'}\n{configuration.dump(plan.config)}")
         typer.echo(f"# command\n{' '.join(plan.argv)}\n# environment")
         typer.echo("\n".join(f"{name}={value}" for name, value in plan.environment.items()))
+        typer.echo("# plan\n" + "\n".join([plan.batch, *training.outlook(plan)]))
         return
     with _progress() as progress:
         statistics = training.refresh_data(plan.config, data, progress)

@@ -158,15 +158,20 @@ def dump(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False)
 
 
-def missing_model(model: str) -> str | None:
-    """Say what is wrong with a model that is a path by its looks, but no folder with a model."""
+def missing_model(model: str, shape_only: bool = False) -> str | None:
+    """Say what is wrong with a model that is a path by its looks, but no folder with a model.
+
+    Args:
+        model: a folder or a hub id.
+        shape_only: its config.json will do.
+    """
     folder = Path(model).expanduser()
     looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or "\\" in model
     looks_like_path = looks_like_path or model.count("/") > 1 or folder.exists()
     if looks_like_path and not (folder / "config.json").is_file():
         return f"there is no model in {model} (no config.json)"
     # transformers makes an empty tokenizer of a config.json alone, and says nothing.
-    if looks_like_path and not any(any(folder.glob(name)) for name in _TOKENIZERS):
+    if looks_like_path and not shape_only and not any(any(folder.glob(name)) for name in _TOKENIZERS):
         return f"there is no tokenizer in {model} ({', '.join(_TOKENIZERS)})"
     return None
 

@@ -43,6 +43,7 @@ __all__ = [
     "Progress",
     "Settings",
     "convert",
+    "facts",
     "file_of",
     "locked",
     "newer",
@@ -232,6 +233,19 @@ def _sources(stats: dict[str, Any]) -> list[Path]:
 
 def _newer(done: Path, sources: list[Path]) -> list[Path]:
     return [file for file in sources if file.is_file() and file.stat().st_mtime > done.stat().st_mtime]
+
+
+def facts(folder: Path, dataset: str) -> dict[str, Any] | None:
+    """Return how many `samples` a conversion of ours has to train on, and their `lengths`, if counted.
+
+    Raises:
+        McpLoraError: its description is damaged.
+    """
+    stats = _load(folder / "stats.json")
+    if dataset != TRAIN or not stats:
+        return None
+    count = stats["written"][TRAIN] + stats["no_call_samples"].get(TRAIN, 0)
+    return {"samples": count, "lengths": stats["lengths"]}
 
 
 def samples(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:

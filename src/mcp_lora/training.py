@@ -1,5 +1,6 @@
 """Prepare a training run, and hand it to the engine."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, lengths, manifest, runs, templates
+from mcp_lora import dataset, embedded, engine, launch, lengths, manifest, memory, runs, templates
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
 from mcp_lora.world import World, share_batch
@@ -69,7 +70,7 @@ def plan(
     notes.append(words)
     problems = engine.problems(config)
     model = str(config.get("model_name_or_path"))
-    if model != embedded.NAME and (missing := configuration.missing_model(model)):
+    if model != embedded.NAME and (missing := configuration.missing_model(model, dry_run)):
         problems.append(missing)
     if problems:
         raise McpLoraError(f"{'; '.join(problems)}. Mend that and run again: mcp-lora train --dry-run")
@@ -119,6 +120,45 @@ def refresh_data(
     folder = Path(config["dataset_dir"])
     with dataset.locked(folder):
         return dataset.refresh(data, folder, lengths.budget(config), progress)
+
+
+def outlook(plan: Plan) -> list[str]:
+    """Say what a plan comes to: parameters, memory, steps. No weight is read.
+
+    What cannot be known, as the model's config or the data is not here, is said instead.
+    """
+    lines = []
+    config = plan.config
+    model = config.get("model_name_or_path")
+    if found := memory.estimate(config, plan.world.processes):
+        share = found.trained / (found.base + found.trained)
+        parts = (found.weights, found.adapter, found.activations, found.logits, found.total)
+        weights, adapter, activations, logits, total = (f"{part / 1e9:.1f}" for part in parts)
+        lines += [
+            f"trained: {found.trained:,} parameters, {share:.1%} of the model; adapter on disk: "
+            f"{found.file:,} bytes",
+            f"memory per GPU, GB: weights {weights} + adapter {adapter} + activations {activations} + logits "
+            f"{logits} = {total}, for samples of cutoff_len",
+        ]
+    else:
+        lines.append(f"memory: not known, the config of {model} is not here")
+    if known := dataset.facts(Path(str(config.get("dataset_dir"))), str(config.get("dataset"))):
+        samples = known["samples"]
+        held_out = config.get("val_size") or 0
+        samples -= round(samples * held_out) if held_out < 1 else int(held_out)
+        batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+        batch *= plan.world.processes
+        steps = math.ceil(math.ceil(samples / batch) * float(config.get("num_train_epochs") or 3))
+        steps = config["max_steps"] if (config.get("max_steps") or -1) > 0 else steps
+        lines.append(f"steps: {steps}, of {samples} samples in batches of {batch}")
+        if lengths_ := known["lengths"]:
+            lines.append(
+                f"tokens: {lengths_['median'] * batch:,} a step at the median of {lengths_['median']}; "
+                f"padding {lengths_['padding']:.0%}"
+            )
+    else:
+        lines.append("steps: not known, the data is not converted: mcp-lora convert")
+    return lines
 
 
 def start(plan: Plan, say: Callable[[str], None], retry: bool = True) -> None:

@@ -113,6 +113,20 @@ def test_a_cpu_trains_on_the_cpu_and_in_fp32_where_bf16_is_emulated() -> None:
     assert (resolved["use_cpu"], resolved["bf16"], resolved["fp16"]) == (True, True, False)
 
 
+def test_a_gpu_uses_what_is_installed_unless_told_otherwise() -> None:
+    rich = Machine(1, True, True, flash_attention=True, liger=True)
+    resolved, notes = resolve(config.RECIPE, {}, [], {}, rich)
+    assert (resolved["flash_attn"], resolved["enable_liger_kernel"]) == ("fa2", True)
+    assert "flash_attn=auto" in notes[0] and "enable_liger_kernel=false" in notes[1]
+    words = ["flash_attn=auto", "enable_liger_kernel=false"]
+    resolved, notes = resolve(config.RECIPE, {}, words, {}, rich)
+    assert (resolved["flash_attn"], resolved["enable_liger_kernel"], notes) == ("auto", False, [])
+    for poor in (GPU, Machine(0, True, True, True, True)):
+        assert not {"flash_attn", "enable_liger_kernel"} & resolve(config.RECIPE, {}, [], {}, poor)[0].keys()
+    older = resolve(config.RECIPE, {}, [], {}, Machine(1, False, True, True, False))[0]
+    assert "flash_attn" not in older
+
+
 def test_without_deepspeed_the_key_goes() -> None:
     resolved, notes = resolve(config.RECIPE, {}, [], {}, Machine(1, True, False))
     assert "deepspeed" not in resolved and len(notes) == 1

@@ -27,6 +27,7 @@ def test_the_engines_command() -> None:
         ({}, 0, {"PATH": "/bin"}, {}),
         ({"deepspeed": None}, 1, {"PATH": "/bin"}, {}),
         ({}, 2, {"PATH": "/bin"}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}),
+        ({"deepspeed": "z.json"}, 4, {"PATH": "/bin", "USE_RAY": "1"}, {}),
         ({"deepspeed": "z.json"}, 0, {"PATH": "/bin"}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"}),
         ({"deepspeed": "z.json"}, 4, {"PATH": "/bin"}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}),
         (

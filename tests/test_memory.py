@@ -71,6 +71,7 @@ def test_what_divides_and_what_grows(tiny_model: Path) -> None:
     )
     assert second.weights == one.weights and second.adapter == one.trained * (4 + 12 / 4)
     assert third.weights == one.weights / 4 and third.adapter == one.adapter / 4
+    assert estimated(tiny_model, enable_liger_kernel=True).logits == 0
     four_bits = estimated(tiny_model, quantization_bit=4, optim="paged_adamw_8bit")
     assert four_bits.weights < one.weights and four_bits.adapter == 10 * one.trained
 

@@ -73,7 +73,8 @@ def engine_environment(
     if visible > world.per_node:
         shown = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(visible)))
         added["CUDA_VISIBLE_DEVICES"] = ",".join(shown.split(",")[: world.per_node])
-    if config.get("deepspeed") or world.processes > 1:
+    by_ray = environment.get("USE_RAY", "").lower() in ("1", "y", "true")  # which starts them itself
+    if not by_ray and (config.get("deepspeed") or world.processes > 1):
         added["FORCE_TORCHRUN"] = "1"
         added["NPROC_PER_NODE"] = str(world.per_node)
     if world.master:

@@ -11,7 +11,8 @@ own adapter on it; so what is trained, and the file that it makes, are exact. Pe
                  to all; with gradient checkpointing it keeps each layer's input, and one layer at a time
                  has its activations when it is computed again. Attention keeps its inputs, its output and
                  a number a row, as flash attention does
-    logits       12 bytes for each token and word: in bf16, their log-softmax in fp32, the gradients of both
+    logits       12 bytes for each token and word: in bf16, their log-softmax in fp32, the gradients of both;
+                 none with liger's fused loss, which makes them a piece at a time
 
 Not counted: CUDA's own (about 1 GB), fragments, the buffers of DeepSpeed and NCCL. No GPU was at hand to
 measure against; the activations are what PyTorch counts on the CPU (tests/test_memory.py).
@@ -96,7 +97,7 @@ def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
         weights=weights / (processes if zero == 3 else 1),
         adapter=trained * (own + divided),
         activations=_activations(shape, config, batch),
-        logits=tokens * text.vocab_size * _LOGIT,
+        logits=0.0 if config.get("enable_liger_kernel") else tokens * text.vocab_size * _LOGIT,
     )
 
 

@@ -169,3 +169,19 @@ def test_a_second_interruption_kills_at_once() -> None:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=8)  # left alone, it would be waited for ten seconds
     assert not child.is_running()
+
+
+def test_a_rank_that_was_killed_is_the_error_that_counts() -> None:
+    """As torchrun was seen to tell of it, with the other rank's own traceback before."""
+    said = (
+        '[rank0]: Traceback (most recent call last):\n[rank0]:   File "a.py", line 1, in <module>\n'
+        "[rank0]: RuntimeError: Connection closed by peer [127.0.0.1]:1234\n"
+        "launcher.py FAILED\n------\nFailures:\n[1]:\n  rank      : 0 (local_rank: 0)\n"
+        "  exitcode  : 1 (pid: 7)\n  error_file: <N/A>\n  traceback : To enable traceback see: URL\n"
+        "------\nRoot Cause (first observed failure):\n[0]:\n  time      : 2026-11-24_13:44:18\n"
+        "  host      : localhost\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 8)\n"
+        "  error_file: <N/A>\n  traceback : Signal 9 (SIGKILL) received by PID 8\n"
+    )
+    assert launch.real_error(said).startswith("rank 1 was ended by Signal 9 (SIGKILL)")
+    assert not launch.Outcome(1, said).out_of_memory  # it would be started again
+    assert launch.real_error(said.replace("SIGKILL", "SIGTERM")).startswith("RuntimeError: Connection closed")

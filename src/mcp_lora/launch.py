@@ -150,6 +150,10 @@ def real_error(stderr: str, lines: int = 8) -> str:
     That is the last traceback that no wrapper (torchrun, LLaMA-Factory's launcher) has raised,
     without the frames: they are on the screen already.
     """
+    # A rank that was killed says nothing, torchrun does; the others only say that they have lost it.
+    killed = re.search(r"rank +: (\d+)[^[]*?traceback : (Signal \d+ \((?!SIGTERM)\w+\))", stderr)
+    if killed:
+        return f"rank {killed[1]} was ended by {killed[2]}: was the machine short of memory? dmesg"
     text = re.sub(r"(?m)^\[rank\d+\]: ?", "", stderr.replace("\r", "\n"))
     ends = []
     for block in text.split("Traceback (most recent call last):")[1:]:

@@ -231,3 +231,24 @@ def main_ok(words: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code in (0, None)
+
+
+def test_a_plan_counts_the_steps_of_what_is_converted(
+    capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
+) -> None:
+    main_ok(["convert", "--test", "0", "--model", str(tiny_model)])
+    words = ["train", "--dry-run", "--model", str(tiny_model), "--global-batch", "8"]
+    capsys.readouterr()
+    main_ok([*words, "val_size=0", "num_train_epochs=2"])
+    plan = capsys.readouterr().out.split("# plan\n")[1]
+    assert "steps: 6, of 24 samples in batches of 8" in plan and "padding" in plan
+    main_ok([*words, "val_size=0.25", "max_steps=5"])
+    assert "steps: 5, of 18 samples in batches of 8" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_built_still_has_a_plan(
+    capsys: pytest.CaptureFixture[str], project: Path
+) -> None:
+    write_json(project / "odd/config.json", {"model_type": "bert", "num_hidden_layers": 2})
+    main_ok(["train", "--dry-run", "--model", "./odd"])
+    assert "memory: not known, " in capsys.readouterr().out

@@ -130,7 +130,12 @@ def outlook(plan: Plan) -> list[str]:
     lines = []
     config = plan.config
     model = config.get("model_name_or_path")
-    if found := memory.estimate(config, plan.world.processes):
+    try:
+        found = memory.estimate(config, plan.world.processes)
+        why = f"the config of {model} is not here"
+    except Exception as error:  # models raise what they like where they are built otherwise than most
+        found, why = None, f"{model} cannot be built without its weights: {' '.join(str(error).split())}"
+    if found:
         share = found.trained / (found.base + found.trained)
         parts = (found.weights, found.adapter, found.activations, found.logits, found.total)
         weights, adapter, activations, logits, total = (f"{part / 1e9:.1f}" for part in parts)
@@ -141,7 +146,7 @@ def outlook(plan: Plan) -> list[str]:
             f"{logits} = {total}, for samples of cutoff_len",
         ]
     else:
-        lines.append(f"memory: not known, the config of {model} is not here")
+        lines.append(f"memory: not known, {why}")
     if known := dataset.facts(Path(str(config.get("dataset_dir"))), str(config.get("dataset"))):
         samples = known["samples"]
         held_out = config.get("val_size") or 0

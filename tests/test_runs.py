@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.trainer_utils import sort_checkpoints
 
 from mcp_lora import runs
 from mcp_lora.errors import McpLoraError
@@ -91,9 +92,11 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_not_resumed_from(
         file.write_bytes(whole[: int(len(whole) * share)])
     found = runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
     assert found == tmp_path / "checkpoint-20"
-    aside = tmp_path / "checkpoint-100.incomplete"
+    aside = tmp_path / "incomplete-checkpoint-100"
     assert runs.put_aside_incomplete(tmp_path) == [aside]
     assert aside.is_dir() and runs.checkpoints(tmp_path) == [tmp_path / "checkpoint-20"]
+    kept = sort_checkpoints(str(tmp_path), use_mtime=True)  # what save_total_limit counts
+    assert kept == [str(tmp_path / "checkpoint-20")]
 
 
 def test_all_checkpoints_may_be_incomplete(tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ def _is_whole(file: Path) -> bool:
 def put_aside_incomplete(run: Path) -> list[Path]:
     """Rename the checkpoints that are not complete, so that no engine resumes from one.
 
+    Of the new name transformers takes no notice; all that begins with `checkpoint-` it counts among those
+    to keep (save_total_limit), and would remove a good one for it.
+
     Returns:
         Where they are now.
 
@@ -72,7 +75,7 @@ def put_aside_incomplete(run: Path) -> list[Path]:
     aside = []
     for checkpoint in checkpoints(run):
         if not is_complete(checkpoint):
-            target = checkpoint.with_name(f"{checkpoint.name}.incomplete")
+            target = checkpoint.with_name(f"incomplete-{checkpoint.name}")
             try:
                 if target.exists():
                     shutil.rmtree(target)

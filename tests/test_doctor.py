@@ -56,14 +56,17 @@ def test_a_package_outside_its_bounds(tiny_model: Path, monkeypatch: pytest.Monk
 
 
 def test_an_answer_that_would_not_stop(tiny_model: Path, tmp_path: Path) -> None:
-    """A base whose eos is not what the template ends an answer with: vicuna's ends with eos itself."""
-    assert found(tiny_model, template="qwen")["template"].verdict == "ok"
-    assert found(tiny_model, template="vicuna")["template"].verdict == "ok"
+    """A base whose eos is not what the template ends an answer with; qwen makes its own the eos."""
+    assert found(tiny_model, template="smollm2")["template"].verdict == "ok"
     other = shutil.copytree(tiny_model, tmp_path / "other")
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
-    finding = found(other, template="cpm4")["template"]
-    assert "an answer ends with '<|im_end|>" in finding.words and "eos is" in finding.words
+    assert found(other, template="qwen")["template"].verdict == "ok"
+    finding = found(other, template="smollm2")["template"]
+    assert finding.verdict == "warning"
+    assert "an answer ends with '<|im_end|>\\n', eos is '<|endoftext|>'" in finding.words
+    assert "set eos_token_id" in finding.words
+    assert found(tiny_model, template="alpaca")["template"].verdict == "problem"  # ends with no token at all
 
 
 def test_data_that_has_changed_since(tiny_model: Path, project: Path) -> None:
@@ -74,6 +77,21 @@ def test_data_that_has_changed_since(tiny_model: Path, project: Path) -> None:
     os.utime(source, (later, later))
     stale = found(tiny_model)["data"]
     assert stale.verdict == "warning" and source.name in stale.words
+
+
+def test_newer_data_beside_what_was_converted(tiny_model: Path, project: Path) -> None:
+    dataset.convert(dataset.Settings())
+    (source,) = (project / "data/filtered").glob("filtered_*.json")
+    shutil.copy(source, source.with_name("filtered_20260101_000000.json"))
+    os.utime(source.with_name("filtered_20260101_000000.json"), (0, 0))
+    assert "filtered_20260101_000000.json" in found(tiny_model)["data"].words
+
+
+def test_a_recipe_that_the_engine_would_refuse(tiny_model: Path) -> None:
+    findings = found(tiny_model, template="qwem", lora_rang=1)
+    assert findings["recipe"].verdict == "problem" and "template" not in findings
+    assert "qwem (did you mean qwen" in findings["recipe"].words
+    assert "did you mean lora_rank?" in findings["recipe"].words
 
 
 def test_a_folder_without_a_tokenizer(tiny_model: Path, tmp_path: Path) -> None:

@@ -187,13 +187,7 @@ def refresh(
     if done.is_file():
         old = _load(done)
         settings = Settings(**old["settings"])
-        inputs = [data] if data else [Path(name) for name in settings.inputs]
-        if not inputs and any(FILTERED_FOLDER.glob(FILTERED)):
-            inputs = [newest_filtered()]
-        try:
-            now = files.find(inputs)
-        except McpLoraError:
-            now = []
+        now = _inputs(settings, data)
         sources = _sources(old)
         gone = not data and not all(file.is_file() for file in sources)
         stands = not _newer(done, [*now, *sources]) and (gone or list(map(str, now)) == old["files"])
@@ -218,13 +212,29 @@ def file_of(folder: Path, dataset: str) -> Path | None:
 
 
 def newer(folder: Path) -> list[Path]:
-    """Return the files that a conversion was made of and that have been changed since.
+    """Return the files for which a conversion would be made anew: changed since, or not yet among its inputs.
 
     Raises:
         McpLoraError: its description is damaged.
     """
     done = folder / "stats.json"
-    return _newer(done, _sources(_load(done))) if done.is_file() else []
+    if not done.is_file():
+        return []
+    old = _load(done)
+    now = _inputs(Settings(**old["settings"]), None)
+    added = [file for file in now if str(file) not in old["files"]]
+    return list(dict.fromkeys([*added, *_newer(done, [*now, *_sources(old)])]))
+
+
+def _inputs(settings: Settings, data: Path | None) -> list[Path]:
+    """Return the files that a conversion would read now; none where they are gone."""
+    inputs = [data] if data else [Path(name) for name in settings.inputs]
+    if not inputs and any(FILTERED_FOLDER.glob(FILTERED)):
+        inputs = [newest_filtered()]
+    try:
+        return files.find(inputs)
+    except McpLoraError:
+        return []
 
 
 def _sources(stats: dict[str, Any]) -> list[Path]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from mcp_lora import dataset, lengths
+from mcp_lora import dataset, engine, lengths
 from mcp_lora.config import Machine, missing_model
 from mcp_lora.errors import McpLoraError
 from mcp_lora.records import Fault
@@ -39,7 +39,11 @@ def examine(config: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
     yield from _machine(machine)
     yield from _programs()
     yield _disk(Path(str(config.get("output_dir") or ".")))
-    yield from _model(config)
+    problems = engine.problems(dict(config))
+    words = "; ".join(problems) or f"{len(config)} settings that LLaMA-Factory knows"
+    yield Finding("recipe", "problem" if problems else "ok", words + (": mend it" if problems else ""))
+    if not problems:
+        yield from _model(config)
     yield _data(Path(str(config.get("dataset_dir") or dataset.FOLDER)), str(config.get("dataset")))
 
 
@@ -117,7 +121,9 @@ def _model(config: Mapping[str, Any]) -> Iterator[Finding]:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(model, local_files_only=True)
+        AutoTokenizer.from_pretrained(
+            model, trust_remote_code=bool(config.get("trust_remote_code")), local_files_only=True
+        )
     except (OSError, ValueError) as error:
         if Path(model).is_dir():
             reason = str(error).split("\n")[0]
@@ -143,8 +149,11 @@ def _stop_word(counter: lengths.Lengths) -> Finding:
     stops = counter.template.get_stop_token_ids(counter.tokenizer)
     end = counter.tokenizer.decode(trained[-2:])
     words = f"{counter.name}: an answer ends with {end!r}, eos is {counter.tokenizer.eos_token!r}"
-    if set(trained[-2:]) & {*stops, counter.tokenizer.eos_token_id}:
+    if counter.tokenizer.eos_token_id in trained[-2:]:
         return Finding("template", "ok", words)
+    if set(trained[-2:]) & {*stops}:
+        words += ", LLaMA-Factory stops there, and others do not know of it: set eos_token_id for them"
+        return Finding("template", "warning", words)
     return Finding("template", "problem", f"{words}, generation would not stop: mcp-lora train template=NAME")
 
 
@@ -158,5 +167,5 @@ def _data(folder: Path, name: str) -> Finding:
     except McpLoraError as error:
         return Finding("data", "problem", str(error))
     if newer:
-        return Finding("data", "warning", f"{newer[0]} is newer than {folder}: mcp-lora convert")
+        return Finding("data", "warning", f"{newer[0]} is newer than what is in {folder}: mcp-lora convert")
     return Finding("data", "ok", f"{folder} is converted and up to date")

@@ -252,3 +252,17 @@ def test_a_model_that_cannot_be_built_still_has_a_plan(
     write_json(project / "odd/config.json", {"model_type": "bert", "num_hidden_layers": 2})
     main_ok(["train", "--dry-run", "--model", "./odd"])
     assert "memory: not known, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gradient_accumulation_steps=two"], "gradient_accumulation_steps=two is no number"),
+        (["per_device_train_batch_size=0"], "per_device_train_batch_size=0 is no whole number from 1"),
+        (["deepspeed=nowhere.json"], "there is no nowhere.json"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(
+    capsys: pytest.CaptureFixture[str], project: Path, words: list[str], said: str
+) -> None:
+    assert said in fail(capsys, "train", "--dry-run", *words)

@@ -38,6 +38,13 @@ def test_another_batch_can_be_wanted() -> None:
     assert keys == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 
 
+@pytest.mark.parametrize("value", ["two", 0, -1, 1.5, True])
+def test_a_batch_that_is_no_number_is_refused(value: object) -> None:
+    for key in RECIPE:
+        with pytest.raises(McpLoraError, match=f"{key}={value} is no .*mcp-lora train {key}="):
+            share_batch(RECIPE | {key: value}, 1)
+
+
 def test_a_worker_belongs_to_its_launchers_world() -> None:
     assert world.worker_rank({}) is None
     assert world.worker_rank({"RANK": "0"}) is None  # a scheduler's, not a launcher's
@@ -59,6 +66,8 @@ def test_several_machines_meet_at_the_first() -> None:
     assert world.find({}, 8, nodes=2, node_rank=1, master="10.0.0.1") == second
     variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     assert world.find(variables, 8) == second
+    found = world.find(variables | {"MASTER_ADDR": "fe80::1"}, 8)
+    assert found.master == ("fe80::1", "29500")
     found = world.find(variables, 8, node_rank=0, master="other:1")
     assert found == World(8, 2, 0, ("other", "1")) and found.leads
 

@@ -174,6 +174,20 @@ def _use_what_is_there(config: dict[str, Any], machine: Machine) -> list[str]:
     return notes
 
 
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Return a number of a configuration, `default` where it is left out.
+
+    Raises:
+        McpLoraError: it is none.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise McpLoraError(f"{key}={value} is no number: mcp-lora train {key}={default:g}")
+    return value
+
+
 def dump(config: Mapping[str, Any]) -> str:
     """Return a configuration as the YAML that LLaMA-Factory reads."""
     return yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False)

@@ -3,6 +3,9 @@
 import difflib
 import importlib.util
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -36,6 +39,18 @@ def problems(config: dict[str, Any]) -> list[str]:
     if template not in TEMPLATES:
         found.append(f"LLaMA-Factory knows no template {template}{_did_you_mean(str(template), TEMPLATES)}")
     return found
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep LLaMA-Factory from telling of every word and module that it finds."""
+    logger = logging.getLogger("llamafactory")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def train(config: dict[str, Any]) -> None:

@@ -12,13 +12,13 @@ sum comes near cutoff_len the whole sample is rendered and counted.
 
 import copy
 import json
-import logging
 import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from mcp_lora.engine import quiet
 from mcp_lora.errors import McpLoraError
 from mcp_lora.records import ENGINE_ROLES, Fault
 
@@ -85,14 +85,11 @@ class Lengths:
         self.name = name = self.data_args.template
         shared = TEMPLATES[name]
         TEMPLATES[name] = copy.copy(shared)  # the engine writes tool_format into it, for good
-        logger = logging.getLogger("llamafactory")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # it tells of every word that it adds
         try:
-            self.template = get_template_and_fix_tokenizer(self.tokenizer, self.data_args)
+            with quiet():
+                self.template = get_template_and_fix_tokenizer(self.tokenizer, self.data_args)
         finally:
             TEMPLATES[name] = shared
-            logger.setLevel(level)
         self._recorder = Recorder(self.tokenizer)
         self.cutoff_len: int = self.data_args.cutoff_len
         self.batch_size: int = settings.get("per_device_train_batch_size") or 8

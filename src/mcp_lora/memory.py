@@ -20,14 +20,13 @@ measure against; the activations are what PyTorch counts on the CPU (tests/test_
 
 import copy
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mcp_lora.config import read_config
+from mcp_lora.engine import quiet
 
 _BF16, _FP32, _FOUR_BITS = 2.0, 4.0, 0.52
 _MOMENTS, _SMALL_MOMENTS = 8.0, 2.0
@@ -137,7 +136,7 @@ def _adapted(shape: Any, config: Mapping[str, Any], attention: str = "sdpa") -> 
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation=attention)
         target = config.get("lora_target") or "all"
         if target == "all":
-            with _quiet():
+            with quiet():
                 target = find_all_linear_modules(model, freeze_vision_tower=True)
         elif isinstance(target, str):
             target = [name.strip() for name in target.split(",")]
@@ -172,17 +171,6 @@ def _activations(shape: Any, config: Mapping[str, Any], batch: int) -> float:
         return one + (layers - 1) * (two - one)
     first, second = kept(1, True), kept(2, True)
     return first + (layers - 1) * (second - first) + (two - one)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("llamafactory")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 _ATTENTION = "mcp_lora_counted"

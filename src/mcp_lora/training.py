@@ -72,6 +72,9 @@ def plan(
     model = str(config.get("model_name_or_path"))
     if model != embedded.NAME and (missing := configuration.missing_model(model, dry_run)):
         problems.append(missing)
+    zero = str(config.get("deepspeed") or "")
+    if zero and not zero.lstrip().startswith("{") and not Path(zero).is_file():
+        problems.append(f"there is no {zero}: go to the project's folder")
     if problems:
         raise McpLoraError(f"{'; '.join(problems)}. Mend that and run again: mcp-lora train --dry-run")
     if heavy := configuration.too_big(model, machine):
@@ -149,12 +152,13 @@ def outlook(plan: Plan) -> list[str]:
         lines.append(f"memory: not known, {why}")
     if known := dataset.facts(Path(str(config.get("dataset_dir"))), str(config.get("dataset"))):
         samples = known["samples"]
-        held_out = config.get("val_size") or 0
+        held_out = configuration.number(config, "val_size", 0)
         samples -= round(samples * held_out) if held_out < 1 else int(held_out)
         batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
         batch *= plan.world.processes
-        steps = math.ceil(math.ceil(samples / batch) * float(config.get("num_train_epochs") or 3))
-        steps = config["max_steps"] if (config.get("max_steps") or -1) > 0 else steps
+        steps = math.ceil(math.ceil(samples / batch) * configuration.number(config, "num_train_epochs", 3))
+        most = configuration.number(config, "max_steps", -1)  # wins over the epochs where it is positive
+        steps = int(most) if most > 0 else steps
         lines.append(f"steps: {steps}, of {samples} samples in batches of {batch}")
         if lengths_ := known["lengths"]:
             lines.append(
@@ -253,8 +257,14 @@ def _recorded(plan: Plan) -> Iterator[dict[str, Any]]:
     if not plan.world.leads:
         yield record
         return
-    record = manifest.describe(plan.config, plan.argv, plan.environment, plan.world.processes)
-    manifest.write(plan.run, record)
+    try:
+        record = manifest.describe(plan.config, plan.argv, plan.environment, plan.world.processes)
+        manifest.write(plan.run, record)
+    except OSError as error:
+        raise McpLoraError(
+            f"{error.filename or plan.run} cannot be read or written ({error.strerror}): "
+            f"mcp-lora train --output OTHER_FOLDER"
+        ) from None
     try:
         yield record
     except McpLoraError as error:

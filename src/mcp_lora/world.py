@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mcp_lora.config import number
 from mcp_lora.errors import McpLoraError
 
 _PORT = "29500"  # torchrun's own default
@@ -64,9 +65,10 @@ def find(
     nodes = nodes or _number(environment, "NNODES") or 1
     if node_rank is None:
         node_rank = _number(environment, "NODE_RANK") or 0
-    host, _, port = (master or environment.get("MASTER_ADDR", "")).rpartition(":")
-    if not host:
-        host, port = port, environment.get("MASTER_PORT", _PORT)
+    host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", _PORT)
+    if master:
+        before, _, after = master.rpartition(":")
+        host, port = (before, after) if before else (after, _PORT)
     if nodes > 1 and not host:
         raise McpLoraError(
             f"{nodes} machines have to meet at the first of them: "
@@ -77,7 +79,7 @@ def find(
             f"of {nodes} machines the ranks are 0 to {nodes - 1}, not {node_rank}: "
             f"mcp-lora train --nodes {nodes} --node-rank {nodes - 1}"
         )
-    return World(per_node, nodes, node_rank, (host, port) if nodes > 1 else None)
+    return World(per_node, nodes, node_rank, (host, port) if host and nodes > 1 else None)
 
 
 def worker_rank(environment: Mapping[str, str]) -> int | None:
@@ -101,12 +103,15 @@ def share_batch(
         processes: how many train.
         wanted: the batch, where it is to be another.
 
+    Raises:
+        McpLoraError: one of the two keys is no whole number from 1.
+
     Returns:
         The two keys, and what came out in words. Where the processes do not divide the batch it is the
         nearest that they can have, with at least half the batch per device.
     """
-    most = int(config.get("per_device_train_batch_size") or 8)
-    batch = wanted or most * int(config.get("gradient_accumulation_steps") or 1)
+    most = _size(config, "per_device_train_batch_size", 8)
+    batch = wanted or most * _size(config, "gradient_accumulation_steps", 1)
     most = min(most, max(1, batch // processes))
 
     def rounded(per_device: int) -> int:
@@ -121,6 +126,13 @@ def share_batch(
     if found != batch:
         words = f"warning: {words}, as {processes} do not divide {batch}"
     return {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": steps}, words
+
+
+def _size(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = number(config, key, default)
+    if value < 1 or value != int(value):
+        raise McpLoraError(f"{key}={value} is no whole number from 1: mcp-lora train {key}={default}")
+    return int(value)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

@@ -10,8 +10,6 @@ source scripts/environment.sh
 setup .
 
 if [ "${1:-}" = demo ]; then
-    # glibc hands big buffers back to the kernel after each use, and fetching them again takes time.
-    export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
     export CUDA_VISIBLE_DEVICES=
     echo "== 1/3 convert: the shipped sample, 2 candidate tools a question, 12 % held out"
     mcp-lora convert data/filtered/filtered_sample.json --out data/demo --candidates 2 --test 0.12 \

@@ -42,7 +42,15 @@ def test_the_engines_environment(
     config: dict[str, str], gpus: int, inherited: dict[str, str], added: dict[str, str]
 ) -> None:
     found = launch.engine_environment(config, world.find(inherited, gpus), gpus, inherited)
-    assert found == {"PATH": f"{BIN}{os.pathsep}/bin"} | added
+    kept = {name: value for name, value in found.items() if name.startswith("MALLOC_")}
+    assert set(kept) == (set() if gpus else {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"})
+    assert found == {"PATH": f"{BIN}{os.pathsep}/bin"} | added | kept
+
+
+def test_a_users_own_malloc_settings_stay() -> None:
+    inherited = {"PATH": "/bin", "MALLOC_TRIM_THRESHOLD_": "7"}
+    found = launch.engine_environment({}, world.World(), 0, inherited)
+    assert found["MALLOC_TRIM_THRESHOLD_"] == "7"
 
 
 def test_a_distributed_launch_gets_a_path_without_spaces(tmp_path: Path) -> None:

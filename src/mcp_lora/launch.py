@@ -20,6 +20,9 @@ _WRAPPERS = ("ChildFailedError", "CalledProcessError")
 # What torch says: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. …,
 # RuntimeError: CUDA error: out of memory, RuntimeError: … DefaultCPUAllocator: can't allocate memory: …
 _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory")
+# glibc hands big buffers back to the kernel after each use, and on a CPU a training fetches them again for
+# every layer.
+_KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 _KEPT = 1 << 16  # bytes of an engine's stderr that are kept to find its error in
 
 
@@ -61,7 +64,7 @@ def engine_environment(
     PATH begins with this interpreter's folder, as LLaMA-Factory starts `torchrun` by its bare
     name. DeepSpeed needs a distributed launch even for one process; for several GPUs the engine
     would choose one by itself, and is told so that `without_spaces` knows. Of more GPUs than are
-    wanted it would take all.
+    wanted it would take all. Without any, memory is kept from one layer to the next.
 
     Args:
         config: LLaMA-Factory's keys.
@@ -70,6 +73,8 @@ def engine_environment(
         environment: what the engine inherits.
     """
     added = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])}
+    if not visible:
+        added |= {name: environment.get(name, value) for name, value in _KEEP_BUFFERS.items()}
     if visible > world.per_node:
         shown = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(visible)))
         added["CUDA_VISIBLE_DEVICES"] = ",".join(shown.split(",")[: world.per_node])

@@ -3,7 +3,7 @@
 The model is built of its config on PyTorch's meta device, which has shapes and no storage, with PEFT's
 own adapter on it; so what is trained, and the file that it makes, are exact. Per GPU:
 
-    weights      parameters of the base × 2 bytes (0.52 where they are quantised to 4 bits: half a byte and
+    weights      parameters of the base × 2 bytes, 4 in fp32 (0.52 where they are quantised to 4 bits: half a byte and
                  the scales); ZeRO-3 divides them among the processes
     adapter      16 bytes a parameter: itself, its gradient and AdamW's two moments, in fp32 (10 with
                  8-bit moments); ZeRO-2 divides all but itself, ZeRO-3 all
@@ -12,6 +12,7 @@ own adapter on it; so what is trained, and the file that it makes, are exact. Pe
                  has its activations when it is computed again. Attention keeps its inputs, its output and
                  a number a row, as flash attention does
     logits       12 bytes for each token and word: in bf16, their log-softmax in fp32, the gradients of both;
+                 as much without the first where all is in fp32;
                  none with liger's fused loss, which makes them a piece at a time
 
 Not counted: CUDA's own (about 1 GB), fragments, the buffers of DeepSpeed and NCCL. No GPU was at hand to
@@ -82,7 +83,8 @@ def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
     linear = sum(
         module.base_layer.weight.numel() for module in model.modules() if hasattr(module, "base_layer")
     )
-    weights = (total - trained - linear) * _BF16 + linear * (_FOUR_BITS if quantised else _BF16)
+    size = _BF16 if config.get("bf16") or config.get("fp16") else _FP32
+    weights = (total - trained - linear) * size + linear * (_FOUR_BITS if quantised else size)
     moments = _SMALL_MOMENTS if "8bit" in str(config.get("optim")) else _MOMENTS
     divided = (_FP32 + moments) / (processes if zero >= 2 else 1)
     own = _FP32 / (processes if zero == 3 else 1)
@@ -95,7 +97,7 @@ def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
         file=_file_size(model),
         weights=weights / (processes if zero == 3 else 1),
         adapter=trained * (own + divided),
-        activations=_activations(shape, config, batch),
+        activations=_activations(shape, config, batch) * size / _BF16,
         logits=0.0 if config.get("enable_liger_kernel") else tokens * text.vocab_size * _LOGIT,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora import dataset, samples
+from mcp_lora import dataset, questions, samples
 from mcp_lora.dataset import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 
@@ -315,9 +315,9 @@ def test_a_test_asks_for_the_call_alone(tmp_path: Path) -> None:
     assert stats["written"]["mcp_test_seen"]
     assert {len(sample["conversations"]) for sample in dataset.samples(tmp_path, "mcp_train")} == {4}
     assert {len(sample["conversations"]) for sample in dataset.samples(tmp_path, "mcp_test_seen")} == {2}
-    questions = dataset.questions(tmp_path)
-    assert len(questions) == stats["written"]["mcp_test_seen"]
-    assert [call.arguments["place"] for call in questions[0][1]] == ["Rome", "Quito"]
+    asked = questions.read(tmp_path, ["seen"])
+    assert len(asked) == stats["written"]["mcp_test_seen"]
+    assert [call.arguments["place"] for call in asked[0].expected] == ["Rome", "Quito"]
 
 
 def test_same_input_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_others_files_outlive_a_conversion_that_is_killed(sample_data: Path, ste
 def test_a_damaged_description_is_an_error(sample_data: Path, name: str) -> None:
     (sample_data / name).write_text("{")
     with pytest.raises(McpLoraError, match=rf"{name} is damaged.*mcp-lora convert --out"):
-        refreshed(None, sample_data) if name == "stats.json" else dataset.questions(sample_data)
+        refreshed(None, sample_data) if name == "stats.json" else dataset.names(sample_data)
 
 
 def test_a_damaged_or_foreign_dataset_is_an_error(sample_data: Path) -> None:
@@ -500,9 +500,10 @@ def test_a_dataset_of_another_make_is_not_written_over(tmp_path: Path) -> None:
 
 
 def test_questions_are_the_held_out_rows(sample_data: Path) -> None:
-    questions = dataset.questions(sample_data)
-    assert {text for text, _ in questions} == instructions(sample_data, "mcp_test_seen")
-    assert all(call.name for _, calls in questions for call in calls)
+    asked = questions.read(sample_data, [])
+    assert {question.instruction for question in asked} == instructions(sample_data, "mcp_test_seen")
+    assert all(question.server for question in asked)
+    assert all("server" not in sample for sample in dataset.samples(sample_data, "mcp_train"))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the third-party data is not here")

@@ -15,9 +15,9 @@ def test_the_demos_figures() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
     metrics = json.loads((ROOT / "outputs/demo/eval/metrics.json").read_text())
-    base, adapter = metrics["base"], metrics["adapter"]
-    assert base["valid"] <= 0.05
-    assert adapter["valid"] >= 0.95
-    assert adapter["tool"] >= 0.70
-    assert adapter["exact"] >= 0.40
+    base, adapter = (metrics["splits"]["seen"]["figures"][model] for model in ("base", "adapter"))
+    assert base["valid"]["share"] <= 0.05
+    assert adapter["valid"]["share"] >= 0.95
+    assert adapter["tool"]["share"] >= 0.70
+    assert adapter["exact"]["share"] >= 0.40
     assert "held-out questions" in done.stdout

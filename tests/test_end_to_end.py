@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,7 @@ SMALL = [
     "logging_steps=1",
     "eval_steps=2",
     "preprocessing_num_workers=1",
+    "lora_dropout=0.1",
 ]
 
 
@@ -100,13 +102,54 @@ def test_an_export_that_differs_is_found_out(project: Path, tiny_model: Path) ->
     assert not compare(str(tiny_model), adapter, tiny_model).within_tolerance
 
 
-def test_an_evaluation_judges_both_models(project: Path) -> None:
+def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
+    held_out = json.loads((project / "data/llama_factory/mcp_test_seen.json").read_text())
+    done = run([BIN / "mcp-lora", "eval", "--limit", "1", "--base-only"], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "seen: 1 held-out questions" in done.stdout and "adapter" not in done.stdout
     done = run([BIN / "mcp-lora", "eval"], project)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "held-out questions" in done.stdout and "right tool" in done.stdout
+    assert f"seen: {len(held_out)} held-out questions" in done.stdout
     metrics = json.loads((project / "outputs/mcp_lora/eval/metrics.json").read_text())
-    questions = json.loads((project / "data/llama_factory/mcp_test_seen.json").read_text())
-    assert metrics["base"]["count"] == metrics["adapter"]["count"] == len(questions)
+    seen = metrics["splits"]["seen"]
+    assert seen["count"] == len(held_out) and set(seen["figures"]) == {"base", "adapter"}
+    for model in ("base", "adapter"):
+        lines = (project / f"outputs/mcp_lora/eval/{model}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["expected"] for line in lines] == [
+            [json.loads(sample["conversations"][-1]["value"])] for sample in held_out
+        ]
+        assert all("<|im_start|>" in json.loads(line)["prompt"] for line in lines)
+    done = run([BIN / "mcp-lora", "eval", "--require", "seen.exact>=0.99"], project)
+    assert done.returncode == 1 and "seen.exact is 0.000, and seen.exact>=0.99 is required" in done.stderr
+    assert "predict" not in done.stdout  # the engine was not started
+
+
+def test_an_evaluation_of_a_server(project: Path, tiny_model: Path) -> None:
+    """LLaMA-Factory's own server, with the base model alone."""
+    argv = [BIN / "llamafactory-cli", "api", "--model_name_or_path", tiny_model, "--template", "qwen"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    process = subprocess.Popen(
+        argv,
+        cwd=project,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(API_HOST="127.0.0.1", API_PORT=port, CUDA_VISIBLE_DEVICES=""),
+    )
+    with process:
+        try:
+            assert process.stderr and any("Uvicorn running" in line for line in process.stderr)
+            words = ["--endpoint", f"http://127.0.0.1:{port}/v1", "--model", "tiny"]
+            done = run([BIN / "mcp-lora", "eval", *words], project)
+        finally:
+            process.terminate()
+    assert done.returncode == 0, done.stderr[-3000:]
+    held_out = json.loads((project / "data/llama_factory/mcp_test_seen.json").read_text())
+    answers = (project / "outputs/mcp_lora/eval/endpoint-tiny.jsonl").read_text(encoding="utf-8")
+    assert f"seen: {len(held_out)} held-out questions" in done.stdout
+    assert len(answers.splitlines()) == len(held_out)
 
 
 def test_the_readmes_python_code_runs(project: Path, tiny_model: Path) -> None:

@@ -29,23 +29,63 @@ def test_a_missing_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.require()
 
 
+CALL = '{"name": "get-sum", "arguments": {"a": 1}}'
+SUM = ToolCall("get-sum", {"a": 1})
+
+
 @pytest.mark.parametrize(
-    ("text", "calls"),
+    ("text", "calls", "tried"),
     [
-        (
-            '<tool_call>\n{"name": "get-sum", "arguments": {"a": 1}}\n</tool_call>',
-            [ToolCall("get-sum", {"a": 1})],
-        ),
-        ("I cannot do that.", []),
-        ('<tool_call>\n{"name": "get-sum", "argum', []),
-        ('<tool_call>\n{"name": "get-sum", "arguments": "text"}\n</tool_call>', []),
-        ('<tool_call>\n["name", "arguments"]\n</tool_call>', []),
-        ("<tool_call>\n3\n</tool_call>", []),
+        (f"<tool_call>\n{CALL}\n</tool_call>", [SUM], False),
+        (f"Let me see. <tool_call>{CALL}</tool_call> That will do.", [SUM], False),
+        (f"<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL}\n</tool_call>", [SUM, SUM], False),
+        (f"<tool_call>\n{CALL}", [SUM], False),
+        (f"<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL[:30]}", [SUM], True),
+        ('<tool_call>{"name": "a b/c.d", "parameters": {}}</tool_call>', [ToolCall("a b/c.d", {})], False),
+        ('<tool_call>{"name": "get-sum", "arguments": "{\\"a\\": 1}"}</tool_call>', [SUM], False),
+        ("I cannot do that.", [], False),
+        (CALL, [], False),
+        ('<tool_call>\n{"name": "get-sum", "argum', [], True),
+        ('<tool_call>\n{"name": "get-sum", "arguments": "text"}\n</tool_call>', [], True),
+        ('<tool_call>\n["name", "arguments"]\n</tool_call>', [], True),
+        ("<tool_call>\n3\n</tool_call>", [], True),
     ],
 )
-def test_calls_are_read_from_an_answer(text: str, calls: list[ToolCall]) -> None:
-    assert engine.extract_calls(text, "smollm2", "qwen") == calls
-    assert engine.extract_calls(text, "qwen", None) == calls
+def test_calls_are_read_from_an_answer(text: str, calls: list[ToolCall], tried: bool) -> None:
+    assert engine.read_calls(text, "smollm2", "qwen") == (calls, tried)
+    assert engine.read_calls(text, "qwen", None) == (calls, tried)
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text", "calls", "tried"),
+    [
+        ("default", 'Action: get_sum\nAction Input: {"a": 1}', [ToolCall("get_sum", {"a": 1})], False),
+        ("default", 'Action: get-sum\nAction Input: {"a": 1}', [SUM], False),
+        ("default", 'Action: get sum\nAction Input: {"a": 1', [], True),
+        ("llama3", '{"name": "get-sum", "parameters": {"a": 1}}', [SUM], False),
+        ("llama3", f"Sure: {CALL}.", [SUM], False),
+        ("llama3", "Nothing fits.", [], False),
+        (
+            "llama3",
+            '{"name": "get-sum", "description": "Adds", "parameters": {"type": "object"}} is one',
+            [],
+            True,
+        ),
+        ("mistral", f"[{CALL}, {CALL}]", [SUM, SUM], False),
+        ("mistral", '[{"name": "get-sum", "arguments": {"a"', [], True),
+        ("glm4", 'get-sum\n{"a": 1}', [SUM], False),
+        (
+            "glm4_moe",
+            "<tool_call>get-sum\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+            [],
+            True,
+        ),
+    ],
+)
+def test_calls_are_read_in_every_format(
+    tool_format: str, text: str, calls: list[ToolCall], tried: bool
+) -> None:
+    assert engine.read_calls(text, "qwen", tool_format) == (calls, tried)
 
 
 @pytest.mark.parametrize(("template", "tool_format"), [("qwen", None), ("smollm2", "qwen")])

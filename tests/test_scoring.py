@@ -1,33 +1,92 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from mcp_lora.records import ToolCall
-from mcp_lora.scoring import Figures, Verdict, judge, summarise
+from mcp_lora.scoring import ERRORS, Verdict, judge
 
 EXPECTED = ToolCall("get-sum", {"a": 1, "b": [True]})
+SCHEMAS: dict[str, Any] = {
+    "get-sum": {
+        "type": "object",
+        "properties": {
+            "a": {"type": "number"},
+            "b": {"type": "array"},
+            "unit": {"type": "string", "default": "Metres"},
+            "note": {"type": "string"},
+        },
+        "required": ["a"],
+    },
+    "echo": {"type": "object", "properties": {}},
+}
+RIGHT = Verdict(
+    valid=True, schema=True, tool=True, param=True, ast=True, exact=True, abstained=False, error=None
+)
+
+
+def verdict(error: str | None, **changes: bool) -> Verdict:
+    return replace(RIGHT, error=error, **changes)
+
+
+NOT_EXACT = {"ast": False, "exact": False}
+NOT_PARAM = {"param": False} | NOT_EXACT
+NOT_TOOL = {"tool": False} | NOT_PARAM
+
+
+def call(name: str = "get-sum", **arguments: Any) -> ToolCall:
+    return ToolCall(name, arguments)
 
 
 @pytest.mark.parametrize(
-    ("predicted", "verdict"),
+    ("predicted", "expected"),
     [
-        ([], Verdict(False, False, False)),
-        ([ToolCall("echo", {"a": 1, "b": [True]})], Verdict(True, False, False)),
-        ([ToolCall("get-sum", {"a": 1})], Verdict(True, True, False)),
-        ([ToolCall("get-sum", {"a": 1, "b": [1]})], Verdict(True, True, False)),
-        ([ToolCall("get-sum", {"b": [True], "a": 1})], Verdict(True, True, True)),
-        ([EXPECTED, EXPECTED], Verdict(True, False, False)),
+        ([EXPECTED], RIGHT),
+        ([call(b=[True], a=1)], RIGHT),
+        ([call(a=1.0, b=[True])], verdict(None, exact=False)),
+        ([call(a=1, b=[True], unit="metres")], verdict(None, exact=False)),
+        ([call(a=1, b=[True], unit="miles")], verdict("wrong value", **NOT_EXACT)),
+        ([call(a=1, b=[1])], verdict("wrong value", **NOT_EXACT)),
+        ([call(a="1", b=[True])], verdict("wrong type", **NOT_EXACT)),
+        ([call(a=2, b="True")], verdict("wrong type", **NOT_EXACT)),
+        ([call(a=1, b=[True], note="x")], verdict("unexpected argument", **NOT_PARAM)),
+        ([call(a=1, b=[True], zzz=1)], verdict("unexpected argument", **NOT_PARAM)),
+        ([call(a=1)], verdict("missing argument", **NOT_PARAM)),
+        ([call(a=1, zzz=1)], verdict("missing argument", **NOT_PARAM)),
+        ([call("echo")], verdict("wrong tool", **NOT_TOOL)),
+        ([call("unknown")], verdict("wrong tool", schema=False, **NOT_TOOL)),
+        ([EXPECTED, EXPECTED], verdict("wrong tool", **NOT_TOOL)),
+        ([], verdict("no call", valid=False, schema=False, abstained=True, **NOT_TOOL)),
     ],
 )
-def test_an_answer_is_judged(predicted: list[ToolCall], verdict: Verdict) -> None:
-    assert judge([EXPECTED], predicted) == verdict
+def test_an_answer_is_judged(predicted: list[ToolCall], expected: Verdict) -> None:
+    assert judge([EXPECTED], predicted, SCHEMAS) == expected
+
+
+def test_a_call_that_cannot_be_read_is_no_abstention() -> None:
+    found = judge([EXPECTED], [], SCHEMAS, tried=True)
+    assert found == verdict("unreadable call", valid=False, schema=False, **NOT_TOOL)
+    assert not judge([EXPECTED], [EXPECTED], SCHEMAS, valid_arguments=False).schema
+
+
+def test_where_no_tool_fits_no_call_is_right() -> None:
+    nothing = verdict(None, valid=False, schema=False, abstained=True, **NOT_TOOL)
+    assert judge([], [], SCHEMAS) == nothing
+    for predicted, tried in [([EXPECTED], False), ([], True)]:
+        found = judge([], predicted, SCHEMAS, tried)
+        assert (found.abstained, found.ast, found.error) == (False, False, ERRORS[0])
 
 
 def test_parallel_calls_are_right_in_any_order() -> None:
-    one, two = ToolCall("get-sum", {"a": 1}), ToolCall("get-sum", {"a": 2})
-    assert judge([one, two], [two, one]) == Verdict(True, True, True)
-    assert judge([one, two], [one, one]) == Verdict(True, True, False)
-    assert judge([one, two], [one]) == Verdict(True, False, False)
+    one, two = call(a=1), call(a=2)
+    assert judge([one, two], [two, one], SCHEMAS) == RIGHT
+    assert judge([one, two], [one, one], SCHEMAS).error == "wrong value"
+    assert judge([one, two], [call(a=1.0), two], SCHEMAS) == verdict(None, exact=False)
+    assert judge([one, two], [call(), two], SCHEMAS).error == "missing argument"
+    assert judge([one, two], [one], SCHEMAS).error == "wrong tool"
 
 
-def test_shares_are_over_all_answers() -> None:
-    verdicts = [Verdict(True, True, True), Verdict(True, True, False), Verdict(True, False, False)]
-    assert summarise([*verdicts, Verdict(False, False, False)]) == Figures(4, 0.75, 0.5, 0.25)
+def test_an_optional_argument_at_its_default_may_be_left_out() -> None:
+    given = call(a=1, unit="Metres")
+    assert judge([given], [call(a=1)], SCHEMAS) == verdict(None, exact=False)
+    assert judge([call(a=1, unit="feet")], [call(a=1)], SCHEMAS).error == "missing argument"

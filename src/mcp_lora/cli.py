@@ -249,12 +249,54 @@ def doctor(
 
 
 @app.command(name="eval")
-def evaluate(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
+def evaluate(
+    run: Run = DEFAULT,
+    checkpoint: Checkpoint = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="seen, unseen_tool, unseen_server or no_call.", show_default="all"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Questions of each split.", show_default="all")
+    ] = None,
+    base_only: Annotated[bool, typer.Option("--base-only", help="Ask the base model alone.")] = False,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Ask the adapter alone.")] = False,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask a server of OpenAI's protocol instead.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name on that server.")] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPLIT.FIGURE>=SHARE", help="Exit code 1 where it does not hold."),
+    ] = None,
+) -> None:
     """Answer the held-out questions with the base model and with the adapter, and compare."""
     engine.require()
-    from mcp_lora.evaluation import evaluate
+    from mcp_lora import evaluation
 
-    _print_evaluation(evaluate(run, checkpoint, configuration.detect_machine()))
+    if bool(endpoint) != bool(model):
+        raise McpLoraError(
+            "--endpoint and --model belong together: mcp-lora eval --endpoint URL --model NAME"
+        )
+    if base_only + adapter_only + bool(endpoint) > 1:
+        raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: give one of them")
+    with _progress() as progress:
+        found = evaluation.evaluate(
+            run,
+            configuration.detect_machine(),
+            checkpoint,
+            split or [],
+            limit,
+            [evaluation.BASE] * (not adapter_only) + [evaluation.ADAPTER] * (not base_only),
+            evaluation.Endpoint(endpoint, model) if endpoint and model else None,
+            progress,
+        )
+    _print_evaluation(found)
+    _say(f"every answer and all figures are in {run / 'eval'}")
+    if missed := evaluation.unmet(found, require or []):
+        raise McpLoraError(
+            f"{'; '.join(missed)}. See what is wrong in {run / 'eval'}, and train on more of it", 1
+        )
 
 
 @app.command()
@@ -448,19 +490,43 @@ def _print_evaluation(evaluation: Any) -> None:
     from rich.text import Text
 
     console = Console()
-    count = len(evaluation.answers)
-    table = Table(title=f"{count} held-out questions")
-    for column in ("", "valid call", "right tool", "exact call"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, figures in evaluation.figures.items():
-        shares = (figures.valid, figures.tool, figures.exact)
-        table.add_row(name, *(f"{share:.1%}" for share in shares))
-    console.print(table)
-    for answer in evaluation.answers[:: max(1, count // 3)][:3]:
-        console.print(Text(f"\n{answer.instruction}", style="bold"))
-        for name, said in answer.said.items():
-            mark = "✓" if answer.exact[name] else "✗"
-            console.print(Text(f"  {name} {mark} {' '.join(said.split())[:300]}"))
+    for name, split in evaluation.splits.items():
+        table = Table(title=f"{name}: {split.count} held-out questions", title_justify="left")
+        columns = ["", *split.figures, *(["difference", "p"] if split.gains else [])]
+        for column in columns:
+            table.add_column(column, justify="right" if column else "left")
+        for figure in next(iter(split.figures.values())):
+            cells = [_interval(shares[figure]) for shares in split.figures.values()]
+            if gain := split.gains.get(figure):
+                reach = f"{100 * gain.low:+.0f} to {100 * gain.high:+.0f}"
+                cells += [f"{100 * gain.difference:+.1f} ({reach})", f"{gain.p:.2g}"]
+            table.add_row(figure, *cells)
+        console.print(table)
+        for model, errors in split.errors.items():
+            if errors:
+                told = ", ".join(f"{count} {error}" for error, count in errors.items())
+                console.print(Text(f"{model} errs: {told}"))
+    last = list(evaluation.answers)[-1]
+    worst = [place for place in evaluation.tools if place.right[last].share < 1][:5]
+    if worst:
+        told = ", ".join(
+            f"{place.tool}{f' of {place.server}' if place.server else ''} "
+            f"{place.right[last].right}/{place.right[last].count}"
+            for place in worst
+        )
+        console.print(Text(f"\nWhere more data is wanted, the worst tools of {last} first: {told}"))
+    count = len(evaluation.answers[last])
+    for place in range(0, count, max(1, count // 3))[:3]:
+        console.print(Text(f"\n{evaluation.answers[last][place].question.instruction}", style="bold"))
+        for model, answers in evaluation.answers.items():
+            answer = answers[place]
+            mark = "✗" if answer.verdict.error else "✓"
+            said = answer.said.text or json.dumps([call._asdict() for call in answer.calls])
+            console.print(Text(f"  {model} {mark} {' '.join(said.split())[:300]}"))
+
+
+def _interval(share: Any) -> str:
+    return f"{100 * share.share:.1f}% ({100 * share.low:.0f} to {100 * share.high:.0f})"
 
 
 def _say(text: str) -> None:

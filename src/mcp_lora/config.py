@@ -73,8 +73,8 @@ def detect_machine(imagined: int | None = None) -> Machine:
         bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         memory = psutil.virtual_memory().available
     packages = ("deepspeed", "flash_attn", "liger_kernel")
-    found = (importlib.util.find_spec(package) is not None for package in packages)
-    return Machine(gpus, bf16, *found, memory=memory)
+    deepspeed, flash, liger = (importlib.util.find_spec(package) is not None for package in packages)
+    return Machine(gpus, bf16, deepspeed, flash, liger, memory)
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
@@ -32,7 +32,7 @@ from mcp_lora.catalogue import Catalogue
 from mcp_lora.errors import McpLoraError
 from mcp_lora.lengths import Lengths
 from mcp_lora.readers import FILTERED, FILTERED_FOLDER, newest_filtered
-from mcp_lora.records import Fault, ToolCall
+from mcp_lora.records import Fault
 from mcp_lora.rows import Progress, Rows, Settings
 from mcp_lora.samples import SPLITS, TEST, TRAIN, UNSEEN_SERVER, UNSEEN_TOOL, Samples
 
@@ -46,10 +46,11 @@ __all__ = [
     "facts",
     "file_of",
     "locked",
+    "names",
     "newer",
-    "questions",
     "refresh",
     "samples",
+    "write",
 ]
 
 FOLDER = Path("data/llama_factory")
@@ -276,17 +277,16 @@ def samples(folder: Path, dataset: str) -> Iterator[dict[str, Any]]:
         yield sample
 
 
-def questions(folder: Path) -> list[tuple[str, list[ToolCall]]]:
-    """Return the held-out questions of seen tools with their calls, in file order; none if there are none."""
-    if TEST not in _load(folder / "dataset_info.json"):
-        return []
-    found = []
-    for sample in samples(folder, TEST):
-        *_, question, answer = (turn["value"] for turn in sample["conversations"])
-        calls = json.loads(answer)
-        calls = calls if isinstance(calls, list) else [calls]
-        found.append((question, [ToolCall(**call) for call in calls]))
-    return found
+def names(folder: Path) -> set[str]:
+    """Return the names of the datasets in a folder; none where there is no dataset_info.json."""
+    return set(_load(folder / "dataset_info.json"))
+
+
+def write(folder: Path, dataset: str, samples: Sequence[dict[str, Any]]) -> None:
+    """Write samples as a dataset of this name into a folder that holds none."""
+    file = folder / f"{dataset}.json"
+    _dump(samples, file)
+    _dump({dataset: _description(file)}, folder / "dataset_info.json")
 
 
 @contextmanager

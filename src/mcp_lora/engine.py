@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -60,21 +61,87 @@ def train(config: dict[str, Any]) -> None:
     run_exp(config)
 
 
-def extract_calls(text: str, template: str, tool_format: str | None) -> list[ToolCall]:
-    """Return the calls in a model's answer, read with the engine's own extractor.
+def read_calls(text: str, template: str, tool_format: str | None) -> tuple[list[ToolCall], bool]:
+    """Return the calls in a model's answer, and whether it holds one that cannot be read.
 
-    An answer without a call that can be read gives an empty list.
+    They are read with the engine's own extractor. Where that finds none, which takes a call only if nothing
+    stands after it, and in the default format no name with a hyphen, JSON objects with a name and arguments
+    are looked for behind the mark with which the tool format begins a call.
     """
     from llamafactory.data.template import TEMPLATES
-    from llamafactory.data.tool_utils import get_tool_utils
+    from llamafactory.data.tool_utils import FunctionCall, get_tool_utils
 
     tools = get_tool_utils(tool_format) if tool_format else TEMPLATES[template].format_tools.tool_utils
     try:
         found = tools.tool_extractor(text)
-        calls = [] if isinstance(found, str) else [(call.name, json.loads(call.arguments)) for call in found]
+        calls = [] if isinstance(found, str) else [call_of(call.name, call.arguments) for call in found]
     except (TypeError, ValueError, LookupError):  # the extractors trust the shape of what they read
-        return []
-    return [ToolCall(name, args) for name, args in calls if isinstance(args, dict)]
+        calls = [None]
+    mark = tools.function_formatter([FunctionCall(_NAME, "{}")]).split(_NAME)[0]
+    word = (
+        mark.split("{")[0].split("[")[0].strip()
+    )  # `<tool_call>`, `Action:`; none where a call is mere JSON
+    if calls and None not in calls:
+        return [call for call in calls if call], bool(word) and text.count(word) > len(calls)
+    read, broken = _scan(text, word)
+    return read, broken or (not read and bool(calls))
+
+
+def call_of(name: Any, arguments: Any) -> ToolCall | None:
+    """Return a call; its arguments are an object, or one as JSON in a text. None if it is no call."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+            # Twice in quotes, as models do that have seen OpenAI's format.
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except ValueError:
+            return None
+    return ToolCall(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
+
+
+_NAME = "NAME"
+_OF_A_CALL = {"name", "arguments", "parameters", "id", "type"}
+
+
+def _scan(text: str, word: str) -> tuple[list[ToolCall], bool]:
+    """Look for calls behind each occurrence of the word that begins one, or anywhere.
+
+    Returns:
+        The calls, and whether something behind the word was none.
+    """
+    parts = text.split(word)[1:] if word else [text]
+    calls: list[ToolCall] = []
+    broken = False
+    for part in parts:
+        found = list(_objects(part))
+        named = re.match(r"\s*(\S.*?)\s*\n\s*Action Input:", part)
+        if named and found:  # the default format: the name stands before the arguments
+            calls.append(ToolCall(named.group(1), found[0]))
+            continue
+        read = [
+            call
+            for entry in found
+            if "name" in entry
+            and entry.keys() <= _OF_A_CALL  # a tool's definition has a description
+            and (call := call_of(entry["name"], entry.get("arguments", entry.get("parameters"))))
+        ]
+        calls += read
+        broken |= not read and (bool(word) or '"name"' in part)
+    return calls, broken
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the outermost JSON objects in a text."""
+    decoder = json.JSONDecoder()
+    place = text.find("{")
+    while place >= 0:
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except ValueError:
+            end = place + 1
+        else:
+            yield value
+        place = text.find("{", end)
 
 
 def _did_you_mean(word: str, known: Any) -> str:

@@ -1,124 +1,248 @@
-r"""Ask the base model and the adapter the held-out questions, with LLaMA-Factory's prediction.
+"""Ask the base model and the adapter the held-out questions, and compare how often they are right.
 
-The engine writes generated_predictions.jsonl, in the order of the questions; one line:
-
-    {"prompt": "…", "predict": "<tool_call>\n{\"name\": \"get-sum\", …}\n</tool_call>", "label": "…"}
+RUN/eval/ holds the answers (see mcp_lora.answers) and metrics.json, the figures.
 """
 
+import hashlib
 import json
-import os
-import shutil
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import dataset, engine, files, launch, runs
+from mcp_lora import answering, questions, runs
+from mcp_lora.answers import Answer, Judge, Notebook
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
-from mcp_lora.records import ToolCall
-from mcp_lora.scoring import Figures, judge, summarise
-from mcp_lora.world import World
+from mcp_lora.figures import Difference, Share, difference, share
+from mcp_lora.questions import Question
+
+BASE, ADAPTER = "base", "adapter"
+# The figures of a split; where no tool fits, the last alone.
+FIGURES = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
+_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One held-out question with the right call and what each model said ("base", "adapter")."""
+class Split:
+    """The figures of one test, per model, and what the last model gains on the first, if there are two.
 
-    instruction: str
-    expected: list[ToolCall]
-    said: dict[str, str]
-    exact: dict[str, bool]
+    `errors` counts the first errors of the answers that are not right.
+    """
+
+    count: int
+    figures: dict[str, dict[str, Share]]
+    errors: dict[str, dict[str, int]]
+    gains: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Weakness:
+    """A server, or one of its tools, and how many of its questions each model has right (`ast`)."""
+
+    server: str
+    tool: str
+    right: dict[str, Share]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures per model and every answer."""
+    """Figures by split, the servers and tools that are worst for the last model first, every answer."""
 
-    figures: dict[str, Figures]
-    answers: list[Answer]
+    splits: dict[str, Split]
+    servers: list[Weakness]
+    tools: list[Weakness]
+    answers: dict[str, list[Answer]]
 
 
-def evaluate(run: Path, checkpoint: str | None, machine: Machine, batch: int = 16) -> Evaluation:
-    """Answer a run's held-out questions greedily, with the base model and with the adapter.
+@dataclass(frozen=True)
+class Endpoint:
+    """A server that speaks OpenAI's protocol, and the name of a model there."""
 
-    Writes RUN/eval/metrics.json and, per model, the engine's files.
+    url: str
+    model: str
+
+
+def evaluate(
+    run: Path,
+    machine: Machine,
+    checkpoint: str | None = None,
+    splits: Sequence[str] = (),
+    limit: int | None = None,
+    models: Sequence[str] = (BASE, ADAPTER),
+    endpoint: Endpoint | None = None,
+    progress: Callable[[str, float], None] = lambda doing, share: None,
+) -> Evaluation:
+    """Answer a run's held-out questions greedily and judge the answers.
+
+    Args:
+        run: the run's folder.
+        machine: where the engine runs.
+        checkpoint: of which the adapter is taken; the newest if None.
+        splits: keys of questions.SPLITS; none means all that there are.
+        limit: questions of each.
+        models: BASE, ADAPTER or both.
+        endpoint: ask this instead; what is kept of the base model's answers is compared with it.
+        progress: is told how far a server's questions are.
 
     Raises:
-        McpLoraError: there is no adapter or nothing is held out, or the engine fails.
+        McpLoraError: there is no adapter or nothing is held out, or the engine or the server fails.
     """
     config = runs.read_run(run)
     folder = Path(config["dataset_dir"])
-    questions = dataset.questions(folder)
-    if not questions:
-        raise McpLoraError(
-            f"{folder} holds no held-out questions: mcp-lora convert --test 0.1 --out {folder}"
-        )
-    models = {
-        "base": runs.serving_config(run, None),
-        "adapter": runs.serving_config(run, runs.adapter(run, checkpoint)),
-    }
-    settings = {
-        "stage": "sft",
-        "do_predict": True,
-        "predict_with_generate": True,
-        "do_sample": False,  # the engine samples at temperature 0.95 by default
-        "max_new_tokens": _answer_length(models["base"], [calls for _, calls in questions]),
-        "dataset_dir": str(folder),
-        "eval_dataset": dataset.TEST,
+    asked = questions.read(folder, list(splits), limit)
+    every = questions.read(folder, [])
+    settings = runs.serving_config(run, None) | {
+        "max_new_tokens": _answer_length(config, every),
         "cutoff_len": config.get("cutoff_len", 4096),
-        "per_device_eval_batch_size": batch,
-        "use_cpu": not machine.gpus,
-        "report_to": "none",
+        "per_device_eval_batch_size": _BATCH,
     }
-    said = {
-        name: _predict(serving | settings, run / "eval" / name, machine) for name, serving in models.items()
-    }
-    verdicts: dict[str, list[Any]] = {
-        name: [
-            judge(expected, engine.extract_calls(text, config["template"], config.get("tool_format")))
-            for (_, expected), text in zip(questions, texts, strict=True)
-        ]
-        for name, texts in said.items()
-    }
-    figures = {name: summarise(found) for name, found in verdicts.items()}
-    answers = [
-        Answer(
-            instruction,
-            expected,
-            {name: texts[i] for name, texts in said.items()},
-            {name: found[i].exact for name, found in verdicts.items()},
-        )
-        for i, (instruction, expected) in enumerate(questions)
-    ]
-    metrics = json.dumps({name: asdict(found) for name, found in figures.items()}, indent=2)
+    judge = Judge(config["template"], config.get("tool_format"))
+
+    def notebook(name: str, *identity: Any) -> Notebook:
+        file = run / "eval" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.jsonl"
+        return Notebook(file, every, [settings, *identity], judge)
+
+    answers = {}
+    if endpoint:
+        base = notebook(BASE, None)
+        if not base.missing(asked):
+            answers[BASE] = base.answers(asked)
+        models = [endpoint.model]
+    for name in models:
+        if endpoint:
+            book = notebook(f"endpoint-{name}", asdict(endpoint))
+            missing = book.missing(asked)
+            found = answering.by_endpoint(missing, endpoint.url, name, settings["max_new_tokens"])
+        else:
+            adapter = runs.adapter(run, checkpoint) if name == ADAPTER else None
+            book = notebook(name, adapter and _hash(adapter))
+            missing = book.missing(asked)
+            found = answering.by_engine(missing, settings | runs.serving_config(run, adapter), machine)
+        for done, (question, said) in enumerate(found, 1):
+            book.add(question, said)
+            progress(f"asking {name}", done / len(missing))
+        answers[name] = book.answers(asked)
+    evaluation = summarise(answers)
+    metrics = json.dumps(_as_metrics(evaluation), indent=2, ensure_ascii=False)
     (run / "eval" / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
-    return Evaluation(figures, answers)
+    return evaluation
 
 
-def _answer_length(serving: dict[str, Any], answers: list[list[ToolCall]]) -> int:
+def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
+    """Return the figures of models' answers to the same questions, at least one, in the same order."""
+    first, *_, last = [*answers, *answers]
+    splits = {}
+    for split in dict.fromkeys(answer.question.split for answer in answers[first]):
+        of = {name: [one for one in said if one.question.split == split] for name, said in answers.items()}
+        shown = FIGURES[-1:] if split == "no_call" else FIGURES
+        right = {
+            name: {figure: [bool(getattr(one.verdict, figure)) for one in said] for figure in shown}
+            for name, said in of.items()
+        }
+        splits[split] = Split(
+            len(of[first]),
+            {
+                name: {figure: share(sum(hits), len(hits)) for figure, hits in found.items()}
+                for name, found in right.items()
+            },
+            {
+                name: dict(Counter(one.verdict.error for one in said if one.verdict.error).most_common())
+                for name, said in of.items()
+            },
+            {figure: difference(right[first][figure], right[last][figure]) for figure in shown}
+            if first != last
+            else {},
+        )
+    return Evaluation(
+        splits,
+        _weaknesses(answers, lambda question: (question.server, "")),
+        _weaknesses(answers, lambda question: (question.server, question.expected[0].name)),
+        answers,
+    )
+
+
+def unmet(evaluation: Evaluation, requirements: Sequence[str]) -> list[str]:
+    """Return, in words, the requirements that the last model's figures do not meet.
+
+    Args:
+        evaluation: what was found.
+        requirements: `SPLIT.FIGURE>=SHARE`, or with >, <=, <: unseen_tool.ast>=0.6.
+
+    Raises:
+        McpLoraError: one is of another form, or names a figure that there is not.
+    """
+    told = []
+    for requirement in requirements:
+        found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", requirement)
+        if not found:
+            raise McpLoraError(
+                f'--require {requirement} is of another form: mcp-lora eval --require "unseen_tool.ast>=0.6"'
+            )
+        split, figure, sign, bound, percent = found.groups()
+        name = list(evaluation.answers)[-1]
+        shares = evaluation.splits[split].figures[name] if split in evaluation.splits else {}
+        if figure not in shares:
+            there = [
+                f"{split}.{one}" for split, each in evaluation.splits.items() for one in each.figures[name]
+            ]
+            raise McpLoraError(
+                f"--require {requirement}: there is no {split}.{figure} but {', '.join(there)}"
+            )
+        value, limit = shares[figure].share, float(bound) / (100 if percent else 1)
+        holds = {">=": value >= limit, "<=": value <= limit, ">": value > limit, "<": value < limit}[sign]
+        if not holds:
+            told.append(f"{split}.{figure} is {value:.3f}, and {requirement.strip()} is required")
+    return told
+
+
+def _weaknesses(
+    answers: dict[str, list[Answer]], place: Callable[[Question], tuple[str, str]]
+) -> list[Weakness]:
+    """Return each place's share of right answers, the last model's worst first; where a tool fits only."""
+    grouped: dict[tuple[str, str], dict[str, list[bool]]] = {}
+    for name, said in answers.items():
+        for answer in said:
+            if answer.question.expected:
+                found = grouped.setdefault(place(answer.question), {})
+                found.setdefault(name, []).append(answer.verdict.ast)
+    weaknesses = [
+        Weakness(*where, {name: share(sum(hits), len(hits)) for name, hits in models.items()})
+        for where, models in grouped.items()
+    ]
+    last = list(answers)[-1]
+    return sorted(weaknesses, key=lambda one: (one.right[last].share, -one.right[last].count))
+
+
+def _answer_length(config: Mapping[str, Any], asked: Sequence[Question]) -> int:
     """Return how many tokens an answer may have: those of the longest right one, and room for its
     markup. A model that does not stop need not be waited for any longer.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
-        serving["model_name_or_path"], trust_remote_code=serving.get("trust_remote_code", False)
+        config["model_name_or_path"], trust_remote_code=config.get("trust_remote_code", False)
     )
-    lengths = [
+    return max(
         sum(len(tokenizer.encode(json.dumps(call._asdict(), ensure_ascii=False))) + 32 for call in calls)
-        for calls in answers
-    ]
-    return max(lengths)
+        if (calls := question.expected)
+        else len(tokenizer.encode(question.sample["conversations"][-1]["value"])) + 32
+        for question in asked
+    )
 
 
-def _predict(settings: dict[str, Any], output: Path, machine: Machine) -> list[str]:
-    """Let the engine answer the held-out questions and return its answers in their order."""
-    shutil.rmtree(output, ignore_errors=True)
-    file = runs.write_config(output, settings | {"output_dir": str(output)})
-    # One process: ranks would share the questions out and put the answers in another order.
-    environment = launch.engine_environment(settings, World(), machine.gpus, os.environ)
-    environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the table is what counts here
-    outcome = launch.run(launch.engine_argv("train", file), environment)
-    if outcome.code:
-        raise outcome.error(f"mcp-lora eval {output.parent.parent}")
-    return [row["predict"] for row in files.read(output / "generated_predictions.jsonl")]
+def _hash(adapter: Path) -> str:
+    """Return the hash of an adapter's weights."""
+    file = next(iter(adapter.glob("adapter_model.*")), adapter / "adapter_config.json")
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _as_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "splits": {name: asdict(split) for name, split in evaluation.splits.items()},
+        "servers": [asdict(place) for place in evaluation.servers],
+        "tools": [asdict(place) for place in evaluation.tools],
+    }

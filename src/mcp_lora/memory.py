@@ -3,8 +3,8 @@
 The model is built of its config on PyTorch's meta device, which has shapes and no storage, with PEFT's
 own adapter on it; so what is trained, and the file that it makes, are exact. Per GPU:
 
-    weights      parameters of the base × 2 bytes, 4 in fp32 (0.52 where they are quantised to 4 bits: half a byte and
-                 the scales); ZeRO-3 divides them among the processes
+    weights      parameters of the base × 2 bytes, 4 in fp32 (0.52 where they are quantised to 4 bits: half
+                 a byte and the scales); ZeRO-3 divides them among the processes
     adapter      16 bytes a parameter: itself, its gradient and AdamW's two moments, in fp32 (10 with
                  8-bit moments); ZeRO-2 divides all but itself, ZeRO-3 all
     activations  what autograd keeps for the backward pass, counted at two layers and at one and carried on

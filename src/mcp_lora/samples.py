@@ -187,7 +187,9 @@ class Samples:
         tools = b",".join(self._in_text(offers))
         system = as_json(sample.row.system) if sample.row.system else _SYSTEM
         ends = (b', "tools": "[', b']"}\n') if offers else (b', "tools": "', b'"}\n')
-        head = b'{"conversations": [%b], "system": %b%b' % (sample.conversation, system, ends[0])
+        # Of a test it is told where it is weak; the engine takes no notice.
+        server = b"" if name == TRAIN else b', "server": ' + as_json(self._server(sample))
+        head = b'{"conversations": [%b], "system": %b%b%b' % (sample.conversation, system, server, ends[0])
         # In pieces, to be copied once: the tools are most of what is written.
         self._lines[name] += (head, tools, ends[1])
         if lengths and name == TRAIN:
@@ -253,6 +255,10 @@ class Samples:
     def _added(self, offer: Offer, lengths: Lengths) -> int | None:
         """Return the tokens that a tool adds to a sample, None if the template cannot render it."""
         return self._adds[offer] if isinstance(offer, int) else lengths.tools([_in_prompt(offer)])[0]
+
+    def _server(self, sample: _Sample) -> str:
+        """Return whose tool is called, empty where none is."""
+        return next((self._tool(offer).server for _, offer in sample.right), "")
 
     def _in_text(self, offers: list[Offer]) -> list[bytes]:
         """Return tools as JSON inside a JSON string."""

@@ -151,8 +151,8 @@ def keep_activations(plan: Plan, machine: Machine, say: Callable[[str], None]) -
     if not found or found.total > SAFE * room:
         return plan
     say(
-        f"activations are kept: {found.total / 1e9:.1f} of {room / 1e9:.0f} GB for samples of {longest} tokens "
-        f"(disable_gradient_checkpointing=false: computed twice)"
+        f"activations are kept: {found.total / 1e9:.1f} of {room / 1e9:.0f} GB for samples of {longest} "
+        f"tokens (disable_gradient_checkpointing=false: computed twice)"
     )
     return replace(plan, config=config)
 

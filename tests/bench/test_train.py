@@ -79,7 +79,8 @@ from transformers import AutoModelForCausalLM
 questions, base, *adapters = sys.argv[1:]
 questions = json.load(open(questions))
 for adapter in adapters:
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter)
     total = count = 0
     with torch.no_grad():
         for ids, trained in questions:

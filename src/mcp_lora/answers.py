@@ -1,0 +1,146 @@
+r"""What a model has said to held-out questions, kept in a file that outlives an interruption.
+
+RUN/eval/MODEL.jsonl has a line for each question; one that stands there for the same model and the same
+question is not asked again:
+
+    {"key": "0b9f…", "split": "seen", "server": "everything", "instruction": "What is 3 plus 4?",
+     "prompt": "<|im_start|>system\n…", "expected": [{"name": "get-sum", "arguments": {"a": 3, "b": 4}}],
+     "text": "<tool_call>\n…", "tool_calls": [],
+     "calls": [{"name": "get-sum", "arguments": {"a": 3, "b": 4}}],
+     "verdict": {"valid": true, "schema": true, "tool": true, "param": true, "ast": true, "exact": true,
+                 "abstained": false, "error": null}}
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mcp_lora import engine, files
+from mcp_lora.catalogue import Catalogue
+from mcp_lora.questions import Question
+from mcp_lora.records import ToolCall
+from mcp_lora.scoring import Verdict, judge
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said: the prompt, its text, and the calls that a server has read already.
+
+    `tool_calls` are {name, arguments as text}, as OpenAI's protocol has them.
+    """
+
+    prompt: str
+    text: str
+    tool_calls: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said to one question, the calls in it, and what is right about them."""
+
+    question: Question
+    said: Said
+    calls: list[ToolCall]
+    verdict: Verdict
+
+
+class Judge:
+    """Reads the calls in answers by a run's template and tool format, and judges them."""
+
+    def __init__(self, template: str, tool_format: str | None) -> None:
+        self._format = template, tool_format
+        self._catalogue = Catalogue()  # keeps the validators
+
+    def __call__(self, question: Question, said: Said) -> Answer:
+        calls, tried = self._read(said)
+        schemas = {name: tool.parameters for name, tool in question.tools.items()}
+        valid = all(call.name in schemas and self._validates(question, call) for call in calls)
+        return Answer(question, said, calls, judge(question.expected, calls, schemas, tried, valid))
+
+    def _read(self, said: Said) -> tuple[list[ToolCall], bool]:
+        if not said.tool_calls:
+            return engine.read_calls(said.text, *self._format)
+        read = [engine.call_of(call["name"], call["arguments"]) for call in said.tool_calls]
+        return [call for call in read if call], None in read
+
+    def _validates(self, question: Question, call: ToolCall) -> bool:
+        tool = question.tools[call.name]
+        number = self._catalogue.number(tool)
+        if number is not None:
+            tool = self._catalogue.tools[number]
+        return self._catalogue.problem(tool, call.arguments) is None
+
+
+class Notebook:
+    """The answers of one model to a run's questions.
+
+    Args:
+        file: where they are kept.
+        questions: all of the run's, in order; answers to others are dropped.
+        identity: what makes the model another one, as JSON; answers of another are dropped.
+        judge: of the answers.
+    """
+
+    def __init__(self, file: Path, questions: Sequence[Question], identity: Any, judge: Judge) -> None:
+        self._file = file
+        self._judge = judge
+        self._identity = json.dumps(identity, sort_keys=True)
+        self._questions = {self._key(question): question for question in questions}
+        self._said = {key: said for key, said in _read(file).items() if key in self._questions}
+
+    def missing(self, questions: Sequence[Question]) -> list[Question]:
+        """Return the questions that have no answer yet."""
+        return [question for question in questions if self._key(question) not in self._said]
+
+    def add(self, question: Question, said: Said) -> None:
+        """Keep an answer; it is written at once."""
+        key = self._key(question)
+        self._said[key] = said
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(self._line(key))
+
+    def answers(self, questions: Sequence[Question]) -> list[Answer]:
+        """Return the answers to questions that all have one, judged, and put the file in their order."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        new = self._file.with_suffix(".new")
+        with new.open("w", encoding="utf-8") as stream:
+            stream.writelines(self._line(key) for key in self._questions if key in self._said)
+        os.replace(new, self._file)
+        return [self._judge(question, self._said[self._key(question)]) for question in questions]
+
+    def _key(self, question: Question) -> str:
+        sample = json.dumps(question.sample, sort_keys=True)
+        return hashlib.sha256(f"{self._identity}\n{question.split}\n{sample}".encode()).hexdigest()[:16]
+
+    def _line(self, key: str) -> str:
+        answer = self._judge(self._questions[key], self._said[key])
+        question = answer.question
+        row = {
+            "key": key,
+            "split": question.split,
+            "server": question.server,
+            "instruction": question.instruction,
+            "prompt": answer.said.prompt,
+            "expected": [call._asdict() for call in question.expected],
+            "text": answer.said.text,
+            "tool_calls": answer.said.tool_calls,
+            "calls": [call._asdict() for call in answer.calls],
+            "verdict": asdict(answer.verdict),
+        }
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _read(file: Path) -> dict[str, Said]:
+    """Return what is kept in a file; a line that was not written to its end is left out."""
+    if not file.is_file():
+        return {}
+    return {
+        row["key"]: Said(row["prompt"], row["text"], row["tool_calls"])
+        for row in files.read(file)
+        if isinstance(row, dict) and {"key", "prompt", "text", "tool_calls"} <= row.keys()
+    }

@@ -1,0 +1,65 @@
+"""Shares of right answers with 95 % intervals, and whether two models differ on the same questions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+_Z = 1.959964  # of the normal distribution, for 95 %
+
+
+@dataclass(frozen=True)
+class Share:
+    """`right` of `count` answers as a share from 0 to 1, with its 95 % interval."""
+
+    right: int
+    count: int
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What the second of two models gains on the first, on the same questions.
+
+    Attributes:
+        gained, lost: answers that only the second, only the first has right.
+        difference: of the shares, from -1 to 1, with its 95 % interval `low` to `high`.
+        p: of McNemar's exact test, two-sided: how likely it is that gains and losses are as uneven as this
+            or more, were both models equally good.
+    """
+
+    gained: int
+    lost: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def share(right: int, count: int) -> Share:
+    """Return a share with Wilson's score interval (Wilson 1927); `count` is at least 1."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, count).proportion_ci(method="wilson")
+    return Share(right, count, right / count, float(interval.low), float(interval.high))
+
+
+def difference(first: Sequence[bool], second: Sequence[bool]) -> Difference:
+    """Compare two models' answers to the same questions, at least one.
+
+    The interval is Agresti and Min's for matched pairs (Statistics in Medicine 24, 2005): Wald's after
+    half a question has been added to each of the four cells.
+    """
+    from scipy.stats import binomtest
+
+    gained = sum(after and not before for before, after in zip(first, second, strict=True))
+    lost = sum(before and not after for before, after in zip(first, second, strict=True))
+    count = len(first)
+    padded = count + 2
+    middle = (gained - lost) / padded
+    reach = _Z * sqrt(gained + lost + 1 - (gained - lost) ** 2 / padded) / padded
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return Difference(
+        gained, lost, (gained - lost) / count, max(-1.0, middle - reach), min(1.0, middle + reach), float(p)
+    )

@@ -1,0 +1,263 @@
+"""Questions are asked once, judged, counted; a server that fails for the moment is asked again."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SAMPLE, SHAPES
+
+from mcp_lora import answering, questions, runs
+from mcp_lora.answers import Answer, Judge, Notebook, Said
+from mcp_lora.config import Machine
+from mcp_lora.dataset import Settings, convert
+from mcp_lora.errors import McpLoraError
+from mcp_lora.evaluation import BASE, Endpoint, Evaluation, evaluate, summarise, unmet
+from mcp_lora.questions import Question
+
+CPU = Machine(0, False, True)
+JUDGE = Judge("qwen", None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample with questions of every split."""
+    folder = tmp_path_factory.mktemp("data") / "held_out"
+    settings = Settings(
+        [str(SAMPLE)], candidates=3, test=0.2, holdout_tools=0.3, holdout_servers=0.2, no_call=0.3
+    )
+    convert(settings, folder)
+    return folder
+
+
+@pytest.fixture
+def asked(data: Path) -> list[Question]:
+    return questions.read(data, [], 2)
+
+
+def said(text: str) -> Said:
+    return Said("prompt", text, [])
+
+
+def right(question: Question) -> Said:
+    calls = [f"<tool_call>\n{json.dumps(call._asdict())}\n</tool_call>" for call in question.expected]
+    return said("\n".join(calls) or "There is no tool for that.")
+
+
+def test_questions_are_read_by_split(data: Path) -> None:
+    everything = questions.read(data, [])
+    assert list(dict.fromkeys(question.split for question in everything)) == list(questions.SPLITS)
+    for question in everything:
+        calls = question.expected
+        assert bool(calls) == (question.split != "no_call")
+        assert all(call.name in question.tools for call in calls) and question.instruction
+    for question in questions.read(data, ["unseen_server"]):
+        assert question.split == "unseen_server" and question.server
+    assert len(questions.read(data, ["seen", "no_call"], 3)) == 6
+
+
+def test_a_split_that_is_not_there_is_told(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(McpLoraError, match="no split seem: mcp-lora eval --split seen or"):
+        questions.read(data, ["seem"])
+    convert(Settings([str(SAMPLE)], test=0.2), tmp_path)
+    with pytest.raises(McpLoraError, match="no questions of split no_call: mcp-lora convert .*--no-call"):
+        questions.read(tmp_path, ["no_call"])
+
+
+def test_parallel_calls_are_one_question(tmp_path: Path) -> None:
+    convert(Settings([str(SHAPES / "rows/openai.jsonl")], test=0.99), tmp_path)
+    found = [question for question in questions.read(tmp_path, []) if len(question.expected) > 1]
+    assert all(call.arguments for question in found for call in question.expected)
+
+
+def test_an_answer_is_kept_at_once_and_asked_once(asked: list[Question], tmp_path: Path) -> None:
+    file = tmp_path / "eval/base.jsonl"
+    book = Notebook(file, asked, ["a"], JUDGE)
+    assert book.missing(asked) == asked
+    for question in asked[::-1][:3]:
+        book.add(question, right(question))
+    with file.open("a") as stream:
+        stream.write('{"key": "torn')  # where the power went
+    again = Notebook(file, asked, ["a"], JUDGE)
+    assert again.missing(asked) == asked[:-3]
+    for question in again.missing(asked):
+        again.add(question, said("No."))
+    answers = again.answers(asked)
+    assert [answer.verdict.error is None for answer in answers[-3:]] == [True] * 3
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [row["instruction"] for row in rows] == [question.instruction for question in asked]
+    assert rows[-1]["verdict"]["abstained"] and rows[0]["text"] == "No."
+    assert Notebook(file, asked, ["b"], JUDGE).missing(asked) == asked
+    assert Notebook(file, asked[:2], ["a"], JUDGE).missing(asked[:2]) == []
+
+
+def test_a_servers_tool_calls_are_read_as_they_are(asked: list[Question]) -> None:
+    question = asked[0]
+    (call,) = question.expected
+    good = {"name": call.name, "arguments": json.dumps(call.arguments)}
+    assert JUDGE(question, Said("", "", [good])).verdict.exact
+    broken = JUDGE(question, Said("", "", [good | {"arguments": '{"a": '}])).verdict
+    assert broken.error == "unreadable call" and not broken.abstained
+    other = JUDGE(question, Said("", "", [good | {"name": "unknown"}])).verdict
+    assert (other.error, other.schema) == ("wrong tool", False)
+
+
+@pytest.fixture
+def evaluation(data: Path) -> Evaluation:
+    """A base that never calls, an adapter that is right but for every third answer."""
+    everything = questions.read(data, [])
+    base = [JUDGE(question, said("Hello.")) for question in everything]
+    adapter: list[Answer] = [
+        JUDGE(
+            question,
+            said('<tool_call>{"name": "x", "arguments": {}}</tool_call>') if i % 3 == 0 else right(question),
+        )
+        for i, question in enumerate(everything)
+    ]
+    return summarise({"base": base, "adapter": adapter})
+
+
+def test_figures_are_by_split_and_model(evaluation: Evaluation) -> None:
+    assert list(evaluation.splits) == list(questions.SPLITS)
+    seen = evaluation.splits["seen"]
+    wrong = -(-seen.count // 3)
+    assert seen.figures["base"]["valid"].right == 0 and seen.figures["base"]["abstained"].share == 1
+    assert seen.figures["adapter"]["valid"].right == seen.count
+    assert seen.figures["adapter"]["ast"].right == seen.count - wrong
+    assert seen.errors == {"base": {"no call": seen.count}, "adapter": {"wrong tool": wrong}}
+    assert seen.gains["ast"].gained == seen.count - wrong and seen.gains["ast"].low > 0
+    assert seen.gains["ast"].p < 0.05
+    no_call = evaluation.splits["no_call"]
+    assert list(no_call.figures["base"]) == ["abstained"]
+    assert no_call.figures["base"]["abstained"].share == 1 > no_call.figures["adapter"]["abstained"].share
+
+
+def test_the_worst_come_first(evaluation: Evaluation) -> None:
+    for places in (evaluation.tools, evaluation.servers):
+        shares = [place.right["adapter"].share for place in places]
+        assert shares == sorted(shares) and len(shares) > 1
+    calls = sum(split.count for name, split in evaluation.splits.items() if name != "no_call")
+    assert sum(place.right["base"].count for place in evaluation.tools) == calls
+    assert all(place.tool for place in evaluation.tools)
+
+
+def test_a_requirement_holds_or_is_told(evaluation: Evaluation) -> None:
+    assert unmet(evaluation, ["seen.valid>=1", "seen.ast > 50%", "no_call.abstained<=0.9"]) == []
+    (told,) = unmet(evaluation, ["unseen_tool.ast>=0.95", "seen.valid>=0.5"])
+    assert told.startswith("unseen_tool.ast is 0.") and told.endswith("unseen_tool.ast>=0.95 is required")
+    with pytest.raises(McpLoraError, match="of another form: mcp-lora eval --require"):
+        unmet(evaluation, ["ast>=1"])
+    with pytest.raises(McpLoraError, match="no no_call.ast but .*no_call.abstained"):
+        unmet(evaluation, ["no_call.ast>=1"])
+
+
+@contextmanager
+def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> Iterator[tuple[str, list[Any]]]:
+    """A server of OpenAI's protocol that fails when told to; yields its URL and what it was asked."""
+    requests: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append(body | {"key": self.headers["Authorization"], "path": self.path})
+            code, message = answer(body)
+            content = json.dumps(message).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}/v1", requests
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+def completion(**message: Any) -> tuple[int, dict[str, Any]]:
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": None} | message,
+    }
+    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+def tool_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+
+
+@pytest.fixture
+def run(data: Path, tiny_model: Path, tmp_path: Path) -> Path:
+    config = {"dataset_dir": str(data), "template": "qwen", "model_name_or_path": str(tiny_model)}
+    runs.write_config(tmp_path / "run", config)
+    return tmp_path / "run"
+
+
+def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
+    data: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    expected = {question.instruction: question for question in questions.read(data, ["seen"])}
+    failed: set[str] = set()
+    down = True
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        instruction = body["messages"][-1]["content"]
+        place = list(expected).index(instruction)
+        if place == 0 and instruction not in failed:
+            failed.add(instruction)
+            return 503, {"error": {"message": "busy"}}
+        if place == 5 and down:
+            return 401, {"error": {"message": "who are you?"}}
+        (call,) = expected[instruction].expected
+        assert call.name in [tool["function"]["name"] for tool in body["tools"]]
+        return completion(tool_calls=[tool_call(call.name, call.arguments)])
+
+    with server(answer) as (url, requests):
+        with pytest.raises(McpLoraError, match=f"who are you.*OPENAI_API_KEY.*--endpoint {url} --model m"):
+            evaluate(run, CPU, splits=["seen"], endpoint=Endpoint(url, "m"))
+        assert failed and {request["key"] for request in requests} == {"Bearer secret"}
+        assert {(request["model"], request["temperature"]) for request in requests} == {("m", 0)}
+        kept = (run / "eval/endpoint-m.jsonl").read_text(encoding="utf-8").splitlines()
+        assert kept
+        requests.clear()
+        down = False
+        found = evaluate(run, CPU, splits=["seen"], endpoint=Endpoint(url, "m"))
+        assert len(requests) == len(expected) - len(kept)
+        assert list(found.answers) == ["m"] and found.splits["seen"].figures["m"]["exact"].share == 1
+        requests.clear()
+        evaluate(run, CPU, splits=["seen"], endpoint=Endpoint(url, "m"))
+        assert requests == []
+
+
+def test_a_server_is_compared_with_the_base_where_that_was_asked(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_engine(asked: list[Question], *rest: Any) -> Iterator[tuple[Question, Said]]:
+        yield from ((question, said("Hello.")) for question in asked)
+
+    monkeypatch.setattr(answering, "by_engine", by_engine)
+    evaluate(run, CPU, splits=["no_call"], limit=2, models=[BASE])
+    with server(lambda body: completion(content="No tool fits.")) as (url, _):
+        found = evaluate(run, CPU, splits=["no_call"], limit=2, endpoint=Endpoint(url, "m"))
+        assert list(found.answers) == ["base", "m"] and "abstained" in found.splits["no_call"].gains
+        more = evaluate(run, CPU, splits=["no_call"], endpoint=Endpoint(url, "m"))
+        assert list(more.answers) == ["m"]
+
+
+def test_a_server_that_is_not_there_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "_RETRIES", 0)
+    with pytest.raises(McpLoraError, match="http://127.0.0.1:9/v1 does not answer"):
+        evaluate(run, CPU, limit=1, endpoint=Endpoint("http://127.0.0.1:9/v1", "m"))

@@ -158,9 +158,11 @@ def test_a_conversion_for_a_model_shows_its_lengths(
     shown = capsys.readouterr()
     bars = [line for line in shown.out.splitlines() if "█" in line]
     statistics = json.loads(Path("data/llama_factory/stats.json").read_text())
+    lengths = statistics["lengths"]
     assert sum(int(bar.split()[-1]) for bar in bars) == statistics["written"]["mcp_train"]
     assert (
-        f"median {statistics['lengths']['median']}" in shown.err and "padding of a batch of 16" in shown.err
+        f"median {lengths['median']}" in shown.err
+        and f"padding of a batch of {lengths['batch_size']}" in shown.err
     )
 
 

@@ -491,15 +491,16 @@ def _print_evaluation(evaluation: Any) -> None:
 
     console = Console()
     for name, split in evaluation.splits.items():
-        table = Table(title=f"{name}: {split.count} held-out questions", title_justify="left")
+        title = f"{name}: {split.count} held-out questions; % (95 % interval)"
+        table = Table(title=title, title_justify="left")
         columns = ["", *split.figures, *(["difference", "p"] if split.gains else [])]
         for column in columns:
             table.add_column(column, justify="right" if column else "left")
         for figure in next(iter(split.figures.values())):
             cells = [_interval(shares[figure]) for shares in split.figures.values()]
             if gain := split.gains.get(figure):
-                reach = f"{100 * gain.low:+.0f} to {100 * gain.high:+.0f}"
-                cells += [f"{100 * gain.difference:+.1f} ({reach})", f"{gain.p:.2g}"]
+                reach = f"{100 * gain.low:+.0f}…{100 * gain.high:+.0f}"
+                cells += [f"{100 * gain.difference:+.1f} ({reach})", f"{gain.p:.1g}"]
             table.add_row(figure, *cells)
         console.print(table)
         for model, errors in split.errors.items():
@@ -526,7 +527,7 @@ def _print_evaluation(evaluation: Any) -> None:
 
 
 def _interval(share: Any) -> str:
-    return f"{100 * share.share:.1f}% ({100 * share.low:.0f} to {100 * share.high:.0f})"
+    return f"{100 * share.share:.1f} ({100 * share.low:.0f}…{100 * share.high:.0f})"
 
 
 def _say(text: str) -> None:

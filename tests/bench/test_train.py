@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from conftest import BIN, ROOT, SAMPLE, environment, write_json
 
 from mcp_lora import embedded
 
+CONVERSION = ("--candidates", "2", "--test", "0")
 BATCH, SHARED_KEYS = 16, {"template": "smollm2", "tool_format": "qwen", "report_to": "none"}
 GUIDE = {
     "stage": "sft",
@@ -57,8 +59,10 @@ TRL = """
 import json, sys
 from datasets import load_dataset
 from peft import LoraConfig
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 data, model, out = sys.argv[1:]
+set_seed(42)  # the adapter's first weights are drawn before the trainer does it
 rows = load_dataset("json", data_files=data, split="train")
 lora = LoraConfig(r=64, lora_alpha=128, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
 config = SFTConfig(out, use_cpu=True, num_train_epochs=1, per_device_train_batch_size=8,
@@ -102,9 +106,10 @@ def test_training_is_faster_than_the_guides_and_trls(tmp_path: Path) -> None:
     model = embedded.ensure()
     (tmp_path / "train_configs").symlink_to(ROOT / "train_configs")
     rows = json.loads(SAMPLE.read_text(encoding="utf-8"))
-    source = write_json(tmp_path / "data/filtered/filtered_20260101_000000.json", rows[::3])
-    data = tmp_path / "data/llama_factory"
-    _run(tmp_path, BIN / "mcp-lora", "convert", source, "--candidates", "2", "--test", "0.2")
+    data, others = tmp_path / "data/llama_factory", tmp_path / "data/held_out"
+    for part, folder in ((rows[::3][:84], data), (rows[1::6], others)):
+        source = write_json(folder.with_suffix(".json"), part)
+        _run(tmp_path, BIN / "mcp-lora", "convert", source, *CONVERSION, "--out", folder)
 
     counter = Lengths({"model_name_or_path": str(model), "cutoff_len": 4096} | SHARED_KEYS)
     encoded = [counter.encode(sample) for sample in dataset.samples(data, "mcp_train")]
@@ -113,7 +118,7 @@ def test_training_is_faster_than_the_guides_and_trls(tmp_path: Path) -> None:
     encoded = [encoded[row] for row in kept["train"]["row"]]
     tokens = sum(map(len, encoded))
     write_json(tmp_path / "trl.json", [_prompt_and_answer(counter.tokenizer, sample) for sample in encoded])
-    held_out = [counter.encode(sample) for sample in dataset.samples(data, "mcp_test_seen")]
+    held_out = [counter.encode(sample) for sample in dataset.samples(others, "mcp_train")]
     write_json(tmp_path / "held_out.json", [list(zip(*sample, strict=True)) for sample in held_out])
 
     guide = GUIDE | SHARED_KEYS | {"model_name_or_path": str(model), "dataset_dir": str(data)}
@@ -147,9 +152,16 @@ def test_training_is_faster_than_the_guides_and_trls(tmp_path: Path) -> None:
             f"(command {found['wall']:4.0f} s), held-out loss {loss:.4f}"
         )
     ours = figures["ours"]
+    record = json.loads((tmp_path / "ours/manifest.json").read_text(encoding="utf-8"))
+    began, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
+    own = ours["wall"] - (ended - began).total_seconds()
+    print(
+        f"mcp-lora itself, before and after the engine: {own:.0f} s, {own / ours['wall']:.1%} of the command"
+    )
     ratios = {name: figures[name]["seconds"] / ours["seconds"] for name in ("guide", "trl")}
     print(f"ours is {ratios['guide']:.2f} times as fast as the guide's, {ratios['trl']:.2f} times as TRL")
-    assert ours["loss"] <= 1.02 * min(figures["guide"]["loss"], figures["trl"]["loss"])
+    assert ours["loss"] <= 1.02 * figures["guide"]["loss"]
+    assert ours["loss"] <= 1.02 * figures["trl"]["loss"]
     assert ratios["guide"] >= 2 and ratios["trl"] >= 1.3
 
 

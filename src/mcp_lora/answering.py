@@ -8,6 +8,7 @@ The engine writes generated_predictions.jsonl, in the order of the questions; on
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -93,7 +94,11 @@ def by_endpoint(
 
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=_RETRIES)
 
-    def ask(question: Question) -> tuple[Question, Said]:
+    over = threading.Event()
+
+    def ask(question: Question) -> tuple[Question, Said] | None:
+        if over.is_set():
+            return None
         messages = _messages(question)
         answer = client.chat.completions.create(
             model=model, messages=messages, tools=_tools(question), temperature=0, max_tokens=max_tokens
@@ -107,18 +112,26 @@ def by_endpoint(
         return question, Said(json.dumps(messages, ensure_ascii=False), message.content or "", calls)
 
     pool = ThreadPoolExecutor(at_once)
+    failure: BaseException | None = None
     try:
-        for answer in as_completed([pool.submit(ask, question) for question in questions]):
-            yield answer.result()
-    except APIError as error:
+        for future in as_completed([pool.submit(ask, question) for question in questions]):
+            if problem := future.exception():
+                over.set()  # those under way are waited for, and kept
+                failure = failure or problem
+            elif answer := future.result():
+                yield answer
+    finally:
+        over.set()
+        pool.shutdown()
+        client.close()
+    if isinstance(failure, APIError):
         raise McpLoraError(
-            f"{url} does not answer ({' '.join(str(error).split())}): is it running, is {model} its "
+            f"{url} does not answer ({' '.join(str(failure).split())}): is it running, is {model} its "
             f"model, is the key in {KEY}? What it has answered is kept: mcp-lora eval --endpoint {url} "
             f"--model {model}"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-        client.close()
+        )
+    if failure:
+        raise failure
 
 
 def _messages(question: Question) -> Any:

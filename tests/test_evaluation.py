@@ -257,6 +257,12 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
         assert list(more.answers) == ["m"]
 
 
+def test_an_adapter_is_looked_for_before_anything_is_asked(run: Path) -> None:
+    with pytest.raises(McpLoraError, match="holds no adapter"):
+        evaluate(run, CPU)
+    assert not (run / "eval").exists()
+
+
 def test_a_server_that_is_not_there_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answering, "_RETRIES", 0)
     with pytest.raises(McpLoraError, match="http://127.0.0.1:9/v1 does not answer"):

@@ -94,6 +94,7 @@ def evaluate(
     folder = Path(config["dataset_dir"])
     asked = questions.read(folder, list(splits), limit)
     every = questions.read(folder, [])
+    adapter = runs.adapter(run, checkpoint) if ADAPTER in models and not endpoint else None
     settings = runs.serving_config(run, None) | {
         "max_new_tokens": _answer_length(config, every),
         "cutoff_len": config.get("cutoff_len", 4096),
@@ -117,10 +118,10 @@ def evaluate(
             missing = book.missing(asked)
             found = answering.by_endpoint(missing, endpoint.url, name, settings["max_new_tokens"])
         else:
-            adapter = runs.adapter(run, checkpoint) if name == ADAPTER else None
-            book = notebook(name, adapter and _hash(adapter))
+            loaded = adapter if name == ADAPTER else None
+            book = notebook(name, loaded and _hash(loaded))
             missing = book.missing(asked)
-            found = answering.by_engine(missing, settings | runs.serving_config(run, adapter), machine)
+            found = answering.by_engine(missing, settings | runs.serving_config(run, loaded), machine)
         for done, (question, said) in enumerate(found, 1):
             book.add(question, said)
             progress(f"asking {name}", done / len(missing))

@@ -44,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checker(wheel: Path) -> Iterator[Checker]:
     """The leaderboard's ast_checker; of the models that it knows there is none."""
     models = types.ModuleType("bfcl_eval.constants.model_config")
-    models.MODEL_CONFIG_MAPPING = defaultdict(lambda: types.SimpleNamespace(underscore_to_dot=False))  # type: ignore[attr-defined]
+    vars(models)["MODEL_CONFIG_MAPPING"] = defaultdict(lambda: types.SimpleNamespace(underscore_to_dot=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(wheel))
         patch.setitem(sys.modules, models.__name__, models)

@@ -86,6 +86,12 @@ def test_parallel_calls_are_right_in_any_order() -> None:
     assert judge([one, two], [one], SCHEMAS).error == "wrong tool"
 
 
+def test_a_schema_that_refers_to_itself_ends() -> None:
+    node: dict[str, Any] = {"anyOf": [{"$ref": "#/$defs/node"}] * 30 + [{"type": "number"}]}
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/node"}}, "$defs": {"node": node}}
+    assert judge([call(a=1)], [call(a=1.0)], {"get-sum": schema}) == verdict(None, exact=False)
+
+
 def test_an_optional_argument_at_its_default_may_be_left_out() -> None:
     given = call(a=1, unit="Metres")
     assert judge([given], [call(a=1)], SCHEMAS) == verdict(None, exact=False)

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from mcp_lora.errors import McpLoraError
-from mcp_lora.records import ToolCall
+from mcp_lora.records import Fault, ToolCall, as_json
 
 
 def require() -> None:
@@ -75,12 +75,11 @@ def read_calls(text: str, template: str, tool_format: str | None) -> tuple[list[
     try:
         found = tools.tool_extractor(text)
         calls = [] if isinstance(found, str) else [call_of(call.name, call.arguments) for call in found]
-    except (TypeError, ValueError, LookupError):  # the extractors trust the shape of what they read
+    except (TypeError, ValueError, LookupError, RecursionError):  # the extractors trust what they read
         calls = [None]
     mark = tools.function_formatter([FunctionCall(_NAME, "{}")]).split(_NAME)[0]
-    word = (
-        mark.split("{")[0].split("[")[0].strip()
-    )  # `<tool_call>`, `Action:`; none where a call is mere JSON
+    # `<tool_call>`, `Action:`; nothing where a call is mere JSON.
+    word = mark.split("{")[0].split("[")[0].strip()
     if calls and None not in calls:
         return [call for call in calls if call], bool(word) and text.count(word) > len(calls)
     read, broken = _scan(text, word)
@@ -89,13 +88,13 @@ def read_calls(text: str, template: str, tool_format: str | None) -> tuple[list[
 
 def call_of(name: Any, arguments: Any) -> ToolCall | None:
     """Return a call; its arguments are an object, or one as JSON in a text. None if it is no call."""
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-            # Twice in quotes, as models do that have seen OpenAI's format.
+    try:
+        # Twice in quotes, as models do that have seen OpenAI's format.
+        for _ in range(2):
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        except ValueError:
-            return None
+        as_json([name, arguments])  # Python's json lets NaN and half a surrogate pair pass
+    except (ValueError, RecursionError, Fault):
+        return None
     return ToolCall(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
 
 
@@ -116,7 +115,9 @@ def _scan(text: str, word: str) -> tuple[list[ToolCall], bool]:
         found = list(_objects(part))
         named = re.match(r"\s*(\S.*?)\s*\n\s*Action Input:", part)
         if named and found:  # the default format: the name stands before the arguments
-            calls.append(ToolCall(named.group(1), found[0]))
+            call = call_of(named.group(1), found[0])
+            calls += [call] if call else []
+            broken |= not call
             continue
         read = [
             call
@@ -137,7 +138,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
     while place >= 0:
         try:
             value, end = decoder.raw_decode(text, place)
-        except ValueError:
+        except (ValueError, RecursionError):
             end = place + 1
         else:
             yield value

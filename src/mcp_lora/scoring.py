@@ -192,24 +192,24 @@ def _properties(schema: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _parts(
-    schema: Mapping[str, Any] | bool, root: Mapping[str, Any], depth: int = 8
-) -> Iterator[Mapping[str, Any]]:
-    """Yield a schema and those that it is made of: `$ref` within it, anyOf, oneOf, allOf."""
-    if not isinstance(schema, Mapping) or not depth:
-        return
-    yield schema
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/"):
-        found: Any = root
-        for step in reference[2:].split("/"):
-            step = step.replace("~1", "/").replace("~0", "~")
-            found = found.get(step) if isinstance(found, Mapping) else None
-        yield from _parts(found or {}, root, depth - 1)
-    for key in ("anyOf", "oneOf", "allOf"):
-        parts = schema.get(key)
-        for part in parts if isinstance(parts, list) else []:
-            yield from _parts(part, root, depth - 1)
+def _parts(schema: Any, root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a schema and those that it is made of, each once: `$ref` within it, anyOf, oneOf, allOf."""
+    waiting, met = [schema], set()
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, Mapping) or id(part) in met:
+            continue
+        met.add(id(part))
+        yield part
+        reference = part.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#/"):
+            found: Any = root
+            for step in reference[2:].split("/"):
+                step = step.replace("~1", "/").replace("~0", "~")
+                found = found.get(step) if isinstance(found, Mapping) else None
+            waiting.append(found)
+        for key in ("anyOf", "oneOf", "allOf"):
+            waiting += parts if isinstance(parts := part.get(key), list) else []
 
 
 def _types(schema: Mapping[str, Any]) -> list[Any]:

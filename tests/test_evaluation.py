@@ -1,6 +1,8 @@
 """Questions are asked once, judged, counted; a server that fails for the moment is asked again."""
 
 import json
+import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAMPLE, SHAPES
+from conftest import BIN, SAMPLE, environment
 
 from mcp_lora import answering, questions, runs
 from mcp_lora.answers import Answer, Judge, Notebook, Said
 from mcp_lora.config import Machine
 from mcp_lora.dataset import Settings, convert
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluation import BASE, Endpoint, Evaluation, evaluate, summarise, unmet
+from mcp_lora.evaluation import BASE, Endpoint, Evaluation, evaluate, requirement, summarise, unmet
 from mcp_lora.questions import Question
 
 CPU = Machine(0, False, True)
@@ -68,10 +70,21 @@ def test_a_split_that_is_not_there_is_told(data: Path, tmp_path: Path) -> None:
         questions.read(tmp_path, ["no_call"])
 
 
-def test_parallel_calls_are_one_question(tmp_path: Path) -> None:
-    convert(Settings([str(SHAPES / "rows/openai.jsonl")], test=0.99), tmp_path)
-    found = [question for question in questions.read(tmp_path, []) if len(question.expected) > 1]
-    assert all(call.arguments for question in found for call in question.expected)
+def test_parallel_calls_are_one_question(asked: list[Question]) -> None:
+    calls = [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]
+    turns = [asked[0].sample["conversations"][0], {"from": "function_call", "value": json.dumps(calls)}]
+    question = Question("seen", asked[0].sample | {"conversations": turns})
+    assert [call._asdict() for call in question.expected] == calls
+
+
+def test_a_damaged_question_is_told(tmp_path: Path) -> None:
+    convert(Settings([str(SAMPLE)], test=0.2), tmp_path)
+    file = tmp_path / "mcp_test_seen.json"
+    samples = json.loads(file.read_text(encoding="utf-8"))
+    for change in ({"tools": "[{}]"}, {"tools": "["}, {"conversations": samples[0]["conversations"][1:]}):
+        file.write_text(json.dumps([samples[0] | change]), encoding="utf-8")
+        with pytest.raises(McpLoraError, match="mcp_test_seen in .* is damaged: mcp-lora convert --out"):
+            questions.read(tmp_path, [])
 
 
 def test_an_answer_is_kept_at_once_and_asked_once(asked: list[Question], tmp_path: Path) -> None:
@@ -84,6 +97,8 @@ def test_an_answer_is_kept_at_once_and_asked_once(asked: list[Question], tmp_pat
         stream.write('{"key": "torn')  # where the power went
     again = Notebook(file, asked, ["a"], JUDGE)
     assert again.missing(asked) == asked[:-3]
+    again.add(asked[0], said("No."))  # not behind the half line
+    assert Notebook(file, asked, ["a"], JUDGE).missing(asked) == asked[1:-3]
     for question in again.missing(asked):
         again.add(question, said("No."))
     answers = again.answers(asked)
@@ -102,6 +117,10 @@ def test_a_servers_tool_calls_are_read_as_they_are(asked: list[Question]) -> Non
     assert JUDGE(question, Said("", "", [good])).verdict.exact
     broken = JUDGE(question, Said("", "", [good | {"arguments": '{"a": '}])).verdict
     assert broken.error == "unreadable call" and not broken.abstained
+    for strange in ('{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 5000):
+        assert (
+            JUDGE(question, Said("", "", [good | {"arguments": strange}])).verdict.error == "unreadable call"
+        )
     other = JUDGE(question, Said("", "", [good | {"name": "unknown"}])).verdict
     assert (other.error, other.schema) == ("wrong tool", False)
 
@@ -146,13 +165,16 @@ def test_the_worst_come_first(evaluation: Evaluation) -> None:
 
 
 def test_a_requirement_holds_or_is_told(evaluation: Evaluation) -> None:
-    assert unmet(evaluation, ["seen.valid>=1", "seen.ast > 50%", "no_call.abstained<=0.9"]) == []
-    (told,) = unmet(evaluation, ["unseen_tool.ast>=0.95", "seen.valid>=0.5"])
+    def told_of(*texts: str) -> list[str]:
+        return unmet(evaluation, [requirement(text) for text in texts])
+
+    assert told_of("seen.valid>=1", "seen.ast > 50%", "no_call.abstained<=0.9") == []
+    (told,) = told_of("unseen_tool.ast>=0.95", "seen.valid>=0.5")
     assert told.startswith("unseen_tool.ast is 0.") and told.endswith("unseen_tool.ast>=0.95 is required")
     with pytest.raises(McpLoraError, match="of another form: mcp-lora eval --require"):
-        unmet(evaluation, ["ast>=1"])
+        requirement("ast>=1")
     with pytest.raises(McpLoraError, match="no no_call.ast but .*no_call.abstained"):
-        unmet(evaluation, ["no_call.ast>=1"])
+        told_of("no_call.ast>=1")
 
 
 @contextmanager
@@ -255,6 +277,49 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
         assert list(found.answers) == ["base", "m"] and "abstained" in found.splits["no_call"].gains
         more = evaluate(run, CPU, splits=["no_call"], endpoint=Endpoint(url, "m"))
         assert list(more.answers) == ["m"]
+
+
+def test_what_a_server_says_is_written_whatever_it_is(run: Path) -> None:
+    with server(lambda body: completion(content="half a pair: \ud800")) as (url, _):
+        found = evaluate(run, CPU, splits=["no_call"], limit=1, endpoint=Endpoint(url, "m"))
+    assert found.answers["m"][0].said.text == "half a pair: ?"
+
+
+def test_a_server_that_never_answers_can_be_left(run: Path) -> None:
+    asked, leave = threading.Event(), threading.Event()
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        asked.set()
+        leave.wait()
+        return completion(content="Too late.")
+
+    with server(answer) as (url, _):
+        argv = [BIN / "mcp-lora", "eval", run, "--endpoint", url, "--model", "m", "--limit", "1"]
+        process = subprocess.Popen(
+            list(map(str, argv)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        with process:
+            try:
+                assert asked.wait(120)
+                process.send_signal(signal.SIGINT)
+                assert process.stderr and "interrupted" in process.stderr.read()
+                assert process.wait(120) == 128 + signal.SIGINT
+            finally:
+                leave.set()
+                process.kill()
+
+
+def test_a_folder_that_cannot_be_written_is_told(run: Path) -> None:
+    (run / "eval").write_text("a file")
+    with (
+        server(lambda body: completion(content="No.")) as (url, _),
+        pytest.raises(McpLoraError, match="eval.* cannot be written .*mcp-lora eval"),
+    ):
+        evaluate(run, CPU, limit=1, endpoint=Endpoint(url, "m"))
 
 
 def test_an_adapter_is_looked_for_before_anything_is_asked(run: Path) -> None:

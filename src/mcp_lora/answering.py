@@ -7,10 +7,10 @@ The engine writes generated_predictions.jsonl, in the order of the questions; on
 
 import json
 import os
+import queue
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ _DATASET = "questions"
 
 
 def by_engine(
-    questions: Sequence[Question], settings: dict[str, Any], machine: Machine
+    questions: Sequence[Question], settings: dict[str, Any], machine: Machine, command: str
 ) -> Iterator[tuple[Question, Said]]:
     """Let LLaMA-Factory answer, greedily, in batches of questions of like length.
 
     Args:
         questions: in any order.
         settings: its keys: model, adapter, template, max_new_tokens, batch.
+        machine: where it runs.
+        command: what to run again after a failure.
 
     Raises:
         McpLoraError: the engine fails.
@@ -67,7 +69,7 @@ def by_engine(
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are what counts here
             outcome = launch.run(launch.engine_argv("train", file), environment)
             if outcome.code:
-                raise outcome.error("mcp-lora eval")
+                raise outcome.error(command)
             rows: list[Any] = list(files.read(output / "generated_predictions.jsonl"))
         for question, row in zip(chunk, rows, strict=True):
             yield question, Said(row["prompt"], row["predict"], [])
@@ -93,45 +95,63 @@ def by_endpoint(
     from openai import APIError, OpenAI
 
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=_RETRIES)
-
+    answers: queue.SimpleQueue[tuple[Question, Said] | None] = queue.SimpleQueue()
+    failures: list[Exception] = []
     over = threading.Event()
+    left = iter(questions)
 
-    def ask(question: Question) -> tuple[Question, Said] | None:
-        if over.is_set():
-            return None
+    def ask(question: Question) -> Said:
         messages = _messages(question)
         answer = client.chat.completions.create(
             model=model, messages=messages, tools=_tools(question), temperature=0, max_tokens=max_tokens
         )
         message = answer.choices[0].message
         calls = [
-            {"name": call.function.name, "arguments": call.function.arguments}
+            {"name": _whole(call.function.name), "arguments": _whole(call.function.arguments)}
             for call in message.tool_calls or []
             if call.type == "function"
         ]
-        return question, Said(json.dumps(messages, ensure_ascii=False), message.content or "", calls)
+        return Said(json.dumps(messages, ensure_ascii=False), _whole(message.content or ""), calls)
 
-    pool = ThreadPoolExecutor(at_once)
-    failure: BaseException | None = None
+    def work() -> None:
+        """Ask one question after another, until there is none left or one has failed."""
+        try:
+            for question in left:
+                if over.is_set():
+                    break
+                answers.put((question, ask(question)))
+        except Exception as error:
+            failures.append(error)
+            over.set()  # what the others are asking is waited for, and kept
+        finally:
+            answers.put(None)
+
+    # Daemons, as nobody who interrupts wants to wait for a server that does not answer.
+    for _ in range(at_once):
+        threading.Thread(target=work, daemon=True).start()
+    working = at_once
     try:
-        for future in as_completed([pool.submit(ask, question) for question in questions]):
-            if problem := future.exception():
-                over.set()  # those under way are waited for, and kept
-                failure = failure or problem
-            elif answer := future.result():
+        while working:
+            if answer := answers.get():
                 yield answer
+            else:
+                working -= 1
     finally:
         over.set()
-        pool.shutdown()
-        client.close()
-    if isinstance(failure, APIError):
+    client.close()
+    if failures and not isinstance(failures[0], APIError):
+        raise failures[0]
+    if failures:
         raise McpLoraError(
-            f"{url} does not answer ({' '.join(str(failure).split())}): is it running, is {model} its "
+            f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
             f"model, is the key in {KEY}? What it has answered is kept: mcp-lora eval --endpoint {url} "
             f"--model {model}"
         )
-    if failure:
-        raise failure
+
+
+def _whole(text: str) -> str:
+    """Return a text without half surrogate pairs, which JSON can hold and a file cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _messages(question: Question) -> Any:

@@ -91,6 +91,7 @@ class Notebook:
         self._identity = json.dumps(identity, sort_keys=True)
         self._questions = {self._key(question): question for question in questions}
         self._said = {key: said for key, said in _read(file).items() if key in self._questions}
+        self._clean = False  # until then the file may end in half a line
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions that have no answer yet."""
@@ -98,20 +99,25 @@ class Notebook:
 
     def add(self, question: Question, said: Said) -> None:
         """Keep an answer; it is written at once."""
+        if not self._clean:
+            self._write()
         key = self._key(question)
         self._said[key] = said
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(self._line(key))
 
     def answers(self, questions: Sequence[Question]) -> list[Answer]:
         """Return the answers to questions that all have one, judged, and put the file in their order."""
+        self._write()
+        return [self._judge(question, self._said[self._key(question)]) for question in questions]
+
+    def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         new = self._file.with_suffix(".new")
         with new.open("w", encoding="utf-8") as stream:
             stream.writelines(self._line(key) for key in self._questions if key in self._said)
         os.replace(new, self._file)
-        return [self._judge(question, self._said[self._key(question)]) for question in questions]
+        self._clean = True
 
     def _key(self, question: Question) -> str:
         sample = json.dumps(question.sample, sort_keys=True)

@@ -280,6 +280,7 @@ def evaluate(
         )
     if base_only + adapter_only + bool(endpoint) > 1:
         raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: give one of them")
+    requirements = [evaluation.requirement(text) for text in require or []]  # before anything that takes long
     with _progress() as progress:
         found = evaluation.evaluate(
             run,
@@ -293,7 +294,7 @@ def evaluate(
         )
     _print_evaluation(found)
     _say(f"every answer and all figures are in {run / 'eval'}")
-    if missed := evaluation.unmet(found, require or []):
+    if missed := evaluation.unmet(found, requirements):
         raise McpLoraError(
             f"{'; '.join(missed)}. See what is wrong in {run / 'eval'}, and train on more of it", 1
         )

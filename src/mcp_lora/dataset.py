@@ -38,7 +38,6 @@ from mcp_lora.samples import SPLITS, TEST, TRAIN, UNSEEN_SERVER, UNSEEN_TOOL, Sa
 
 __all__ = [
     "FOLDER",
-    "TEST",
     "TRAIN",
     "Progress",
     "Settings",

@@ -7,7 +7,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def evaluate(
         progress: is told how far a server's questions are.
 
     Raises:
-        McpLoraError: there is no adapter or nothing is held out, or the engine or the server fails.
+        McpLoraError: there is no adapter or nothing is held out, the engine or the server fails, or the
+            run's folder cannot be written.
     """
     config = runs.read_run(run)
     folder = Path(config["dataset_dir"])
@@ -110,7 +112,8 @@ def evaluate(
     if endpoint:
         base = notebook(BASE, None)
         if not base.missing(asked):
-            answers[BASE] = base.answers(asked)
+            with _writing(run):
+                answers[BASE] = base.answers(asked)
         models = [endpoint.model]
     for name in models:
         if endpoint:
@@ -121,15 +124,30 @@ def evaluate(
             loaded = adapter if name == ADAPTER else None
             book = notebook(name, loaded and _hash(loaded))
             missing = book.missing(asked)
-            found = answering.by_engine(missing, settings | runs.serving_config(run, loaded), machine)
+            serving = settings | runs.serving_config(run, loaded)
+            found = answering.by_engine(missing, serving, machine, f"mcp-lora eval {run}")
         for done, (question, said) in enumerate(found, 1):
-            book.add(question, said)
+            with _writing(run):
+                book.add(question, said)
             progress(f"asking {name}", done / len(missing))
-        answers[name] = book.answers(asked)
+        with _writing(run):
+            answers[name] = book.answers(asked)
     evaluation = summarise(answers)
     metrics = json.dumps(_as_metrics(evaluation), indent=2, ensure_ascii=False)
-    (run / "eval" / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
+    with _writing(run):
+        (run / "eval" / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
     return evaluation
+
+
+@contextmanager
+def _writing(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise McpLoraError(
+            f"{error.filename or run / 'eval'} cannot be written ({error.strerror}): make room or grant it, "
+            f"and mcp-lora eval {run}"
+        ) from None
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
@@ -165,37 +183,53 @@ def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
     )
 
 
-def unmet(evaluation: Evaluation, requirements: Sequence[str]) -> list[str]:
-    """Return, in words, the requirements that the last model's figures do not meet.
+@dataclass(frozen=True)
+class Requirement:
+    """A bound on a figure of a split, as it was written: unseen_tool.ast>=0.6."""
 
-    Args:
-        evaluation: what was found.
-        requirements: `SPLIT.FIGURE>=SHARE`, or with >, <=, <: unseen_tool.ast>=0.6.
+    text: str
+    split: str
+    figure: str
+    sign: str
+    bound: float
+
+
+def requirement(text: str) -> Requirement:
+    """Read `SPLIT.FIGURE>=SHARE`, or with >, <=, <; the share from 0 to 1, or in %.
 
     Raises:
-        McpLoraError: one is of another form, or names a figure that there is not.
+        McpLoraError: it is of another form.
+    """
+    found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", text)
+    if not found:
+        raise McpLoraError(
+            f'--require {text} is of another form: mcp-lora eval --require "unseen_tool.ast>=0.6"'
+        )
+    split, figure, sign, bound, percent = found.groups()
+    return Requirement(text.strip(), split, figure, sign, float(bound) / (100 if percent else 1))
+
+
+def unmet(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[str]:
+    """Return, in words, the requirements that the last model's figures do not meet.
+
+    Raises:
+        McpLoraError: one names a figure that there is not.
     """
     told = []
-    for requirement in requirements:
-        found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", requirement)
-        if not found:
-            raise McpLoraError(
-                f'--require {requirement} is of another form: mcp-lora eval --require "unseen_tool.ast>=0.6"'
-            )
-        split, figure, sign, bound, percent = found.groups()
-        name = list(evaluation.answers)[-1]
-        shares = evaluation.splits[split].figures[name] if split in evaluation.splits else {}
-        if figure not in shares:
-            there = [
-                f"{split}.{one}" for split, each in evaluation.splits.items() for one in each.figures[name]
-            ]
-            raise McpLoraError(
-                f"--require {requirement}: there is no {split}.{figure} but {', '.join(there)}"
-            )
-        value, limit = shares[figure].share, float(bound) / (100 if percent else 1)
-        holds = {">=": value >= limit, "<=": value <= limit, ">": value > limit, "<": value < limit}[sign]
-        if not holds:
-            told.append(f"{split}.{figure} is {value:.3f}, and {requirement.strip()} is required")
+    name = list(evaluation.answers)[-1]
+    there = {
+        f"{split}.{figure}": share.share
+        for split, each in evaluation.splits.items()
+        for figure, share in each.figures[name].items()
+    }
+    for wanted in requirements:
+        figure = f"{wanted.split}.{wanted.figure}"
+        if figure not in there:
+            raise McpLoraError(f"--require {wanted.text}: there is no {figure} but {', '.join(there)}")
+        value, bound = there[figure], wanted.bound
+        holds = {">=": value >= bound, "<=": value <= bound, ">": value > bound, "<": value < bound}
+        if not holds[wanted.sign]:
+            told.append(f"{figure} is {value:.3f}, and {wanted.text} is required")
     return told
 
 

@@ -19,13 +19,9 @@ from typing import Any
 from mcp_lora import dataset
 from mcp_lora.errors import McpLoraError
 from mcp_lora.records import Tool, ToolCall
+from mcp_lora.samples import NO_CALL, TEST, UNSEEN_SERVER, UNSEEN_TOOL
 
-SPLITS = {
-    "seen": "mcp_test_seen",
-    "unseen_tool": "mcp_test_unseen_tool",
-    "unseen_server": "mcp_test_unseen_server",
-    "no_call": "mcp_test_no_call",
-}
+SPLITS = {"seen": TEST, "unseen_tool": UNSEEN_TOOL, "unseen_server": UNSEEN_SERVER, "no_call": NO_CALL}
 
 
 @dataclass(frozen=True)
@@ -91,4 +87,12 @@ def read(folder: Path, splits: list[str], limit: int | None = None) -> list[Ques
         raise McpLoraError(
             f"{folder} holds no held-out questions: mcp-lora convert --test 0.1 --out {folder}"
         )
+    for question in found:
+        try:
+            _ = question.instruction, question.expected, question.tools
+        except (ValueError, TypeError, LookupError):
+            name = SPLITS[question.split]
+            raise McpLoraError(
+                f"a question of {name} in {folder} is damaged: mcp-lora convert --out {folder}"
+            ) from None
     return found

@@ -246,6 +246,7 @@ def test_the_manifest_says_what_the_run_was_made_of(whole: Path, project: Path, 
     found = manifest(whole)
     data = project / "data/llama_factory/mcp_train_data.json"
     assert found["data"] == {"file": str(data), "sha256": hashlib.sha256(data.read_bytes()).hexdigest()}
+    assert found["conversion"] == json.loads(data.with_name("stats.json").read_text(encoding="utf-8"))
     config = tiny_model / "config.json"
     assert found["base"]["sha256"] == hashlib.sha256(config.read_bytes()).hexdigest()
     assert found["started"] <= found["ended"] and (found["exit"], found["seed"]) == (0, 42)

@@ -3,7 +3,8 @@ r"""What a model has said to held-out questions, kept in a file that outlives an
 RUN/eval/MODEL.jsonl has a line for each question; one that stands there for the same model and the same
 question is not asked again:
 
-    {"key": "0b9f…", "split": "seen", "server": "everything", "instruction": "What is 3 plus 4?",
+    {"key": "0b9f…", "question": "77ae…", "split": "seen", "server": "everything",
+     "instruction": "What is 3 plus 4?",
      "prompt": "<|im_start|>system\n…", "expected": [{"name": "get-sum", "arguments": {"a": 3, "b": 4}}],
      "text": "<tool_call>\n…", "tool_calls": [],
      "calls": [{"name": "get-sum", "arguments": {"a": 3, "b": 4}}],
@@ -14,8 +15,8 @@ question is not asked again:
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,25 @@ class Said:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said to one question, the calls in it, and what is right about them."""
+    """What one model said to one question, the calls in it, and what is right about them.
 
-    question: Question
-    said: Said
+    `question` is the question's key, the same for every model. The rest of the question and what was
+    said are repeated, so that an answer can be shown without the data.
+    """
+
+    question: str
+    split: str
+    server: str
+    instruction: str
+    expected: list[ToolCall]
+    prompt: str
+    text: str
+    tool_calls: list[dict[str, str]]
     calls: list[ToolCall]
     verdict: Verdict
+
+
+_FIELDS = tuple(field.name for field in fields(Answer))
 
 
 class Judge:
@@ -59,7 +73,18 @@ class Judge:
         calls, tried = self._read(said)
         schemas = {name: tool.parameters for name, tool in question.tools.items()}
         valid = all(call.name in schemas and self._validates(question, call) for call in calls)
-        return Answer(question, said, calls, judge(question.expected, calls, schemas, tried, valid))
+        return Answer(
+            question.key,
+            question.split,
+            question.server,
+            question.instruction,
+            question.expected,
+            said.prompt,
+            said.text,
+            said.tool_calls,
+            calls,
+            judge(question.expected, calls, schemas, tried, valid),
+        )
 
     def _read(self, said: Said) -> tuple[list[ToolCall], bool]:
         if not said.tool_calls:
@@ -90,7 +115,11 @@ class Notebook:
         self._judge = judge
         self._identity = json.dumps(identity, sort_keys=True)
         self._questions = {self._key(question): question for question in questions}
-        self._said = {key: said for key, said in _read(file).items() if key in self._questions}
+        self._said = {
+            row["key"]: Said(row["prompt"], row["text"], row["tool_calls"])
+            for row in _rows(file)
+            if row["key"] in self._questions
+        }
         self._clean = False  # until then the file may end in half a line
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
@@ -120,33 +149,31 @@ class Notebook:
         self._clean = True
 
     def _key(self, question: Question) -> str:
-        sample = json.dumps(question.sample, sort_keys=True)
-        return hashlib.sha256(f"{self._identity}\n{question.split}\n{sample}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self._identity}\n{question.key}".encode()).hexdigest()[:16]
 
     def _line(self, key: str) -> str:
         answer = self._judge(self._questions[key], self._said[key])
-        question = answer.question
-        row = {
-            "key": key,
-            "split": question.split,
-            "server": question.server,
-            "instruction": question.instruction,
-            "prompt": answer.said.prompt,
-            "expected": [call._asdict() for call in question.expected],
-            "text": answer.said.text,
-            "tool_calls": answer.said.tool_calls,
-            "calls": [call._asdict() for call in answer.calls],
-            "verdict": asdict(answer.verdict),
-        }
+        row = {"key": key} | vars(answer) | {"verdict": vars(answer.verdict)}
+        for field in ("expected", "calls"):
+            row[field] = [call._asdict() for call in row[field]]
         return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _read(file: Path) -> dict[str, Said]:
-    """Return what is kept in a file; a line that was not written to its end is left out."""
-    if not file.is_file():
-        return {}
-    return {
-        row["key"]: Said(row["prompt"], row["text"], row["tool_calls"])
-        for row in files.read(file)
-        if isinstance(row, dict) and {"key", "prompt", "text", "tool_calls"} <= row.keys()
-    }
+def read(file: Path) -> list[Answer]:
+    """Return the answers that are kept in a file; none if it is not there."""
+    return [
+        Answer(
+            **{field: row[field] for field in _FIELDS}
+            | {field: [ToolCall(**call) for call in row[field]] for field in ("expected", "calls")}
+            | {"verdict": Verdict(**row["verdict"])}
+        )
+        for row in _rows(file)
+    ]
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file; one that was not written to its end is left out."""
+    if file.is_file():
+        for row in files.read(file):
+            if isinstance(row, dict) and {"key", *_FIELDS} <= row.keys():
+                yield row

@@ -494,12 +494,13 @@ def _print_evaluation(evaluation: Any) -> None:
     for name, split in evaluation.splits.items():
         title = f"{name}: {split.count} held-out questions; % (95 % interval)"
         table = Table(title=title, title_justify="left")
-        columns = ["", *split.figures, *(["difference", "p"] if split.gains else [])]
+        columns = ["", *split.figures, *["difference", "p"] * len(split.gains)]
         for column in columns:
             table.add_column(column, justify="right" if column else "left")
         for figure in next(iter(split.figures.values())):
             cells = [_interval(shares[figure]) for shares in split.figures.values()]
-            if gain := split.gains.get(figure):
+            for gains in split.gains.values():
+                gain = gains[figure]
                 reach = f"{100 * gain.low:+.0f}…{100 * gain.high:+.0f}"
                 cells += [f"{100 * gain.difference:+.1f} ({reach})", f"{gain.p:.1g}"]
             table.add_row(figure, *cells)
@@ -519,11 +520,11 @@ def _print_evaluation(evaluation: Any) -> None:
         console.print(Text(f"\nWhere more data is wanted, the worst tools of {last} first: {told}"))
     count = len(evaluation.answers[last])
     for place in range(0, count, max(1, count // 3))[:3]:
-        console.print(Text(f"\n{evaluation.answers[last][place].question.instruction}", style="bold"))
+        console.print(Text(f"\n{evaluation.answers[last][place].instruction}", style="bold"))
         for model, answers in evaluation.answers.items():
             answer = answers[place]
             mark = "✗" if answer.verdict.error else "✓"
-            said = answer.said.text or json.dumps([call._asdict() for call in answer.calls])
+            said = answer.text or json.dumps([call._asdict() for call in answer.calls])
             console.print(Text(f"  {model} {mark} {' '.join(said.split())[:300]}"))
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "newer",
     "refresh",
     "samples",
+    "statistics",
     "write",
 ]
 
@@ -245,14 +246,23 @@ def _newer(done: Path, sources: list[Path]) -> list[Path]:
     return [file for file in sources if file.is_file() and file.stat().st_mtime > done.stat().st_mtime]
 
 
+def statistics(folder: Path, dataset: str) -> dict[str, Any] | None:
+    """Return the account of the conversion that a dataset comes from, None if it is none of ours.
+
+    Raises:
+        McpLoraError: it is damaged.
+    """
+    return (dataset == TRAIN and _load(folder / "stats.json")) or None
+
+
 def facts(folder: Path, dataset: str) -> dict[str, Any] | None:
     """Return how many `samples` a conversion of ours has to train on, and their `lengths`, if counted.
 
     Raises:
         McpLoraError: its description is damaged.
     """
-    stats = _load(folder / "stats.json")
-    if dataset != TRAIN or not stats:
+    stats = statistics(folder, dataset)
+    if not stats:
         return None
     count = stats["written"][TRAIN] + stats["no_call_samples"].get(TRAIN, 0)
     return {"samples": count, "lengths": stats["lengths"]}

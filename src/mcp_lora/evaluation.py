@@ -28,7 +28,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Split:
-    """The figures of one test, per model, and what the last model gains on the first, if there are two.
+    """The figures of one test, per model, and what each other model gains on the first.
 
     `errors` counts the first errors of the answers that are not right.
     """
@@ -36,7 +36,7 @@ class Split:
     count: int
     figures: dict[str, dict[str, Share]]
     errors: dict[str, dict[str, int]]
-    gains: dict[str, Difference]
+    gains: dict[str, dict[str, Difference]]
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def _writing(run: Path) -> Iterator[None]:
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
     """Return the figures of models' answers to the same questions, at least one, in the same order."""
-    first, *_, last = [*answers, *answers]
+    first = next(iter(answers))
     splits = {}
-    for split in dict.fromkeys(answer.question.split for answer in answers[first]):
-        of = {name: [one for one in said if one.question.split == split] for name, said in answers.items()}
+    for split in dict.fromkeys(answer.split for answer in answers[first]):
+        of = {name: [one for one in said if one.split == split] for name, said in answers.items()}
         shown = FIGURES[-1:] if split == "no_call" else FIGURES
         right = {
             name: {figure: [bool(getattr(one.verdict, figure)) for one in said] for figure in shown}
@@ -171,14 +171,16 @@ def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
                 name: dict(Counter(one.verdict.error for one in said if one.verdict.error).most_common())
                 for name, said in of.items()
             },
-            {figure: difference(right[first][figure], right[last][figure]) for figure in shown}
-            if first != last
-            else {},
+            {
+                name: {figure: difference(right[first][figure], hits) for figure, hits in found.items()}
+                for name, found in right.items()
+                if name != first
+            },
         )
     return Evaluation(
         splits,
-        _weaknesses(answers, lambda question: (question.server, "")),
-        _weaknesses(answers, lambda question: (question.server, question.expected[0].name)),
+        _weaknesses(answers, lambda answer: (answer.server, "")),
+        _weaknesses(answers, lambda answer: (answer.server, answer.expected[0].name)),
         answers,
     )
 
@@ -234,14 +236,14 @@ def unmet(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[s
 
 
 def _weaknesses(
-    answers: dict[str, list[Answer]], place: Callable[[Question], tuple[str, str]]
+    answers: dict[str, list[Answer]], place: Callable[[Answer], tuple[str, str]]
 ) -> list[Weakness]:
     """Return each place's share of right answers, the last model's worst first; where a tool fits only."""
     grouped: dict[tuple[str, str], dict[str, list[bool]]] = {}
     for name, said in answers.items():
         for answer in said:
-            if answer.question.expected:
-                found = grouped.setdefault(place(answer.question), {})
+            if answer.expected:
+                found = grouped.setdefault(place(answer), {})
                 found.setdefault(name, []).append(answer.verdict.ast)
     weaknesses = [
         Weakness(*where, {name: share(sum(hits), len(hits)) for name, hits in models.items()})

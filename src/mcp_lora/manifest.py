@@ -8,10 +8,12 @@
      "processes": 4, "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"},
      "gpus": ["NVIDIA A100-SXM4-80GB"], "git_commit": "8373a1e…", "seed": 42,
      "data": {"file": "…/mcp_train_data.json", "sha256": "…"},
+     "conversion": {"read": 293, "written": {"mcp_train": 262, "mcp_test_seen": 31}, …},
      "base": {"file": "…/config.json", "sha256": "…"},
      "config": {"lora_rank": 64, …}}
 
-`ended` and `exit` are null while it trains, and stay so where it was killed.
+`conversion` is the dataset's stats.json, which the next conversion replaces. `ended` and `exit` are null
+while it trains, and stay so where it was killed.
 """
 
 import hashlib
@@ -54,6 +56,7 @@ def describe(
     """
     import torch
 
+    folder, name = Path(str(config.get("dataset_dir"))), str(config.get("dataset"))
     return {
         "started": now(),
         "ended": None,
@@ -68,7 +71,8 @@ def describe(
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "git_commit": _git_commit(),
         "seed": config.get("seed", _SEED),
-        "data": _hashed(dataset.file_of(Path(str(config.get("dataset_dir"))), str(config.get("dataset")))),
+        "data": _hashed(dataset.file_of(folder, name)),
+        "conversion": dataset.statistics(folder, name),
         "base": _hashed(_config_of(str(config.get("model_name_or_path")))),
         "config": dict(config),
     }

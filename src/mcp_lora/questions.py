@@ -10,6 +10,7 @@ parallel calls, or a text where no tool on offer fits:
      "tools": "[{\"name\":\"get-sum\",\"description\":\"…\",\"parameters\":{\"type\":\"object\", …}}]"}
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,12 @@ class Question:
 
     split: str
     sample: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """The same for the same question of the same split, wherever it is asked."""
+        sample = json.dumps(self.sample, sort_keys=True)
+        return hashlib.sha256(f"{self.split}\n{sample}".encode()).hexdigest()[:16]
 
     @property
     def instruction(self) -> str:

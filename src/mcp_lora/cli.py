@@ -301,6 +301,21 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN]...", help="A run's folder; several are compared.", show_default=str(DEFAULT)
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run: figures, errors, examples, curves, data. It is one HTML file."""
+    from mcp_lora.report import write
+
+    _say(f"the page is {write(runs or [DEFAULT])}")
+
+
+@app.command()
 def chat(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
     """Talk to the adapter in the terminal."""
     engine.require()

@@ -1,0 +1,256 @@
+"""The page about a run: what is on it, that it is safe and whole, and that it works in a browser."""
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BIN, ROOT, record, run, write_json
+
+from mcp_lora import charts, manifest, questions, report, runs
+from mcp_lora.answers import Judge, Notebook, Said
+from mcp_lora.dataset import Settings, convert
+from mcp_lora.errors import McpLoraError
+from mcp_lora.evaluation import summarise
+
+SCRIPT = "</script></pre><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>"
+MODELS = ("base", "endpoint-hosted", "adapter")
+
+
+def make_run(place: Path, name: str, wrong: int, **changes: Any) -> Path:
+    """A run as training and eval leave it, of which every `wrong`th answer is not right."""
+    rows = [
+        record(f"Add {a} and {b} {SCRIPT}", f"sum-{b}", tool_response={})
+        | {"server_info": {"server_name": f"server {b % 4} {SCRIPT}", "server_description": ""}}
+        | {"function_call": {"name": f"sum-{b}", "arguments": {"a": a}}}
+        for a in range(9)
+        for b in range(12)
+    ]
+    for row in rows:
+        row["tool_info"]["tool_description"] = f"Adds {SCRIPT}"
+    data = place / "data"
+    if not data.exists():
+        source = write_json(place / f"rows {SCRIPT[-9:-2]}.json", rows)
+        settings = Settings([str(source)], candidates=3, test=0.3, holdout_servers=0.4, no_call=0.3)
+        convert(settings, data)
+    folder = place / name
+    config = {"model_name_or_path": "base/model", "template": "qwen", "dataset_dir": str(data)}
+    config |= {"dataset": "mcp_train", "learning_rate": 2e-4, "lora_rank": 64} | changes
+    runs.write_config(folder, config)
+    manifest.write(folder, manifest.describe(config, ["llamafactory-cli"], {}, 2) | {"exit": 0})
+    # As transformers 5.5.4 writes it.
+    history: list[dict[str, Any]] = [
+        {"epoch": step / 40, "grad_norm": 1.2, "learning_rate": 2e-4 / step, "loss": 1 / step, "step": step}
+        for step in range(10, 50, 10)
+    ]
+    history += [{"epoch": 1.0, "eval_loss": 0.4, "step": 40}, {"epoch": 1.0, "train_loss": 0.5, "step": 40}]
+    write_json(folder / "trainer_state.json", {"global_step": 40, "log_history": history})
+    write_json(folder / "adapter_config.json", {})
+    asked = questions.read(data, [])
+    for model in MODELS:
+        book = Notebook(folder / f"eval/{model}.jsonl", asked, model, Judge("qwen", None))
+        for number, question in enumerate(asked):
+            calls = [call._asdict() for call in question.expected]
+            if number % wrong == 0:
+                calls = [{"name": "sum-1", "arguments": {"a": SCRIPT}}]
+            lines = "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)
+            right = number % 7 == 0 if model == "base" else True
+            text = lines or f"No. {SCRIPT}"
+            book.add(question, Said(f"prompt {SCRIPT}", text if right else f"Hello. {SCRIPT}", []))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    place = tmp_path_factory.mktemp("runs")
+    return [make_run(place, "one", 5), make_run(place, "two & <i>", 3, learning_rate=1e-4)]
+
+
+@pytest.fixture(scope="module")
+def page(folders: list[Path]) -> str:
+    return report.write(folders[:1]).read_text(encoding="utf-8")
+
+
+def tags(page: str, name: str) -> list[str]:
+    """The texts of elements that hold no others of their kind."""
+    found = re.findall(rf"<{name}\b[^>]*>(.*?)</{name}>", page, re.S)
+    return [" ".join(re.sub(r"<[^>]+>", " ", text).split()) for text in found]
+
+
+def test_a_gain_with_its_interval_is_shown_for_every_split(folders: list[Path], page: str) -> None:
+    answers = {model: report.answers.read(folders[0] / f"eval/{model}.jsonl") for model in MODELS}
+    evaluation = summarise(answers)
+    assert list(evaluation.splits) == ["seen", "unseen_server", "no_call"]
+    rows = tags(page.split('id="gains"')[1].split("</table>")[0], "tr")
+    shown = 0
+    for name, split in evaluation.splits.items():
+        for figure, gain in split.gains["adapter"].items():
+            reach = f"({100 * gain.low:+.0f}…{100 * gain.high:+.0f})"
+            told = f"{100 * gain.difference:+.1f} {reach} {gain.p:.1g}"
+            assert rows[1 + shown].endswith(told) and figure in rows[1 + shown].split()[:2], name
+            shown += 1
+    assert len(rows) == 1 + shown
+    assert page.count('<div class="card tile">') == 3
+
+
+def test_the_page_holds_what_the_run_was_made_of(folders: list[Path], page: str) -> None:
+    rows = tags(page, "tr")
+    assert "base model base/model" in rows and "trained 40 steps, 1 epochs" in rows
+    assert "batch 2 = 1 per device × 1 accumulated × 2 processes" in rows
+    conversion = json.loads((folders[0] / "manifest.json").read_text())["conversion"]
+    assert f"{conversion['read']} rows read" in page and "extra samples without the right tool" in page
+    assert len(re.findall("<svg", page)) == 3 + 1 + 2  # a split each; errors; loss and rate: no lengths here
+    assert "llamafactory-cli api --model_name_or_path base/model" in page and "API_HOST=127.0.0.1" in page
+
+
+def test_examples_are_of_every_split_and_outcome(page: str) -> None:
+    kinds = re.findall(r'data-split="(\w+)" data-outcome="(\w+)"', page)
+    assert len(kinds) == report.EXAMPLES
+    assert {split for split, _ in kinds} == {"seen", "unseen_server", "no_call"}
+    assert {outcome for _, outcome in kinds} >= {"gained", "lost", "wrong", "right"}
+
+
+def test_differences_are_marked_by_words() -> None:
+    parts = report.compare('get {"a": 12, "b": "x y"}', 'get {"a": 13, "b": "x y", "c": 1}')
+    assert parts == [
+        ("same", 'get {"a": '),
+        ("missing", "12"),
+        ("extra", "13"),
+        ("same", ', "b": "x y"'),
+        ("extra", ', "c": 1'),
+        ("same", "}"),
+    ]
+
+
+def test_the_page_needs_nothing_else(page: str) -> None:
+    assert "<script>window.pwned" not in page and "<img" not in page
+    assert set(re.findall(r"https?://[^\"' <]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert not re.search(r"#0a0[bc]\d\d", page)
+    defined = set(re.findall(r"--([\w-]+):", page))
+    assert set(re.findall(r"var\(--([\w-]+)\)", page)) <= defined
+    assert {*charts.SERIES, *charts.WRONG.values(), "ink", "line", "right"} <= defined
+
+
+def test_runs_are_compared_on_the_questions_that_both_were_asked(folders: list[Path]) -> None:
+    lines = (folders[1] / "eval/adapter.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folders[1] / "eval/adapter.jsonl").write_text("".join(lines[:-2]), encoding="utf-8")
+    page = report.write(folders).read_text(encoding="utf-8")
+    assert "2 questions that not all of them were asked are left out" in page
+    assert "two &amp; &lt;i&gt;" in page and "<i>\n" not in page
+    differing = tags("".join(re.findall(r'<tr class="differ">.*?</tr>', page, re.S)), "th")
+    assert differing == ["learning rate", "learning_rate"]
+    assert len(tags(page.split('id="gains"')[1].split("</thead>")[0], "th")) == 2 + 2 + 2
+
+
+def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    runs.write_config(bare, {"model_name_or_path": "m", "template": "qwen"})
+    page = report.write([bare]).read_text(encoding="utf-8")
+    for text in ("No answer of its adapter is kept", "Nothing was logged yet", "not in this run's manifest"):
+        assert text in page, text
+    page = report.write([bare, folders[0]]).read_text(encoding="utf-8")
+    assert f"is kept: <code>mcp-lora eval {bare}</code>" in page and 'id="gains"' in page
+    (bare / "eval").mkdir()
+    lines = (folders[0] / "eval/adapter.jsonl").read_text(encoding="utf-8").splitlines()
+    other = json.loads(lines[0]) | {"question": "of other data"}
+    write_json(bare / "eval/adapter.jsonl", other)
+    assert "no question in common" in report.write([bare, folders[0]]).read_text(encoding="utf-8")
+    (bare / "manifest.json").write_text("{")
+    with pytest.raises(McpLoraError, match="manifest.json is damaged: .*mcp-lora report"):
+        report.write([bare])
+
+
+def test_the_command(folders: list[Path], tmp_path: Path) -> None:
+    done = run([BIN / "mcp-lora", "report", folders[0]], tmp_path)
+    assert done.returncode == 0 and f"the page is {folders[0] / 'report.html'}" in done.stderr
+    done = run([BIN / "mcp-lora", "report"], tmp_path)
+    assert done.returncode == 2 and "outputs/mcp_lora holds no run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    driver = shutil.which("chromedriver")
+    if not driver:
+        pytest.skip("no Chromium: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    profile = tmp_path_factory.mktemp("profile")
+    # root may not use the sandbox; the rest keeps Chromium from asking the network for anything
+    for word in (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+        f"disable-component-update disable-sync user-data-dir={profile}"
+    ).split():
+        options.add_argument(f"--{word}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with webdriver.Chrome(options, webdriver.ChromeService(driver)) as found:
+        yield found
+
+
+def show(browser: Any, page: Path, width: int, scheme: str = "light", media: str = "screen") -> None:
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
+    browser.get(page.as_uri())
+
+
+def test_it_works_in_a_browser(browser: Any, folders: list[Path], page: str) -> None:
+    file = folders[0] / "report.html"
+    show(browser, file, 1200)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return [window.pwned, document.scripts.length]") == [None, 1]
+    assert browser.execute_script("return document.querySelectorAll('.example pre img').length") == 0
+
+    def shown(**fields: str) -> tuple[list[list[str]], str]:
+        """The split and outcome of each card that is shown, once the filter has been set."""
+        for name, value in fields.items():
+            browser.execute_script(
+                "const field = document.querySelector('.filter').elements[arguments[0]];"
+                "field.value = arguments[1]; field.dispatchEvent(new Event('input', {bubbles: true}))",
+                name,
+                value,
+            )
+        script = (
+            "return [...document.querySelectorAll('.example')].filter((card) => card.offsetHeight)"
+            ".map((card) => [card.dataset.split, card.dataset.outcome])"
+        )
+        count = browser.execute_script("return document.querySelector('.filter output').value")
+        return browser.execute_script(script), count
+
+    everything, count = shown()
+    assert len(everything) == report.EXAMPLES and count == "20 of 20"
+    lost, count = shown(outcome="lost")
+    assert lost == [card for card in everything if card[1] == "lost"] and count == f"{len(lost)} of 20"
+    both, _ = shown(split="seen")
+    assert both == [card for card in everything if card == ["seen", "lost"]]
+    assert shown(outcome="", split="")[0] == everything
+    assert shown(text="no such word")[0] == []
+    assert 0 < len(shown(text="SUM-1")[0]) < report.EXAMPLES
+    assert browser.get_log("browser") == []
+
+    pictures = ROOT / "outputs/artefacts"
+    pictures.mkdir(parents=True, exist_ok=True)
+    colours = set()
+    for width, scheme in ((1200, "light"), (1200, "dark"), (390, "light")):
+        show(browser, file, width, scheme)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        colours.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        clip = {"x": 0, "y": 0, "width": width, "height": 2400, "scale": 1}
+        shot = browser.execute_cdp_cmd(
+            "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
+        )
+        (pictures / f"report-{width}-{scheme}.png").write_bytes(base64.b64decode(shot["data"]))
+    assert len(colours) == 2
+    show(browser, file, 800, "dark", media="print")
+    assert browser.execute_script("return document.querySelector('nav').offsetHeight") == 0
+    white = "rgb(255, 255, 255)"
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == white

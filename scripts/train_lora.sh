@@ -11,15 +11,18 @@ setup .
 
 if [ "${1:-}" = demo ]; then
     export CUDA_VISIBLE_DEVICES=
-    echo "== 1/3 convert: the shipped sample, 2 candidate tools a question, 12 % held out"
+    echo "== 1/4 convert: the shipped sample, 2 candidate tools a question; questions, tools and a server held out"
     mcp-lora convert data/filtered/filtered_sample.json --out data/demo --candidates 2 --test 0.12 \
+        --holdout-tools 0.15 --holdout-servers 0.15 --no-call 0.1 \
         --model embedded --config train_configs/demo.yaml
-    echo "== 2/3 train: SmolLM2-135M-Instruct on the CPU, about ten minutes"
+    echo "== 2/4 train: SmolLM2-135M-Instruct on the CPU, about ten minutes"
     mcp-lora train --config train_configs/demo.yaml --model embedded --overwrite
-    echo "== 3/3 eval: the held-out questions, put to the base model and to the adapter"
+    echo "== 3/4 eval: the held-out questions, put to the base model and to the adapter"
     mcp-lora eval outputs/demo
+    echo "== 4/4 report: all of that on a page"
+    mcp-lora report outputs/demo
     echo
-    echo "== done in $((SECONDS / 60)) minutes. Next: mcp-lora chat outputs/demo"
+    echo "== done in $((SECONDS / 60)) minutes. Open outputs/demo/report.html; next: mcp-lora chat outputs/demo"
 else
     mcp-lora train "$@"
 fi

@@ -152,6 +152,20 @@ def test_an_evaluation_of_a_server(project: Path, tiny_model: Path) -> None:
     assert len(answers.splitlines()) == len(held_out)
 
 
+def test_the_page_about_the_run(project: Path) -> None:
+    done = run([BIN / "mcp-lora", "report"], project)
+    assert done.returncode == 0, done.stderr
+    page = (project / "outputs/mcp_lora/report.html").read_text(encoding="utf-8")
+    steps = state(project / "outputs/mcp_lora")["global_step"]
+    assert f"<td>{steps} steps, " in page and "24 rows read" in page
+    for chart in ("loss over the steps", "learning rate over the steps", "lengths of the samples"):
+        assert f'aria-label="{chart}"' in page
+    # all that were asked: the base, a server, the adapter
+    for model in ("endpoint-tiny", "adapter"):
+        assert f"{model} − base</th>" in page
+    assert "validation loss" in page
+
+
 def test_the_readmes_python_code_runs(project: Path, tiny_model: Path) -> None:
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     assert code

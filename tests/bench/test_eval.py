@@ -1,0 +1,97 @@
+"""Answering and judging: pytest -m bench -s tests/bench/test_eval.py (ten minutes, no GPU).
+
+The same questions of the shipped sample, put to SmolLM2-135M-Instruct and to an adapter of a few steps, by
+
+    plain   the engine's own do_predict with its defaults, but greedy: 8 at a time, in the file's order, up
+            to 1,024 tokens an answer
+    ours    mcp-lora eval
+
+Both are timed with the engine's start.
+"""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import BIN, ROOT, SAMPLE, environment
+
+from mcp_lora import evaluation, questions, runs
+from mcp_lora.answers import Judge, Said
+from mcp_lora.config import Machine
+from mcp_lora.dataset import Settings, convert
+from mcp_lora.evaluation import ADAPTER, BASE
+
+COUNT = 24
+CPU = Machine(0, False, True)
+
+
+@pytest.mark.bench
+def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train_configs").symlink_to(ROOT / "train_configs")
+    convert(Settings([str(SAMPLE)], candidates=2, test=0.12), tmp_path / "data/demo")
+    config = ["--config", "train_configs/demo.yaml", "max_steps=20"]
+    _run(BIN / "mcp-lora", "train", "--data", SAMPLE, *config)
+    run = tmp_path / "outputs/demo"
+    seconds: dict[str, dict[str, float]] = {}
+    for model in (BASE, ADAPTER):
+        adapter = runs.adapter(run) if model == ADAPTER else None
+        plain = runs.serving_config(run, adapter) | {
+            "stage": "sft",
+            "do_predict": True,
+            "predict_with_generate": True,
+            "do_sample": False,
+            "dataset_dir": str(tmp_path / "data/demo"),
+            "eval_dataset": "mcp_test_seen",
+            "max_samples": COUNT,
+            "use_cpu": True,
+            "report_to": "none",
+            "output_dir": str(tmp_path / f"plain-{model}"),
+        }
+        (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+        start = time.perf_counter()
+        _run(BIN / "llamafactory-cli", "train", "plain.yaml")
+        between = time.perf_counter()
+        found = evaluation.evaluate(run, CPU, limit=COUNT, models=[model])
+        seconds[model] = {"plain": between - start, "ours": time.perf_counter() - between}
+        lines = (tmp_path / f"plain-{model}/generated_predictions.jsonl").read_text(encoding="utf-8")
+        theirs = [json.loads(line)["predict"] for line in lines.splitlines()]
+        same = sum(
+            said.startswith(answer.text) for said, answer in zip(theirs, found.answers[model], strict=True)
+        )
+        rates = ", ".join(f"{name} {COUNT / took:.2f} a second" for name, took in seconds[model].items())
+        print(f"\n{model}: {COUNT} questions, {rates}; {same} answers begin alike")
+    plain_took, ours_took = (sum(took[name] for took in seconds.values()) for name in ("plain", "ours"))
+    print(f"both: ours is {plain_took / ours_took:.2f} times as fast")
+    assert plain_took / ours_took >= 1.5
+
+
+@pytest.mark.bench
+def test_judging_takes_no_time(tmp_path: Path) -> None:
+    convert(Settings([str(SAMPLE)], candidates=10, test=0.5), tmp_path / "data")
+    asked = questions.read(tmp_path / "data", [])
+    said = [
+        Said("", f"<tool_call>\n{json.dumps(call._asdict())}\n</tool_call>", [])
+        for question in asked
+        for call in question.expected
+    ]
+    pairs = list(zip(asked * 200, (said[1:] + said[:1] + said) * 100, strict=True))  # half are wrong
+    judge = Judge("qwen", None)
+    start = time.perf_counter()
+    verdicts = [judge(question, answer).verdict for question, answer in pairs]
+    rate = len(pairs) / (time.perf_counter() - start)
+    print(f"\n{len(pairs)} answers read and judged, {rate:,.0f} a second")
+    assert {verdict.exact for verdict in verdicts} == {True, False}
+    assert rate >= 20_000
+
+
+def _run(*argv: Any) -> None:
+    done = subprocess.run(
+        list(map(str, argv)), capture_output=True, text=True, env=environment(PATH=f"{BIN}:/usr/bin:/bin")
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -57,7 +57,7 @@ def test_a_big_model_without_a_gpu_is_refused_with_the_demos_command(
 
 def test_a_dry_run_shows_all_and_writes_nothing(capsys: pytest.CaptureFixture[str], project: Path) -> None:
     before = sorted(project.rglob("*"))
-    main_ok(["train", "--dry-run", "lora_rank=32", "--output", "outputs/here"])
+    main_ok(["train", "--dry-run", "--zero", "0", "lora_rank=32", "--output", "outputs/here"])
     shown = capsys.readouterr()
     run_file = project / "outputs/here/run.yaml"
     _, text, command, environment, plan = shown.out.split("# ")

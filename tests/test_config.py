@@ -113,15 +113,18 @@ def test_a_cpu_trains_on_the_cpu_and_in_fp32_where_bf16_is_emulated() -> None:
     assert (resolved["use_cpu"], resolved["bf16"], resolved["fp16"]) == (True, True, False)
 
 
-def test_a_cpu_trains_one_sample_at_a_time_and_draws_no_dropout_unless_told() -> None:
+def test_a_cpu_trains_one_sample_at_a_time_without_dropout_and_deepspeed_unless_told() -> None:
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps", "lora_dropout")
     cpu = Machine(0, True, True)
     resolved, notes = resolve(config.RECIPE, {}, [], {}, cpu)
     assert [resolved[key] for key in keys] == [1, 128, 0.0]
     assert "per_device_train_batch_size=16" in notes[1] and "lora_dropout=0.1" in notes[2]
+    assert "deepspeed" not in resolved and "--zero 0" in notes[3]
     words = ["per_device_train_batch_size=16", "lora_dropout=0.1"]
-    resolved, notes = resolve(config.RECIPE, {}, words, {}, cpu)
+    zero = {"deepspeed": str(config.ZERO)}
+    resolved, notes = resolve(config.RECIPE, {}, words, zero, cpu)
     assert [resolved[key] for key in keys] == [16, 8, 0.1] and len(notes) == 1
+    assert Path(resolved["deepspeed"]).name == "ds_z0_config.json"
     resolved, _ = resolve(config.RECIPE, {}, ["gradient_accumulation_steps=2"], {}, cpu)
     assert [resolved[key] for key in keys] == [16, 2, 0.0]
 

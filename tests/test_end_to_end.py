@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import BIN, ROOT, environment, make_project, run
 
-# The recipe, with its DeepSpeed and its validation, on little data.
+# The recipe, with its validation, on little data.
 SMALL = [
     "per_device_train_batch_size=2",
     "gradient_accumulation_steps=2",
@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     folder = make_project(tmp_path_factory.mktemp("home") / "my project")
     done = run([BIN / "mcp-lora", "train", "--model", tiny_model, *SMALL], folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "read 24 rows" in done.stderr and "Initializing 1 distributed tasks" in done.stdout
+    assert "read 24 rows" in done.stderr
     return folder
 
 
@@ -58,11 +58,11 @@ def test_a_finished_run_is_not_started_again(project: Path, tiny_model: Path) ->
 
 
 def test_resume_goes_on_and_overwrite_starts_anew(project: Path, tiny_model: Path) -> None:
-    # plain torch, one process: the other way to launch; the data is converted already
-    words = [BIN / "mcp-lora", "train", "--model", tiny_model, "--output", "outputs/short", "deepspeed=null"]
+    # DeepSpeed: the other way to launch; the data is converted already
+    words = [BIN / "mcp-lora", "train", "--model", tiny_model, "--output", "outputs/short", "--zero", "0"]
     done = run([*words, *SMALL, "max_steps=2"], project)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "up to date" in done.stderr
+    assert "up to date" in done.stderr and "Initializing 1 distributed tasks" in done.stdout
     done = run([*words, *SMALL, "max_steps=3", "--resume"], project)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming from" in done.stderr and "checkpoint-2" in done.stderr
@@ -188,7 +188,16 @@ def test_a_failing_engine_shows_its_own_error_at_the_end(project: Path, tiny_mod
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_every_process(project: Path, tiny_model: Path, number: int) -> None:
-    words = ["train", "--model", str(tiny_model), "--output", f"outputs/signal-{number}", *SMALL]
+    words = [
+        "train",
+        "--model",
+        str(tiny_model),
+        "--output",
+        f"outputs/signal-{number}",
+        "--zero",
+        "0",
+        *SMALL,
+    ]
     process = subprocess.Popen(
         [BIN / "mcp-lora", *words, "num_train_epochs=10000"],
         cwd=project,
@@ -214,7 +223,7 @@ def test_an_interruption_ends_every_process(project: Path, tiny_model: Path, num
 def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path) -> None:
     data = "data/filtered/filtered_20250101_000000.json"
     words = [*SMALL, "max_steps=2", "dataset_dir=data/two", "--data", data, "--output", "outputs/two"]
-    script = [ROOT / "train_lora.py", "--model", tiny_model, *words]
+    script = [ROOT / "train_lora.py", "--model", tiny_model, "--zero", "0", *words]
     done = run([BIN / "deepspeed", "--num_gpus=2", *script], project)
     assert done.returncode == 0, done.stderr[-3000:]
     output = done.stdout + done.stderr

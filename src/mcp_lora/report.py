@@ -167,9 +167,7 @@ def _read(folder: Path, several: bool) -> Run:
         folder,
         config,
         _json(folder / manifest.NAME),
-        next(
-            (state["log_history"] for place in states if (state := _json(place / "trainer_state.json"))), []
-        ),
+        next(filter(None, (_json(place / "trainer_state.json").get("log_history") for place in states)), []),
         {name: kept[name] for name in models if kept.get(name)},
     )
 

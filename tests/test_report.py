@@ -162,6 +162,8 @@ def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
     other = json.loads(lines[0]) | {"question": "of other data"}
     write_json(bare / "eval/adapter.jsonl", other)
     assert "no question in common" in report.write([bare, folders[0]]).read_text(encoding="utf-8")
+    page = report.write([bare]).read_text(encoding="utf-8")  # one model, one question
+    assert "1 questions" in page and "− adapter" not in page and "No answer" not in page
     (bare / "manifest.json").write_text("{")
     with pytest.raises(McpLoraError, match="manifest.json is damaged: .*mcp-lora report"):
         report.write([bare])

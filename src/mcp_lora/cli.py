@@ -29,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Tune a language model to call MCP tools: doctor, convert, inspect, train, eval, chat, export.",
+    help="Tune a language model to call MCP tools: doctor, convert, inspect, train, eval, report, chat, export.",
 )
 
 Shape = StrEnum("Shape", list(readers.SHAPES))  # type: ignore[misc]  # the names are known at run time
@@ -293,7 +293,7 @@ def evaluate(
             progress,
         )
     _print_evaluation(found)
-    _say(f"every answer and all figures are in {run / 'eval'}")
+    _say(f"every answer and all figures are in {run / 'eval'}; on a page: mcp-lora report {run}")
     if missed := evaluation.unmet(found, requirements):
         raise McpLoraError(
             f"{'; '.join(missed)}. See what is wrong in {run / 'eval'}, and train on more of it", 1

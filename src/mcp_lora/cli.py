@@ -29,7 +29,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Tune a language model to call MCP tools: doctor, convert, inspect, train, eval, report, chat, export.",
+    help="Tune a language model to call MCP tools: doctor, convert, inspect, train, eval, report, chat, "
+    "export.",
 )
 
 Shape = StrEnum("Shape", list(readers.SHAPES))  # type: ignore[misc]  # the names are known at run time

@@ -159,7 +159,7 @@ def resolve(
     if config.get("deepspeed") and not machine.deepspeed:
         del config["deepspeed"]
         notes.append(
-            "DeepSpeed is not installed: training without it (the same as ZeRO-0; 2 and 3 save memory)"
+            "DeepSpeed is not installed: training without it (stage 0 divides nothing; 2 and 3 save memory)"
         )
     for key in _PATHS:
         # A hub id looks like a path but is none; what does not exist stays as it was given.

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from mcp_lora.errors import McpLoraError
@@ -68,22 +69,30 @@ def read_calls(text: str, template: str, tool_format: str | None) -> tuple[list[
     stands after it, and in the default format no name with a hyphen, JSON objects with a name and arguments
     are looked for behind the mark with which the tool format begins a call.
     """
-    from llamafactory.data.template import TEMPLATES
-    from llamafactory.data.tool_utils import FunctionCall, get_tool_utils
-
-    tools = get_tool_utils(tool_format) if tool_format else TEMPLATES[template].format_tools.tool_utils
+    tools, word = _tool_format(template, tool_format)
     try:
         found = tools.tool_extractor(text)
         calls = [] if isinstance(found, str) else [call_of(call.name, call.arguments) for call in found]
     except (TypeError, ValueError, LookupError, RecursionError):  # the extractors trust what they read
         calls = [None]
-    mark = tools.function_formatter([FunctionCall(_NAME, "{}")]).split(_NAME)[0]
-    # `<tool_call>`, `Action:`; nothing where a call is mere JSON.
-    word = mark.split("{")[0].split("[")[0].strip()
     if calls and None not in calls:
         return [call for call in calls if call], bool(word) and text.count(word) > len(calls)
     read, broken = _scan(text, word)
     return read, broken or (not read and bool(calls))
+
+
+@cache
+def _tool_format(template: str, tool_format: str | None) -> tuple[Any, str]:
+    """Return the engine's tool format, and the word with which it begins a call.
+
+    That is `<tool_call>`, `Action:`; nothing where a call is mere JSON.
+    """
+    from llamafactory.data.template import TEMPLATES
+    from llamafactory.data.tool_utils import FunctionCall, get_tool_utils
+
+    tools = get_tool_utils(tool_format) if tool_format else TEMPLATES[template].format_tools.tool_utils
+    mark = tools.function_formatter([FunctionCall(_NAME, "{}")]).split(_NAME)[0]
+    return tools, mark.split("{")[0].split("[")[0].strip()
 
 
 def call_of(name: Any, arguments: Any) -> ToolCall | None:

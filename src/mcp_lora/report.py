@@ -202,10 +202,10 @@ def _points(run: Run, key: str) -> list[tuple[float, float]]:
 
 
 def _made_of(run: Run) -> dict[str, str]:
-    """Return what a run was made of, in words."""
+    """Return what a run was made of, in words; where a key is left out, with the engine's default."""
     config, record = run.config, run.manifest
     batch = [
-        int(config.get("per_device_train_batch_size", 1)),
+        int(config.get("per_device_train_batch_size", 8)),
         int(config.get("gradient_accumulation_steps", 1)),
         int(record.get("processes", 1)),
     ]
@@ -217,7 +217,7 @@ def _made_of(run: Run) -> dict[str, str]:
         "base model": config["model_name_or_path"],
         "template": " ".join(str(config[key]) for key in ("template", "tool_format") if config.get(key)),
         "method": _method(config),
-        "learning rate": f"{config.get('learning_rate')}, {config.get('lr_scheduler_type', 'linear')}",
+        "learning rate": f"{config.get('learning_rate', 5e-5)}, {config.get('lr_scheduler_type', 'linear')}",
         "batch": f"{batch[0] * batch[1] * batch[2]} = {batch[0]} per device × {batch[1]} accumulated × "
         f"{batch[2]} process{'es' * (batch[2] > 1)}",
         "trained": f"{steps} steps, {epochs:g} epochs",
@@ -239,9 +239,10 @@ def _made_of(run: Run) -> dict[str, str]:
 
 def _method(config: Mapping[str, Any]) -> str:
     quantised = f"{config['quantization_bit']}-bit base, " if config.get("quantization_bit") else ""
+    rank = config.get("lora_rank", 8)
     return (
-        f"{quantised}{config.get('finetuning_type', 'lora')}, rank {config.get('lora_rank', 8)}, alpha "
-        f"{config.get('lora_alpha', 16)}, dropout {config.get('lora_dropout', 0)}, "
+        f"{quantised}{config.get('finetuning_type', 'lora')}, rank {rank}, alpha "
+        f"{config.get('lora_alpha', 2 * rank)}, dropout {config.get('lora_dropout', 0)}, "
         f"{config.get('lora_target', 'all')} layers"
     )
 

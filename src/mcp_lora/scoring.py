@@ -7,11 +7,12 @@ out, lists in order, parallel calls in any order. tests/test_leaderboard.py hold
 leaderboard's own checker.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from mcp_lora.records import ToolCall
 
@@ -217,5 +218,5 @@ def _types(schema: Mapping[str, Any]) -> list[Any]:
     return types if isinstance(types, list) else [types]
 
 
-def _canonical(call: ToolCall) -> str:
-    return json.dumps([call.name, call.arguments], sort_keys=True)
+def _canonical(call: ToolCall) -> bytes:
+    return msgspec.json.encode([call.name, call.arguments], order="sorted")

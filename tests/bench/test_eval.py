@@ -25,7 +25,8 @@ from mcp_lora.config import Machine
 from mcp_lora.dataset import Settings, convert
 from mcp_lora.evaluation import ADAPTER, BASE
 
-COUNT = 24
+# The base does not stop by itself: plain prediction takes a minute for each of its answers.
+COUNT = {BASE: 8, ADAPTER: 24}
 CPU = Machine(0, False, True)
 
 
@@ -39,7 +40,7 @@ def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pyt
     _run(BIN / "mcp-lora", "train", "--data", SAMPLE, *config)
     run = tmp_path / "outputs/demo"
     seconds: dict[str, dict[str, float]] = {}
-    for model in (BASE, ADAPTER):
+    for model, count in COUNT.items():
         adapter = runs.adapter(run) if model == ADAPTER else None
         plain = runs.serving_config(run, adapter) | {
             "stage": "sft",
@@ -48,7 +49,7 @@ def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pyt
             "do_sample": False,
             "dataset_dir": str(tmp_path / "data/demo"),
             "eval_dataset": "mcp_test_seen",
-            "max_samples": COUNT,
+            "max_samples": count,
             "use_cpu": True,
             "report_to": "none",
             "output_dir": str(tmp_path / f"plain-{model}"),
@@ -57,18 +58,20 @@ def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pyt
         start = time.perf_counter()
         _run(BIN / "llamafactory-cli", "train", "plain.yaml")
         between = time.perf_counter()
-        found = evaluation.evaluate(run, CPU, limit=COUNT, models=[model])
-        seconds[model] = {"plain": between - start, "ours": time.perf_counter() - between}
+        found = evaluation.evaluate(run, CPU, limit=count, models=[model])
+        took = {"plain": between - start, "ours": time.perf_counter() - between}
+        seconds[model] = {name: each / count for name, each in took.items()}
         lines = (tmp_path / f"plain-{model}/generated_predictions.jsonl").read_text(encoding="utf-8")
         theirs = [json.loads(line)["predict"] for line in lines.splitlines()]
         same = sum(
             said.startswith(answer.text) for said, answer in zip(theirs, found.answers[model], strict=True)
         )
-        rates = ", ".join(f"{name} {COUNT / took:.2f} a second" for name, took in seconds[model].items())
-        print(f"\n{model}: {COUNT} questions, {rates}; {same} answers begin alike")
-    plain_took, ours_took = (sum(took[name] for took in seconds.values()) for name in ("plain", "ours"))
-    print(f"both: ours is {plain_took / ours_took:.2f} times as fast")
-    assert plain_took / ours_took >= 1.5
+        rates = ", ".join(f"{name} {1 / each:.3f} a second" for name, each in seconds[model].items())
+        ratio = seconds[model]["plain"] / seconds[model]["ours"]
+        print(f"\n{model}: {count} questions, {rates}: {ratio:.2f} times; {same} answers begin alike")
+    plain, ours = (sum(each[name] for each in seconds.values()) for name in ("plain", "ours"))
+    print(f"a question put to both: ours is {plain / ours:.2f} times as fast")
+    assert plain / ours >= 1.5
 
 
 @pytest.mark.bench
@@ -82,6 +85,7 @@ def test_judging_takes_no_time(tmp_path: Path) -> None:
     ]
     pairs = list(zip(asked * 200, (said[1:] + said[:1] + said) * 100, strict=True))  # half are wrong
     judge = Judge("qwen", None)
+    judge(*pairs[0])  # the engine's import is no judging
     start = time.perf_counter()
     verdicts = [judge(question, answer).verdict for question, answer in pairs]
     rate = len(pairs) / (time.perf_counter() - start)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, preprocessed, record, write_json
 
-from mcp_lora import dataset, forking, lengths, samples
+from mcp_lora import dataset, lengths
 from mcp_lora.dataset import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 from mcp_lora.lengths import Lengths
@@ -142,23 +142,6 @@ def test_the_farthest_tools_go_first(tmp_path: Path, tiny_model: Path) -> None:
             mates += servers[tool["name"]] == servers[right]
             others += servers[tool["name"]] != servers[right]
     assert others < mates
-
-
-@pytest.mark.skipif(not forking.POSSIBLE, reason="processes are copied on Linux alone")
-def test_two_processes_write_what_one_does(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With samples of every split, tools that are dropped, and rows that are rejected as too long."""
-    settings = Settings([str(SAMPLE)], test=0.2, holdout_tools=0.3, holdout_servers=0.2, no_call=0.3)
-    budget = budget_of(tiny_model, cutoff_len=330)
-    for name, worth in (("one", 10**9), ("two", 2)):
-        monkeypatch.setattr(samples, "WORTH_A_PROCESS", worth)
-        stats = convert(settings, tmp_path / name, budget)
-    assert stats["rejected"]["too-long"] and stats["tools_dropped"] and len(stats["written"]) >= 4
-    files = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert files == sorted(file.name for file in (tmp_path / "two").iterdir())
-    for name in files:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
 def test_a_tool_that_the_template_cannot_render_is_no_candidate(tmp_path: Path, tiny_model: Path) -> None:

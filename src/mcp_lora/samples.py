@@ -13,16 +13,14 @@ call as a JSON string, or a list of parallel ones, `tools` the candidate tools a
 import contextlib
 import io
 import json
-import shutil
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mcp_lora import forking, languages
+from mcp_lora import languages
 from mcp_lora.accounts import Accounts
 from mcp_lora.candidates import Candidate, Offer, Pool, Split, in_order
 from mcp_lora.catalogue import Catalogue
@@ -36,9 +34,7 @@ SPLITS = (TRAIN, TEST, UNSEEN_TOOL, UNSEEN_SERVER, NO_CALL)
 
 LIMIT = 100_000_000  # bytes; a bigger file is JSON Lines, which the engine reads as a stream
 
-WORTH_A_PROCESS = 20_000  # rows
 _BATCH = 500
-_APART = ".lines.apart"
 _SYSTEM = as_json(SYSTEM)
 
 
@@ -75,9 +71,6 @@ class Samples:
         self._candidates = candidates
         self._no_call = no_call
         self._pool = Pool(catalogue, split)
-        self._written: Counter[tuple[str, str, str]] = Counter()  # by file, shape and split
-        self._rejected: list[Rejected] = []
-        self._ending = ".lines"
         self._lines: defaultdict[str, list[bytes]] = defaultdict(list)  # by split, to be written
         self._outputs: dict[str, io.FileIO] = {}
         self._writing: Future[None] | None = None
@@ -85,79 +78,34 @@ class Samples:
         self._adds: dict[int, int | None] = {}  # tokens that a tool adds, by its number
 
     def write(self, rows: Rows, accounts: Accounts, lengths: Lengths | None, progress: Progress) -> None:
-        """Write a sample for every row, or reject a row that is too long.
-
-        Rows do not depend on each other: of many, another process writes the second half.
-        """
-        middle = rows.count // 2
-        if rows.count < WORTH_A_PROCESS or not forking.POSSIBLE:
-            self._write_rows(rows, 0, rows.count, lengths, progress)
-        else:
-            if lengths:  # once, for both
-                self._count_tools(range(len(self._catalogue.tools)), lengths)
-            with forking.beside(lambda: self._write_apart(rows, middle, lengths)) as other:
-                self._write_rows(rows, 0, middle, lengths, progress)
-                self._add(*other())
-        for (file, shape, split), count in self._written.items():
-            accounts.of(file, shape).written[split] = count
-        for rejected in self._rejected:
-            accounts.reject_late(rejected)
-
-    def _write_apart(self, rows: Rows, start: int, lengths: Lengths | None) -> tuple[Any, ...]:
-        """Write the rows from `start` on into files of their own; return what `_add` takes."""
-        self._ending = _APART
-        self._write_rows(rows, start, rows.count, lengths, lambda doing, share: None)
-        return self._written, self._rejected, self.extra, self.lengths, self.shortened, self.dropped
-
-    def _add(
-        self,
-        written: Counter[tuple[str, str, str]],
-        rejected: list[Rejected],
-        extra: Counter[str],
-        lengths: "array[int]",
-        shortened: int,
-        dropped: int,
-    ) -> None:
-        """Take over what another process has written behind what this one has."""
-        self._written += written
-        self._rejected += rejected
-        self.extra += extra
-        self.lengths += lengths
-        self.shortened += shortened
-        self.dropped += dropped
-        for file in self._folder.glob(f"*{_APART}"):
-            with file.open("rb") as source, file.with_suffix("").open("ab") as target:
-                shutil.copyfileobj(source, target, 2**20)
-            file.unlink()
-
-    def _write_rows(
-        self, rows: Rows, start: int, stop: int, lengths: Lengths | None, progress: Progress
-    ) -> None:
-        source = islice(rows, start, stop)
-        done = start
+        """Write a sample for every row, or reject a row that is too long."""
+        source = iter(rows)
+        done = 0
+        written: Counter[tuple[str, str, str]] = Counter()
         # Another thread writes while the next samples are drawn.
         with ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as self._open:
             while batch := list(islice(source, _BATCH)):
                 drawn = [self._draw(row, rows, done + i, lengths) for i, row in enumerate(batch)]
                 if lengths:
-                    offers = (offer for sample in drawn for _, offer in sample.right + sample.distractors)
-                    self._count_tools(offers, lengths)
+                    self._count_tools(drawn, lengths)
                 for sample in drawn:
                     row = sample.row
                     try:
                         fitted = self._write(sample, lengths)
                     except Fault as fault:
                         origin = Origin(row.file, row.number, row.shape, None)
-                        self._rejected.append(Rejected(origin, fault.reason, fault.sentence))
+                        accounts.reject_late(Rejected(origin, fault.reason, fault.sentence))
                         continue
-                    self._written[row.file, row.shape, sample.split] += 1
+                    written[row.file, row.shape, sample.split] += 1
                     if row.called and row.other < self._no_call * 2**64 and fitted.distractors:
                         self._write_no_call(fitted, lengths)
                 self._flush(disk)
                 done += len(batch)
-                progress("writing", done / stop)
+                progress("writing", done / rows.count)
             if self._writing:
                 self._writing.result()
+        for (file, shape, split), count in written.items():
+            accounts.of(file, shape).written[split] = count
 
     def _flush(self, disk: ThreadPoolExecutor) -> None:
         """Let the samples so far be written; an error of the batch before is raised here."""
@@ -165,7 +113,7 @@ class Samples:
             self._writing.result()
         for name in self._lines:
             if name not in self._outputs:
-                lines = self._folder / f"{name}{self._ending}"
+                lines = self._folder / f"{name}.lines"
                 self._outputs[name] = self._open.enter_context(lines.open("wb", buffering=0))
         # Joined, as each write hands the interpreter over to another thread, and back.
         batch = [(self._outputs[name], b"".join(lines)) for name, lines in self._lines.items()]
@@ -292,9 +240,15 @@ class Samples:
         tools: str = json.loads(b'"[%b]"' % texts)
         return _count(sample.conversation, sample.row.system, lengths, tools) <= lengths.cutoff_len
 
-    def _count_tools(self, offers: Iterable[Offer], lengths: Lengths) -> None:
-        """Count what those tools of the catalogue add that have not been counted yet."""
-        new = sorted({offer for offer in offers if isinstance(offer, int)} - self._adds.keys())
+    def _count_tools(self, samples: list[_Sample], lengths: Lengths) -> None:
+        """Count what those tools of samples add that have not been counted yet."""
+        needed = {
+            tool
+            for sample in samples
+            for _, tool in sample.right + sample.distractors
+            if isinstance(tool, int) and tool not in self._adds
+        }
+        new = sorted(needed)
         counted = lengths.tools([_in_prompt(self._catalogue.tools[number]) for number in new])
         self._adds.update(zip(new, counted, strict=True))
 

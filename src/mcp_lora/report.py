@@ -114,6 +114,7 @@ def render(found: Sequence[Run]) -> str:
     return environment.get_template("report.html").render(
         runs=found,
         several=several,
+        base=base.name if (base := Path(found[0].config["model_name_or_path"])).is_absolute() else str(base),
         made_of=_side_by_side([_made_of(run) for run in found]),
         settings=_side_by_side([{key: str(value) for key, value in run.config.items()} for run in found]),
         evaluation=evaluation,

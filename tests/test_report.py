@@ -152,6 +152,8 @@ def test_runs_are_compared_on_the_questions_that_both_were_asked(folders: list[P
 def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     runs.write_config(bare, {"model_name_or_path": "m", "template": "qwen"})
+    (bare / "checkpoint-5").mkdir()
+    (bare / "checkpoint-5/trainer_state.json").write_text('{"log_his')  # where it was killed
     page = report.write([bare]).read_text(encoding="utf-8")
     for text in ("No answer of its adapter is kept", "Nothing was logged yet", "not in this run's manifest"):
         assert text in page, text

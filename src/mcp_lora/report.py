@@ -160,7 +160,7 @@ def compare(expected: str, said: str) -> list[tuple[str, str]]:
 
 def _read(folder: Path, several: bool) -> Run:
     config = runs.read_run(folder)
-    states = [folder, *runs.checkpoints(folder)[::-1]]
+    states = [folder, *filter(runs.is_complete, runs.checkpoints(folder)[::-1])]
     kept = {file.stem: answers.read(file) for file in sorted((folder / "eval").glob("*.jsonl"))}
     models = [BASE, *(name for name in kept if name not in (BASE, ADAPTER)), ADAPTER]
     return Run(

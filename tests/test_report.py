@@ -101,6 +101,7 @@ def test_the_page_holds_what_the_run_was_made_of(folders: list[Path], page: str)
     rows = tags(page, "tr")
     assert "base model base/model" in rows and "trained 40 steps, 1 epochs" in rows
     assert "batch 16 = 8 per device × 1 accumulated × 2 processes" in rows
+    assert "Tools, the worst of adapter first" in page and "What goes wrong first" in page
     conversion = json.loads((folders[0] / "manifest.json").read_text())["conversion"]
     assert f"{conversion['read']} rows read" in page and "extra samples without the right tool" in page
     assert len(re.findall("<svg", page)) == 3 + 1 + 2  # a split each; errors; loss and rate: no lengths here

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -267,25 +267,28 @@ def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[
 
 def _examples(said: Mapping[str, list[Answer]]) -> list[Example]:
     """Return examples of each split and outcome in turn, so that none hides the others."""
-    groups: dict[tuple[str, str], list[Example]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[tuple[Answer, ...]]] = defaultdict(list)
     for row in zip(*said.values(), strict=True):
         right = [answer.verdict.error is None for answer in row]
         outcome = "right" if right[-1] else "wrong"
         if right[0] != right[-1]:
             outcome = "gained" if right[-1] else "lost"
-        expected = _calls(row[-1].expected) or "no call: no tool on offer fits"
-        example = Example(
+        groups[outcome, row[-1].split].append(row)
+    order = ("lost", "wrong", "gained", "right")
+    ranked = sorted(groups.items(), key=lambda group: (order.index(group[0][0]), group[0][1]))
+    # Compared are those alone that are shown: the time of a comparison grows with the square of a text.
+    in_turn = zip_longest(*([(outcome, row) for row in rows] for (outcome, _), rows in ranked))
+    chosen = islice(filter(None, chain.from_iterable(in_turn)), EXAMPLES)
+    return [
+        Example(
             row[-1],
             outcome,
-            expected,
+            _calls(row[-1].expected) or "no call: no tool on offer fits",
             {name: _parts(answer) for name, answer in zip(said, row, strict=True)},
             {name: answer.verdict.error for name, answer in zip(said, row, strict=True)},
         )
-        groups[outcome, row[-1].split].append(example)
-    order = ("lost", "wrong", "gained", "right")
-    ranked = [groups[key] for key in sorted(groups, key=lambda key: (order.index(key[0]), key[1]))]
-    in_turn = (example for one_of_each in zip_longest(*ranked) for example in one_of_each if example)
-    return [example for _, example in zip(range(EXAMPLES), in_turn, strict=False)]
+        for outcome, row in chosen
+    ]
 
 
 def _parts(answer: Answer) -> list[tuple[str, str]]:

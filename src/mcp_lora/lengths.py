@@ -14,13 +14,15 @@ import copy
 import json
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from itertools import chain
 from typing import Any
 
 from mcp_lora.engine import quiet
 from mcp_lora.errors import McpLoraError
 from mcp_lora.records import ENGINE_ROLES, Fault
+from mcp_lora.tokens import TokenCounter
 
 # What of a configuration decides lengths and padding; it is kept with the conversion.
 KEYS = (
@@ -94,9 +96,7 @@ class Lengths:
         self.cutoff_len: int = self.data_args.cutoff_len
         self.batch_size: int = settings.get("per_device_train_batch_size") or 8
         self.grouped = settings.get("train_sampling_strategy") == "group_by_length"
-        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
-            backend.no_truncation()
-            backend.no_padding()
+        self._counter = TokenCounter(self.tokenizer)
         self._constant = 1 if self.template.efficient_eos else 0
         bare = self.count([self.render(_PROBE, "a", None)])[0]
         base, two, other = (self._with([_ANCHOR, *more]) for more in ([], [_ANCHOR], [_OTHER]))
@@ -125,16 +125,19 @@ class Lengths:
 
     def count(self, rendered: Sequence[Pieces]) -> list[int]:
         """Return the number of tokens of each rendered sample, its end included."""
-        texts = list({piece: None for pieces in rendered for piece in pieces if isinstance(piece, str)})
-        if backend := getattr(self.tokenizer, "backend_tokenizer", None):
-            encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
-            lengths = dict(zip(texts, map(len, encoded), strict=True))
-        else:
-            lengths = {text: len(self.tokenizer.encode(text, add_special_tokens=False)) for text in texts}
-        return [
-            self._constant + sum(lengths[piece] if isinstance(piece, str) else 1 for piece in pieces)
-            for pieces in rendered
-        ]
+        counted = self._count(rendered, self._counter.count)
+        if not self._counter.is_exact:  # that no sample is cut hangs on the tokenizer's own word
+            near = [place for place, length in enumerate(counted) if not self.is_clear(length)]
+            exact = self._count([rendered[place] for place in near], self._counter.count_exactly)
+            for place, length in zip(near, exact, strict=True):
+                counted[place] = length
+        return counted
+
+    def _count(self, rendered: Sequence[Pieces], count: Callable[[list[str]], list[int]]) -> list[int]:
+        lengths = dict.fromkeys(chain.from_iterable(rendered), 1)
+        texts = [piece for piece in lengths if isinstance(piece, str)]
+        lengths.update(zip(texts, count(texts), strict=True))
+        return [self._constant + sum(map(lengths.__getitem__, pieces)) for pieces in rendered]
 
     def tools(self, tools: Sequence[dict[str, Any]]) -> list[int | None]:
         """Return what each tool adds to a sample; None for one that the template cannot render."""

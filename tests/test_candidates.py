@@ -1,6 +1,7 @@
 from collections import Counter
 
-from mcp_lora.candidates import Pool, Split, in_order
+from mcp_lora import candidates
+from mcp_lora.candidates import Drawn, Offer, Pool, Question, Split
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.records import Tool
 
@@ -15,31 +16,38 @@ def pool(tools: dict[str, list[str]], split: Split = NOTHING) -> tuple[Pool, Cat
     return Pool(catalogue, split), catalogue
 
 
+def draw(
+    pool: Pool, own: list[Offer], called: set[str], count: int, content: int, unseen_server: bool = False
+) -> Drawn:
+    (drawn,) = pool.draw([Question(own, called, content, unseen_server)], count)
+    return drawn
+
+
 SERVERS = {f"s{i}": [f"s{i}_{k}" for k in range(8)] for i in range(30)}
 
 
 def test_half_of_the_distractors_are_the_right_tools_mates() -> None:
-    draws, catalogue = pool(SERVERS)
-    right, distractors = draws.draw([0], {"s0_0"}, 10, content=7)
-    servers = [catalogue.tools[tool].server for _, tool in distractors if isinstance(tool, int)]
-    assert [tool for _, tool in right] == [0]
+    tools, catalogue = pool(SERVERS)
+    right, distractors, _ = draw(tools, [0], {"s0_0"}, 10, content=7)
+    servers = [catalogue.tools[tool].server for tool in distractors if isinstance(tool, int)]
+    assert right == [0]
     assert servers[:5] == ["s0"] * 5  # the nearest first
     assert "s0" not in servers[5:] and len(servers) == 9
 
 
 def test_every_place_is_equally_likely() -> None:
-    draws, _ = pool(SERVERS)
+    tools, _ = pool(SERVERS)
     places = Counter(
-        in_order(sum(draws.draw([0], {"s0_0"}, 10, content=k * 7919), [])).index(0) for k in range(10_000)
+        draw(tools, [0], {"s0_0"}, 10, content=k * 7919).offered().index(0) for k in range(10_000)
     )
     assert sorted(places) == list(range(10))
     assert all(850 < count < 1150 for count in places.values())  # 5 standard deviations
 
 
 def test_every_tool_is_drawn_equally_often() -> None:
-    draws, catalogue = pool(SERVERS)
+    tools, catalogue = pool(SERVERS)
     drawn = Counter(
-        tool for k in range(4000) for _, tool in draws.draw([0], {"s0_0"}, 10, content=k * 7919)[1]
+        tool for k in range(4000) for tool in draw(tools, [0], {"s0_0"}, 10, content=k * 7919).distractors
     )
     mates = [drawn[number] for number in catalogue.by_server["s0"][1:]]
     others = [drawn[number] for number in range(8, len(catalogue.tools))]
@@ -48,41 +56,64 @@ def test_every_tool_is_drawn_equally_often() -> None:
 
 
 def test_no_two_tools_of_one_name() -> None:
-    draws, catalogue = pool({f"s{i}": ["search", f"other{i % 3}"] for i in range(50)})
+    tools, catalogue = pool({f"s{i}": ["search", f"other{i % 3}"] for i in range(50)})
     for content in range(100):
-        _, distractors = draws.draw([0], {"search"}, 10, content)
-        names = [catalogue.tools[tool].name for _, tool in distractors if isinstance(tool, int)]
+        _, distractors, _ = draw(tools, [0], {"search"}, 10, content)
+        names = [catalogue.tools[tool].name for tool in distractors if isinstance(tool, int)]
         assert sorted(names) == ["other0", "other1", "other2"]
 
 
 def test_a_small_pool_is_offered_whole() -> None:
-    draws, _ = pool({"s": ["a", "b", "c", "d", "e"]})
-    _, distractors = draws.draw([0], {"a"}, 10, content=1)
-    assert sorted(tool for _, tool in distractors if isinstance(tool, int)) == [1, 2, 3, 4]
-    _, distractors = draws.draw([0], {"a"}, 1, content=1)
-    assert distractors == []
+    tools, _ = pool({"s": ["a", "b", "c", "d", "e"]})
+    _, distractors, _ = draw(tools, [0], {"a"}, 10, content=1)
+    assert sorted(tool for tool in distractors if isinstance(tool, int)) == [1, 2, 3, 4]
+    assert draw(tools, [0], {"a"}, 1, content=1).distractors == []
+
+
+def test_other_questions_change_nothing_and_every_tool_is_offered_once() -> None:
+    tools, _ = pool(SERVERS)
+    own: list[Offer] = [Tool("", f"own{k}", "", {}) for k in range(30)]
+    many = [f"own{k}" for k in range(12)]  # more calls than tools were asked for
+    questions = [Question([8 * k], {f"s{k}_0"}, content=k) for k in range(30)] + [Question(own, many, 5)]
+    together = tools.draw(questions, 10)
+    for question, drawn in zip(questions, together, strict=True):
+        (alone,) = tools.draw([question], 10)
+        assert (drawn[:2], drawn.offered()) == (alone[:2], alone.offered())
+    for drawn in together:
+        offers = drawn.right + drawn.distractors
+        assert sorted(map(offers.index, drawn.offered())) == list(range(len(offers)))
+        fewer = drawn._replace(distractors=drawn.distractors[:4])
+        assert [tool for tool in drawn.offered() if tool in fewer.offered()] == fewer.offered()
+    assert len(together[30].right) == 12 and not together[30].distractors
+
+
+def test_random_numbers_are_those_of_splitmix64() -> None:
+    """The first two of seed 1234567, as Vigna's reference program prints them (its upper halves)."""
+    assert candidates._random([1234567], 2).tolist() == [
+        [6457827717110365317 >> 32, 3203168211198807973 >> 32]
+    ]
 
 
 def test_a_rows_own_tools_are_offered_first() -> None:
-    draws, _ = pool(SERVERS)
-    own = [Tool("", f"own{k}", "", {}) for k in range(4)]
-    right, distractors = draws.draw(own, {"own0", "own1"}, 6, content=1)
-    assert [tool for _, tool in right] == own[:2]
-    assert {tool.name for _, tool in distractors[:2] if isinstance(tool, Tool)} == {"own2", "own3"}
+    tools, _ = pool(SERVERS)
+    own: list[Offer] = [Tool("", f"own{k}", "", {}) for k in range(4)]
+    right, distractors, _ = draw(tools, own, {"own0", "own1"}, 6, content=1)
+    assert right == own[:2]
+    assert {tool.name for tool in distractors[:2] if isinstance(tool, Tool)} == {"own2", "own3"}
     assert len(distractors) == 4
-    _, fewer = draws.draw(own, {"own0"}, 3, content=1)
-    assert len(fewer) == 2 and all(isinstance(tool, Tool) for _, tool in fewer)
+    _, fewer, _ = draw(tools, own, {"own0"}, 3, content=1)
+    assert len(fewer) == 2 and all(isinstance(tool, Tool) for tool in fewer)
 
 
 def test_where_nothing_is_to_be_called_nothing_is_added() -> None:
-    draws, _ = pool(SERVERS)
-    right, distractors = draws.draw([0, 1], set(), 10, content=1)
-    assert right == [] and sorted(tool for _, tool in distractors if isinstance(tool, int)) == [0, 1]
+    tools, _ = pool(SERVERS)
+    right, distractors, _ = draw(tools, [0, 1], set(), 10, content=1)
+    assert right == [] and sorted(tool for tool in distractors if isinstance(tool, int)) == [0, 1]
 
 
 def test_what_is_held_out_is_no_candidate() -> None:
     split = Split(0.2, 0.2, 0, 5)
-    draws, catalogue = pool(SERVERS, split)
+    tools, catalogue = pool(SERVERS, split)
     held_out = {
         number
         for number, tool in enumerate(catalogue.tools)
@@ -93,22 +124,22 @@ def test_what_is_held_out_is_no_candidate() -> None:
     drawn = {
         tool
         for content in range(500)
-        for _, tool in draws.draw([seen], {catalogue.tools[seen].name}, 10, content)[1]
+        for tool in draw(tools, [seen], {catalogue.tools[seen].name}, 10, content).distractors
     }
     assert len(drawn) > 50 and not drawn & held_out
     # a row's own definition of a held-out tool neither
     gone = catalogue.tools[min(held_out)]
     again = Tool(gone.server, gone.name, "as the row has it", {})
-    assert draws.draw([seen, again], {catalogue.tools[seen].name}, 2, 1)[1][0][1] != again
+    assert draw(tools, [seen, again], {catalogue.tools[seen].name}, 2, 1).distractors[0] != again
 
 
 def test_a_held_out_server_is_tested_among_its_own_tools() -> None:
     split = Split(0.5, 0, 0, 5)
-    draws, catalogue = pool(SERVERS, split)
+    tools, catalogue = pool(SERVERS, split)
     server = next(server for server in SERVERS if split.server(server))
     right = catalogue.by_server[server][0]
-    _, distractors = draws.draw([right], {f"{server}_0"}, 10, 1, unseen_server=True)
-    servers = [catalogue.tools[tool].server for _, tool in distractors if isinstance(tool, int)]
+    _, distractors, _ = draw(tools, [right], {f"{server}_0"}, 10, 1, unseen_server=True)
+    servers = [catalogue.tools[tool].server for tool in distractors if isinstance(tool, int)]
     assert servers[:5] == [server] * 5
     assert not any(map(split.server, servers[5:]))
 

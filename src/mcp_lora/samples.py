@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from mcp_lora import languages
 from mcp_lora.accounts import Accounts
-from mcp_lora.candidates import Candidate, Offer, Pool, Split, in_order
+from mcp_lora.candidates import Drawn, Offer, Pool, Question, Split
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.lengths import Lengths
 from mcp_lora.records import Fault, Origin, Rejected, Tool, as_json
@@ -45,8 +45,7 @@ class _Sample(NamedTuple):
     split: str
     conversation: bytes
     tokens: int
-    right: list[Candidate]
-    distractors: list[Candidate]
+    drawn: Drawn
 
 
 class Samples:
@@ -85,10 +84,10 @@ class Samples:
         # Another thread writes while the next samples are drawn.
         with ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as self._open:
             while batch := list(islice(source, _BATCH)):
-                drawn = [self._draw(row, rows, done + i, lengths) for i, row in enumerate(batch)]
+                samples = self._draw(batch, rows, done, lengths)
                 if lengths:
-                    self._count_tools(drawn, lengths)
-                for sample in drawn:
+                    self._count_tools(samples, lengths)
+                for sample in samples:
                     row = sample.row
                     try:
                         fitted = self._write(sample, lengths)
@@ -97,7 +96,7 @@ class Samples:
                         accounts.reject_late(Rejected(origin, fault.reason, fault.sentence))
                         continue
                     written[row.file, row.shape, sample.split] += 1
-                    if row.called and row.other < self._no_call * 2**64 and fitted.distractors:
+                    if row.called and row.other < self._no_call * 2**64 and fitted.drawn.distractors:
                         self._write_no_call(fitted, lengths)
                 self._flush(disk)
                 done += len(batch)
@@ -135,21 +134,28 @@ class Samples:
                     lines.unlink()
         return final
 
-    def _draw(self, row: Row, rows: Rows, index: int, lengths: Lengths | None) -> _Sample:
-        head, conversation = row
-        own: list[Offer] = [Tool(*json.loads(tool)) if isinstance(tool, str) else tool for tool in head.own]
-        called = [tool for offer in own if (tool := self._tool(offer)).name in head.called]
-        split = self._split_of(head, called, rows)
-        right, distractors = self._pool.draw(
-            own, set(head.called), self._candidates, head.content, split == UNSEEN_SERVER
-        )
-        tokens = rows.lengths[index] if lengths else 0
-        if split != TRAIN and called and head.turns > 2:
-            # A test asks for the call, and for nothing after it.
-            turns = _turns(conversation)
-            conversation = _joined(turns[: _first_call(turns) + 1])
-            tokens = _count(conversation, head.system, lengths) if lengths else 0
-        return _Sample(head, split, conversation, tokens, right, distractors)
+    def _draw(self, batch: list[Row], rows: Rows, first: int, lengths: Lengths | None) -> list[_Sample]:
+        """Give each row its split and its tools; the first of them has this place among all rows."""
+        questions, splits = [], []
+        for head, _ in batch:
+            own: list[Offer] = [
+                Tool(*json.loads(tool)) if isinstance(tool, str) else tool for tool in head.own
+            ]
+            called = [tool for offer in own if (tool := self._tool(offer)).name in head.called]
+            split = self._split_of(head, called, rows)
+            splits.append(split)
+            questions.append(Question(own, head.called, head.content, split == UNSEEN_SERVER))
+        samples = []
+        drawn = self._pool.draw(questions, self._candidates)
+        for place, ((head, conversation), split, tools) in enumerate(zip(batch, splits, drawn, strict=True)):
+            tokens = rows.lengths[first + place] if lengths else 0
+            if split != TRAIN and head.called and head.turns > 2:
+                # A test asks for the call, and for nothing after it.
+                turns = _turns(conversation)
+                conversation = _joined(turns[: _first_call(turns) + 1])
+                tokens = _count(conversation, head.system, lengths) if lengths else 0
+            samples.append(_Sample(head, split, conversation, tokens, tools))
+        return samples
 
     def _split_of(self, row: Head, called: list[Tool], rows: Rows) -> str:
         if self._split.servers and any(self._split.server(tool.server) for tool in called):
@@ -180,10 +186,10 @@ class Samples:
         """
         tokens = 0
         if lengths:
-            tokens, distractors = self._fit(sample, lengths)
-            sample = sample._replace(distractors=distractors)
+            tokens, drawn = self._fit(sample, lengths)
+            sample = sample._replace(drawn=drawn)
         name = sample.split
-        offers = in_order(sample.right + sample.distractors)
+        offers = sample.drawn.offered()
         tools = b",".join(self._in_text(offers))
         system = as_json(sample.row.system) if sample.row.system else _SYSTEM
         ends = (b', "tools": "[', b']"}\n') if offers else (b', "tools": "', b'"}\n')
@@ -204,25 +210,26 @@ class Samples:
         conversation = _joined([*turns, {"from": "gpt", "value": languages.refusal(question)}])
         split = TRAIN if sample.split == TRAIN else NO_CALL
         tokens = _count(conversation, sample.row.system, lengths) if lengths else 0
-        extra = sample._replace(split=split, conversation=conversation, tokens=tokens, right=[])
+        drawn = sample.drawn._replace(right=[])
+        extra = sample._replace(split=split, conversation=conversation, tokens=tokens, drawn=drawn)
         with contextlib.suppress(Fault):  # it is an extra: where it does not fit nothing is lost
             self._write(extra, lengths)
             self.extra[split] += 1
 
-    def _fit(self, sample: _Sample, lengths: Lengths) -> tuple[int, list[Candidate]]:
-        """Return a sample's tokens, and the distractors that it has room for."""
-        right = [self._added(tool, lengths) for _, tool in sample.right]
-        added = [self._added(tool, lengths) for _, tool in sample.distractors]
-        kept = sample.distractors
+    def _fit(self, sample: _Sample, lengths: Lengths) -> tuple[int, Drawn]:
+        """Return a sample's tokens, and the tools that it has room for."""
+        right = [self._added(tool, lengths) for tool in sample.drawn.right]
+        added = [self._added(tool, lengths) for tool in sample.drawn.distractors]
+        kept = sample.drawn.distractors
         if None in right:
             raise Fault("not-renderable", f"template {lengths.name} cannot render the tool that is called")
         if None in added:
-            kept = [candidate for candidate, tokens in zip(kept, added, strict=True) if tokens is not None]
+            kept = [tool for tool, tokens in zip(kept, added, strict=True) if tokens is not None]
         room = [tokens for tokens in added if tokens is not None]
         total = sample.tokens + sum(filter(None, right)) + sum(room)
         total += lengths.any_tools if right or room else 0
         dropped = 0
-        while not self._fits(total, sample, kept, lengths):
+        while not self._fits(total, sample, sample.drawn._replace(distractors=kept), lengths):
             if not kept or (len(kept) == 1 and not right):
                 alone = f"{total} tokens without any other tool"
                 raise Fault("too-long", f"{alone}, and cutoff_len is {lengths.cutoff_len}")
@@ -231,12 +238,12 @@ class Samples:
             dropped += 1
         self.shortened += bool(dropped)
         self.dropped += dropped
-        return total, kept
+        return total, sample.drawn._replace(distractors=kept)
 
-    def _fits(self, tokens: int, sample: _Sample, kept: list[Candidate], lengths: Lengths) -> bool:
+    def _fits(self, tokens: int, sample: _Sample, kept: Drawn, lengths: Lengths) -> bool:
         if lengths.is_clear(tokens):
             return tokens <= lengths.cutoff_len
-        texts = b",".join(self._in_text(in_order(sample.right + kept)))
+        texts = b",".join(self._in_text(kept.offered()))
         tools: str = json.loads(b'"[%b]"' % texts)
         return _count(sample.conversation, sample.row.system, lengths, tools) <= lengths.cutoff_len
 
@@ -245,7 +252,7 @@ class Samples:
         needed = {
             tool
             for sample in samples
-            for _, tool in sample.right + sample.distractors
+            for tool in sample.drawn.right + sample.drawn.distractors
             if isinstance(tool, int) and tool not in self._adds
         }
         new = sorted(needed)
@@ -258,7 +265,7 @@ class Samples:
 
     def _server(self, sample: _Sample) -> str:
         """Return whose tool is called, empty where none is."""
-        return next((self._tool(offer).server for _, offer in sample.right), "")
+        return next((self._tool(offer).server for offer in sample.drawn.right), "")
 
     def _in_text(self, offers: list[Offer]) -> list[bytes]:
         """Return tools as JSON inside a JSON string."""

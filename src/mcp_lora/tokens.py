@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy
-
 # Fewer texts are counted sooner than fastokens has read a tokenizer (0.3 to 3 s).
 MANY = 5_000
 _CHECKED = 100  # one in so many is counted both ways
@@ -19,7 +17,7 @@ class TokenCounter:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend:
             self._backend.no_truncation()
             self._backend.no_padding()
@@ -63,6 +61,8 @@ class TokenCounter:
             self._fast = None
 
     def _count_fast(self, texts: list[str]) -> list[int]:
+        import numpy
+
         _, ends = self._fast.encode_batch_flat(texts)
         found: list[int] = numpy.diff(numpy.frombuffer(ends, numpy.uint64)).tolist()
         return found

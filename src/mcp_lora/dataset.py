@@ -10,6 +10,7 @@ rejected.jsonl              every row that could not be used
 stats.json                  the account of all rows, and the settings
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -18,7 +19,6 @@ import shutil
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,7 @@ from mcp_lora.errors import McpLoraError
 from mcp_lora.lengths import Lengths
 from mcp_lora.readers import FILTERED, FILTERED_FOLDER, newest_filtered
 from mcp_lora.records import Fault
-from mcp_lora.rows import Progress, Rows, Settings
+from mcp_lora.rows import Counting, Progress, Rows, Settings
 from mcp_lora.samples import SPLITS, TEST, TRAIN, UNSEEN_SERVER, UNSEEN_TOOL, Samples
 
 __all__ = [
@@ -117,14 +117,15 @@ def _convert(
     tool_files = files.find([Path(name) for name in settings.tools])
     notes = catalogues.load(tool_files, catalogue)
     rows = Rows(new / "rows", catalogue, settings)
-    with Accounts(new / "rejected.jsonl") as accounts:
-        rows.read(found, accounts, lengths, progress)
+    with Accounts(new / "rejected.jsonl") as accounts, contextlib.ExitStack() as beside:
+        counting = beside.enter_context(Counting(rows, lengths)) if lengths else None
+        rows.read(found, accounts, counting, progress)
         if not rows.count:
             raise _unusable(accounts, found)
         split = Split(settings.holdout_servers, settings.holdout_tools, settings.test, settings.seed)
         split = split.within(rows.kept)
         writer = Samples(new, catalogue, split, settings.candidates, settings.no_call)
-        writer.write(rows, accounts, lengths, progress)
+        writer.write(rows, accounts, lengths, counting, progress)
         accounts.write_late()
     (new / "rows").unlink()
     written = writer.finish()
@@ -298,7 +299,7 @@ def write(folder: Path, dataset: str, samples: Sequence[dict[str, Any]]) -> None
     _dump({dataset: _description(file)}, folder / "dataset_info.json")
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep others from converting into a folder at the same time; several ranks may want to.
 

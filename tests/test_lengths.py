@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from array import array
 from itertools import islice
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, preprocessed, record, write_json
 
-from mcp_lora import dataset, lengths
+from mcp_lora import dataset, forking, lengths
 from mcp_lora.dataset import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 from mcp_lora.lengths import Lengths
@@ -142,6 +144,55 @@ def test_the_farthest_tools_go_first(tmp_path: Path, tiny_model: Path) -> None:
             mates += servers[tool["name"]] == servers[right]
             others += servers[tool["name"]] != servers[right]
     assert others < mates
+
+
+@pytest.mark.skipif(not forking.POSSIBLE, reason="processes are copied on Linux alone")
+def test_copies_of_the_process_make_the_same_conversion(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With samples of every split, tools that are dropped, rows that are too long or cannot be rendered."""
+    call = {"name": "get-sum", "arguments": {}}
+    parallel = record("Add twice.", function_call=[call, call])  # more than glm4 can write
+    rows = [*json.loads(SAMPLE.read_text(encoding="utf-8")), parallel]
+    settings = Settings(
+        [str(write_json(tmp_path / "rows.json", rows))],
+        test=0.2,
+        holdout_tools=0.3,
+        holdout_servers=0.2,
+        no_call=0.3,
+    )
+    budget = budget_of(tiny_model, "glm4", cutoff_len=450)
+    for name, batch, worth in (("alone", 10**9, 10**9), ("copies", 7, 2)):
+        monkeypatch.setattr("mcp_lora.rows._BATCH", batch)
+        monkeypatch.setattr("mcp_lora.samples.WORTH_A_PROCESS", worth)
+        stats = convert(settings, tmp_path / name, budget)
+    assert stats["rejected"]["not-renderable"] == 1 and stats["rejected"]["too-long"]
+    assert stats["tools_dropped"] and len(stats["written"]) >= 4
+    files = sorted(file.name for file in (tmp_path / "alone").iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "copies").iterdir())
+    for name in files:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "copies" / name).read_bytes(), name
+
+
+@pytest.mark.skipif(not forking.POSSIBLE, reason="processes are copied on Linux alone")
+def test_a_copy_that_is_killed_is_told_and_the_old_conversion_stands(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, out = Settings([str(SAMPLE)]), tmp_path / "out"
+    convert(settings, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    here = os.getpid()
+
+    def killed(*_: Any) -> Any:
+        assert os.getpid() != here
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("mcp_lora.rows._BATCH", 7)
+    monkeypatch.setattr("mcp_lora.rows.Counting._count", killed)
+    with pytest.raises(McpLoraError, match=r"ended \(exit code -9\), perhaps as memory ran out"):
+        convert(settings, out, budget_of(tiny_model))
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_tool_that_the_template_cannot_render_is_no_candidate(tmp_path: Path, tiny_model: Path) -> None:

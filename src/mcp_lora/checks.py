@@ -27,12 +27,14 @@ def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: 
     """
     cleaned = content.cleaned
     turns = content.turns if whole else _up_to_the_call(content.turns)
-    turns = _in_turn([_clean(turn, max_observation, cleaned) for turn in turns], cleaned)
-    while turns and turns[-1].role in _OPENS:
-        cleaned.append(f"trailing-{turns.pop().role}")
+    turns = [_clean(turn, max_observation, cleaned) for turn in turns]
+    if [turn.role for turn in turns] != [USER, CALL]:  # as most rows are
+        turns = _in_turn(turns, cleaned)
+        while turns and turns[-1].role in _OPENS:
+            cleaned.append(f"trailing-{turns.pop().role}")
+        _check_order(turns)
     if not turns or (turns[0].role == USER and not turns[0].text):
         raise Fault("no-instruction", "there is no question with an answer")
-    _check_order(turns)
     calls = [call for turn in turns for call in turn.calls]
     if not calls and not content.tools:
         raise Fault("no-tool", "no tool is called and none is on offer")
@@ -42,10 +44,11 @@ def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: 
             raise Fault("unknown-tool", f"{call.name} is called, but not among the tools")
         if problem := catalogue.problem(tools[call.name], call.arguments):
             raise Fault("schema", f"the arguments of {call.name} break its schema: {problem}")
-    content.system = content.system.strip()
-    if '"parameters"' in content.system or "<tools>" in content.system:
-        content.system = ""  # it lists the tools, and the template does that itself
-        cleaned.append("system-with-tools")
+    if content.system:
+        content.system = content.system.strip()
+        if '"parameters"' in content.system or "<tools>" in content.system:
+            content.system = ""  # it lists the tools, and the template does that itself
+            cleaned.append("system-with-tools")
     return turns
 
 

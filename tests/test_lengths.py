@@ -164,6 +164,7 @@ def test_copies_of_the_process_make_the_same_conversion(
     budget = budget_of(tiny_model, "glm4", cutoff_len=450)
     for name, batch, worth in (("alone", 10**9, 10**9), ("copies", 7, 2)):
         monkeypatch.setattr("mcp_lora.rows._BATCH", batch)
+        monkeypatch.setattr("mcp_lora.samples._SHARED", 100)
         monkeypatch.setattr("mcp_lora.samples.WORTH_A_PROCESS", worth)
         stats = convert(settings, tmp_path / name, budget)
     assert stats["rejected"]["not-renderable"] == 1 and stats["rejected"]["too-long"]
@@ -175,8 +176,9 @@ def test_copies_of_the_process_make_the_same_conversion(
 
 
 @pytest.mark.skipif(not forking.POSSIBLE, reason="processes are copied on Linux alone")
+@pytest.mark.parametrize("doing", ["rows.Counting._count", "samples.Samples._write_apart"])
 def test_a_copy_that_is_killed_is_told_and_the_old_conversion_stands(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, doing: str
 ) -> None:
     settings, out = Settings([str(SAMPLE)]), tmp_path / "out"
     convert(settings, out)
@@ -188,7 +190,8 @@ def test_a_copy_that_is_killed_is_told_and_the_old_conversion_stands(
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr("mcp_lora.rows._BATCH", 7)
-    monkeypatch.setattr("mcp_lora.rows.Counting._count", killed)
+    monkeypatch.setattr("mcp_lora.samples.WORTH_A_PROCESS", 2)
+    monkeypatch.setattr(f"mcp_lora.{doing}", killed)
     with pytest.raises(McpLoraError, match=r"ended \(exit code -9\), perhaps as memory ran out"):
         convert(settings, out, budget_of(tiny_model))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

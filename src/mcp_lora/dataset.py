@@ -147,7 +147,7 @@ def _convert(
         "written": {name: totals["written"][name] for name in SPLITS if name in totals["written"]},
         "rejected": totals["rejected"],
         "cleaned": totals["cleaned"],
-        "no_call_samples": dict(writer.extra),
+        "no_call_samples": {name: writer.extra[name] for name in SPLITS if name in writer.extra},
         "tools": len(rows.kept),
         "servers": len({server for server, _ in rows.kept if server}),
         "sources": [vars(account) for account in accounts.all()],

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import sqlite3
 import struct
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ class Rows:
         self.count = 0
         self.kept: dict[tuple[str, str], int] = {}
         self._spool = spool
+        self._places = [0]  # where in the file every _BATCH-th row begins
         self._catalogue = catalogue
         self._settings = settings
         # The seed decides what the hashes decide.
@@ -159,16 +161,27 @@ class Rows:
                         account.cleaned.update(content.cleaned)
                     spool.write(b"%b\n%b\n" % (msgspec.json.encode(row.head), row.conversation))
                     self.count += 1
-                    if counting and self.count % _BATCH == 0:
-                        spool.flush()
-                        counting.advance()
+                    if self.count % _BATCH == 0:
+                        self._places.append(spool.tell())
+                        if counting:
+                            spool.flush()
+                            counting.advance()
                 before += size
 
-    def __iter__(self) -> Iterator[Row]:
+    def beginning(self, place: int) -> int:
+        """Return the last place up to this one where `between` can begin."""
+        return place // _BATCH * _BATCH
+
+    def between(self, start: int = 0, stop: int = sys.maxsize) -> Iterator[Row]:
+        """Yield the rows from `start`, a `beginning`, up to `stop`."""
         decode = msgspec.json.Decoder(Head).decode
         with self._spool.open("rb") as spool:
-            for line in spool:
-                yield Row(decode(line), next(spool)[:-1])
+            spool.seek(self._places[start // _BATCH])
+            for _ in range(start, stop):
+                line = spool.readline()
+                if not line:
+                    return
+                yield Row(decode(line), spool.readline()[:-1])
 
     def _row(self, origin: Origin, content: Content) -> Row:
         settings = self._settings
@@ -260,7 +273,7 @@ class Counting:
     def _count(self, numbers: Iterable[int]) -> Counted:
         """Count rows from the first one on, so many at a time."""
         counted = Counted(array("I"), {})
-        source = iter(self._rows)
+        source = self._rows.between()
         for number in numbers:
             rendered: list[Pieces] = []
             for row in islice(source, number):

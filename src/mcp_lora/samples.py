@@ -18,6 +18,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ SPLITS = (TRAIN, TEST, UNSEEN_TOOL, UNSEEN_SERVER, NO_CALL)
 LIMIT = 100_000_000  # bytes; a bigger file is JSON Lines, which the engine reads as a stream
 
 WORTH_A_PROCESS = 20_000  # rows
+_SHARED = 40_000  # rows that two processes write at a time: a part is gone before it reaches the disk
 _BATCH = 500
 _APART = ".lines.apart"
 _SYSTEM = as_json(SYSTEM)
@@ -94,29 +96,35 @@ class Samples:
     ) -> None:
         """Write a sample for every row, or reject a row that is too long.
 
-        Rows do not depend on each other: of many, another process writes the second half.
+        Rows do not depend on each other: of many, another process writes a part.
         """
-        halves = forking.POSSIBLE and rows.count >= WORTH_A_PROCESS
-        if lengths and halves:  # once, for both
+        many = forking.POSSIBLE and rows.count >= WORTH_A_PROCESS
+        if lengths and many:  # once, for both
             self._count_tools(range(len(self._catalogue.tools)), lengths)
         if counting:
             self._counted = counting.result()
-        if halves:
-            middle = rows.count // 2
-            with forking.beside(lambda: self._write_apart(rows, middle, lengths)) as other:
-                self._write_rows(rows, 0, middle, lengths, progress)
-                self._add(*other())
-        else:
-            self._write_rows(rows, 0, rows.count, lengths, progress)
+        start = 0
+        while start < rows.count:
+            stop = min(rows.beginning(start + _SHARED), rows.count) if many else rows.count
+            middle = rows.beginning((start + stop) // 2) if many else start
+            if middle > start:
+                with forking.beside(partial(self._write_apart, rows, middle, stop, lengths)) as other:
+                    self._write_rows(rows, start, middle, lengths, progress)
+                    self._add(*other())
+            else:
+                self._write_rows(rows, start, stop, lengths, progress)
+            start = stop
         for (file, shape, split), count in self._written.items():
             accounts.of(file, shape).written[split] = count
         for rejected in self._rejected:
             accounts.reject_late(rejected)
 
-    def _write_apart(self, rows: Rows, start: int, lengths: Lengths | None) -> tuple[Any, ...]:
-        """Write the rows from `start` on into files of their own; return what `_add` takes."""
+    def _write_apart(self, rows: Rows, start: int, stop: int, lengths: Lengths | None) -> tuple[Any, ...]:
+        """Write rows into files of their own; return what `_add` takes. For another process."""
+        self._written, self._rejected, self.extra = Counter(), [], Counter()
+        self.lengths, self.shortened, self.dropped = array("I"), 0, 0
         self._ending = _APART
-        self._write_rows(rows, start, rows.count, lengths, lambda doing, share: None)
+        self._write_rows(rows, start, stop, lengths, lambda doing, share: None)
         return self._written, self._rejected, self.extra, self.lengths, self.shortened, self.dropped
 
     def _add(
@@ -143,7 +151,7 @@ class Samples:
     def _write_rows(
         self, rows: Rows, start: int, stop: int, lengths: Lengths | None, progress: Progress
     ) -> None:
-        source = islice(rows, start, stop)
+        source = rows.between(start, stop)
         done = start
         # Another thread writes while the next samples are drawn.
         with ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as self._open:
@@ -169,9 +177,11 @@ class Samples:
                         self._write_no_call(fitted, lengths)
                 self._flush(disk)
                 done += len(batch)
-                progress("writing", done / stop)
+                progress("writing", done / rows.count)
             if self._writing:
                 self._writing.result()
+                self._writing = None
+        self._outputs.clear()
 
     def _flush(self, disk: ThreadPoolExecutor) -> None:
         """Let the samples so far be written; an error of the batch before is raised here."""
@@ -180,7 +190,7 @@ class Samples:
         for name in self._lines:
             if name not in self._outputs:
                 lines = self._folder / f"{name}{self._ending}"
-                self._outputs[name] = self._open.enter_context(lines.open("wb", buffering=0))
+                self._outputs[name] = self._open.enter_context(lines.open("ab", buffering=0))
         # Joined, as each write hands the interpreter over to another thread, and back.
         batch = [(self._outputs[name], b"".join(lines)) for name, lines in self._lines.items()]
         self._lines.clear()

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -27,7 +28,10 @@ def beside(work: Callable[[], _Found]) -> Iterator[Callable[[], _Found]]:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(work, sender))
-    process.start()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of the threads here (numpy's, a progress bar's): the copy uses none of them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
     sender.close()
 
     def result() -> _Found:

@@ -175,6 +175,29 @@ def test_copies_of_the_process_make_the_same_conversion(
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "copies" / name).read_bytes(), name
 
 
+def test_a_conversation_that_cannot_be_rendered_is_rejected_in_a_test_too(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """There it is cut after its call, and counted once more."""
+    call = {"name": "get-sum", "arguments": json.dumps({"a": 1})}
+    calls = [{"function": call}, {"function": call}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Add {k}."},
+                {"role": "assistant", "tool_calls": calls if k % 2 else calls[:1]},
+                *[{"role": "tool", "content": "3"}] * (1 + k % 2),
+                {"role": "assistant", "content": "It is 3."},
+            ],
+            "tools": [{"name": "get-sum", "parameters": {"type": "object", "properties": {}}}],
+        }
+        for k in range(40)
+    ]
+    settings = Settings([str(write_json(tmp_path / "rows.json", rows))], test=0.5, turns="all")
+    stats = convert(settings, tmp_path / "out", budget_of(tiny_model, "glm4"))
+    assert stats["rejected"] == {"not-renderable": 20} and stats["written"]["mcp_test_seen"] > 3
+
+
 @pytest.mark.skipif(not forking.POSSIBLE, reason="processes are copied on Linux alone")
 @pytest.mark.parametrize("doing", ["rows.Counting._count", "samples.Samples._write_apart"])
 def test_a_copy_that_is_killed_is_told_and_the_old_conversion_stands(

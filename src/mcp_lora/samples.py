@@ -224,9 +224,10 @@ class Samples:
             questions.append(Question(own, head.called, head.content, split == UNSEEN_SERVER))
         samples = []
         drawn = self._pool.draw(questions, self._candidates)
-        for place, ((head, conversation), split, tools) in enumerate(zip(batch, splits, drawn, strict=True)):
-            tokens = self._counted.lengths[first + place] if lengths else 0
-            if split != TRAIN and head.called and head.turns > 2:
+        rows_drawn = zip(batch, splits, drawn, strict=True)
+        for place, ((head, conversation), split, tools) in enumerate(rows_drawn, start=first):
+            tokens = self._counted.lengths[place] if lengths else 0
+            if split != TRAIN and head.called and head.turns > 2 and place not in self._counted.faults:
                 # A test asks for the call, and for nothing after it.
                 turns = _turns(conversation)
                 conversation = _joined(turns[: _first_call(turns) + 1])

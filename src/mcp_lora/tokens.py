@@ -8,6 +8,9 @@ MANY = 5_000
 _PROOF = 1000  # texts that are counted both ways before it is used
 _CHECKED = 100  # and one in so many afterwards
 
+# The process that fastokens has threads in: a fork of it has none, and would wait for them for ever.
+_process: int | None = None
+
 
 class TokenCounter:
     """Counts the tokens of texts as `tokenizer` makes them; of many texts with fastokens.
@@ -24,14 +27,13 @@ class TokenCounter:
             self._backend.no_truncation()
             self._backend.no_padding()
         self._fast: Any = None
-        self._process = 0  # a fork of it has no copy of fastokens' threads, and would wait for them for ever
         self._seen = 0
         self._tried = False
 
     @property
     def is_exact(self) -> bool:
         """Whether `count` is the tokenizer's own."""
-        return self._fast is None or self._process != os.getpid()
+        return self._fast is None or _process != os.getpid()
 
     def count(self, texts: list[str]) -> list[int]:
         """Return the number of tokens of each text, without those that stand around any text."""
@@ -53,13 +55,16 @@ class TokenCounter:
         return [len(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
     def _try_fast(self, texts: list[str]) -> None:
+        global _process
+        if _process not in (None, os.getpid()):
+            return
         import fastokens
 
+        _process = os.getpid()
         try:
             self._fast = fastokens.Tokenizer.from_json_str(self._backend.to_str())
         except ValueError:  # it does not know this kind
             return
-        self._process = os.getpid()
         if self._count_fast(texts) != self.count_exactly(texts):
             self._fast = None
 

@@ -1,7 +1,6 @@
 from collections import Counter
 
-from mcp_lora import candidates
-from mcp_lora.candidates import Drawn, Offer, Pool, Question, Split
+from mcp_lora.candidates import Drawn, Offer, Pool, Split
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.records import Tool
 
@@ -19,8 +18,7 @@ def pool(tools: dict[str, list[str]], split: Split = NOTHING) -> tuple[Pool, Cat
 def draw(
     pool: Pool, own: list[Offer], called: set[str], count: int, content: int, unseen_server: bool = False
 ) -> Drawn:
-    (drawn,) = pool.draw([Question(own, called, content, unseen_server)], count)
-    return drawn
+    return pool.draw(own, called, count, content, unseen_server)
 
 
 SERVERS = {f"s{i}": [f"s{i}_{k}" for k in range(8)] for i in range(30)}
@@ -70,28 +68,22 @@ def test_a_small_pool_is_offered_whole() -> None:
     assert draw(tools, [0], {"a"}, 1, content=1).distractors == []
 
 
-def test_other_questions_change_nothing_and_every_tool_is_offered_once() -> None:
+def test_every_tool_is_offered_once_and_what_is_left_out_moves_no_other() -> None:
     tools, _ = pool(SERVERS)
     own: list[Offer] = [Tool("", f"own{k}", "", {}) for k in range(30)]
-    many = [f"own{k}" for k in range(12)]  # more calls than tools were asked for
-    questions = [Question([8 * k], {f"s{k}_0"}, content=k) for k in range(30)] + [Question(own, many, 5)]
-    together = tools.draw(questions, 10)
-    for question, drawn in zip(questions, together, strict=True):
-        (alone,) = tools.draw([question], 10)
-        assert (drawn[:2], drawn.offered()) == (alone[:2], alone.offered())
-    for drawn in together:
-        offers = drawn.right + drawn.distractors
-        assert sorted(map(offers.index, drawn.offered())) == list(range(len(offers)))
-        fewer = drawn._replace(distractors=drawn.distractors[:4])
-        assert [tool for tool in drawn.offered() if tool in fewer.offered()] == fewer.offered()
-    assert len(together[30].right) == 12 and not together[30].distractors
-
-
-def test_random_numbers_are_those_of_splitmix64() -> None:
-    """The first two of seed 1234567, as Vigna's reference program prints them (its upper halves)."""
-    assert candidates._random([1234567], 2).tolist() == [
-        [6457827717110365317 >> 32, 3203168211198807973 >> 32]
-    ]
+    for drawn in (
+        *(draw(tools, [8 * k], {f"s{k}_0"}, 10, content=k) for k in range(30)),
+        draw(tools, own, {f"own{k}" for k in range(12)}, 10, 5),  # more calls than tools were asked for
+    ):
+        offered = drawn.offered()
+        assert sorted(map(offered.index, drawn.right + drawn.distractors)) == list(range(len(offered)))
+        for some, kept in (
+            (drawn.only([0, 2, 3][: len(drawn.distractors)]), drawn.distractors[:1] + drawn.distractors[2:4]),
+            (drawn.without_right(), drawn.distractors),
+        ):
+            assert some.distractors == kept
+            assert some.offered() == [tool for tool in offered if tool in some.right + kept]
+    assert len(drawn.right) == 12 and not drawn.distractors
 
 
 def test_a_rows_own_tools_are_offered_first() -> None:

@@ -2,16 +2,14 @@
 
 import hashlib
 import random
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple, Self
 
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.records import Tool
-
-if TYPE_CHECKING:
-    import numpy
 
 Offer = int | Tool  # a tool of the catalogue by its number, or a row's own definition
 
@@ -62,27 +60,10 @@ class Split:
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < share * 2**64
 
 
-class Question(NamedTuple):
-    """What tools are drawn for.
-
-    Attributes:
-        own: the tools that the row brings.
-        called: the names of those that are called; none where the right answer is not to call.
-        content: a hash of the row, of 64 bits, which draws: other rows may come and go.
-        unseen_server: this tests a held-out server, whose tools may then be offered.
-    """
-
-    own: Sequence[Offer]
-    called: Collection[str]
-    content: int
-    unseen_server: bool = False
-
-
 class Drawn(NamedTuple):
     """What a question is offered: the tools that are called, and the distractors, nearest first.
 
-    `order` is a shuffle of the places in the two together, or of more: each tool is equally likely to
-    stand in any place, with fewer distractors too.
+    `order` has the places in the two together, shuffled: each tool is equally likely to stand anywhere.
     """
 
     right: list[Offer]
@@ -92,8 +73,22 @@ class Drawn(NamedTuple):
     def offered(self) -> list[Offer]:
         """Return the tools in the order in which they are offered."""
         offers = self.right + self.distractors
-        count = len(offers)
-        return [offers[place] for place in self.order if place < count]
+        return [offers[place] for place in self.order]
+
+    def only(self, kept: Sequence[int]) -> Self:
+        """Return it with the distractors in these places only, in the same order."""
+        if len(kept) == len(self.distractors):
+            return self
+        first = len(self.right)
+        places = [*range(first), *(first + place for place in kept)]
+        moved = {before: now for now, before in enumerate(places)}
+        order = [moved[place] for place in self.order if place in moved]
+        return self._replace(distractors=[self.distractors[place] for place in kept], order=order)
+
+    def without_right(self) -> Self:
+        """Return it without the tools that are called, the others in the same order."""
+        gone = len(self.right)
+        return self._replace(right=[], order=[place - gone for place in self.order if place >= gone])
 
 
 class Pool:
@@ -108,23 +103,21 @@ class Pool:
         self._seen = [number for number, tool in enumerate(self._tools) if not self._held_out(tool)]
         self._may_be_seen = set(self._seen)
 
-    def draw(self, questions: Sequence[Question], count: int) -> list[Drawn]:
-        """Draw `count` tools in all for each question.
+    def draw(
+        self, own: Sequence[Offer], called: set[str], count: int, content: int, unseen_server: bool = False
+    ) -> Drawn:
+        """Draw what one question is offered.
 
         A row that brings more tools than it calls is offered these first. Otherwise half of the
         distractors are of the right tool's server, where it has them, and the rest of others.
-        """
-        tries = 2 * (count + _SPARE)
-        most = max([count, *(len(question.called) for question in questions)])
-        numbers = _random([question.content for question in questions], tries + most)
-        orders = numbers[:, tries:].argsort(axis=1).tolist()
-        return [
-            Drawn(*self._draw(question, count, iter(drawn)), order)
-            for question, drawn, order in zip(questions, numbers[:, :tries].tolist(), orders, strict=True)
-        ]
 
-    def _draw(self, question: Question, count: int, drawn: Iterator[int]) -> tuple[list[Offer], list[Offer]]:
-        own, called, content, unseen_server = question
+        Args:
+            own: the tools that the row brings.
+            called: the names of those that are called; none where the right answer is not to call.
+            count: how many tools to offer in all.
+            content: a hash of the row, which draws: other rows may come and go.
+            unseen_server: this tests a held-out server, whose tools may then be offered.
+        """
         right: list[Offer] = []
         near: list[Offer] = []
         for tool in own:
@@ -134,38 +127,37 @@ class Pool:
             server = self._of(right[0]).server
             near = list(self._by_server.get(server, [])) if server else []
             share = (wanted + 1) // 2
-        others = self._seen if right else []
-        all_may = unseen_server or not self._holds_out
+        # A generator would take longer to seed than this takes to draw.
+        size = len(near) + 2 * wanted + len(right) + _SPARE
+        drawn = iter(array("I", hashlib.shake_128(content.to_bytes(8)).digest(4 * size)))
+        shuffled = _shuffled(near, drawn)
         taken = set(called)
-        found: list[Offer] = []
-        self._take(share, _shuffled(near, drawn), found, taken, all_may)
-        if others and len(found) < wanted:
-            size = len(others)
-            some = [others[number % size] for number in islice(drawn, wanted - len(found) + _SPARE)]
-            self._take(wanted, some, found, taken, True)
-        if len(found) < wanted:  # so few tools, or so many of one name, that all have to be tried
-            shuffle = random.Random(content)
-            self._take(share, shuffle.sample(near, len(near)), found, taken, all_may)
-            self._take(wanted, shuffle.sample(others, len(others)), found, taken, True)
-            self._take(wanted, near, found, taken, all_may)
-        return right, found
+        distractors = self._take(share, shuffled, taken, unseen_server)
+        missing = wanted - len(distractors)
+        if right and self._seen and missing:
+            size = len(self._seen)
+            some = [self._seen[number % size] for number in islice(drawn, missing + _SPARE)]
+            distractors += self._take(missing, some, taken, True)
+            if len(distractors) < wanted:  # so few tools, or so many of one name, that all have to be tried
+                everything = random.Random(content).sample(self._seen, size)
+                distractors += self._take(wanted - len(distractors), everything, taken, True)
+        distractors += self._take(wanted - len(distractors), shuffled, taken, unseen_server)
+        numbers = list(islice(drawn, len(right) + len(distractors)))
+        return Drawn(right, distractors, sorted(range(len(numbers)), key=numbers.__getitem__))
 
-    def _take(
-        self, count: int, offers: Iterable[Offer], found: list[Offer], taken: set[str], all_may: bool
-    ) -> None:
-        """Add offers until `count` are found: those that may be offered, of names that are not taken yet."""
-        missing = count - len(found)
-        if missing <= 0:
-            return
-        names = self._names
-        for offer in offers:
-            name = names[offer] if isinstance(offer, int) else offer.name
-            if name not in taken and (all_may or self._may_be_offered(offer)):
-                taken.add(name)
-                found.append(offer)
-                missing -= 1
-                if not missing:
-                    return
+    def _take(self, count: int, offers: Iterable[Offer], taken: set[str], all_may: bool) -> list[Offer]:
+        """Take up to `count` of the offers that may be offered, of names that are not taken yet."""
+        found: list[Offer] = []
+        if count > 0:
+            names, all_may = self._names, all_may or not self._holds_out
+            for offer in offers:
+                name = names[offer] if isinstance(offer, int) else offer.name
+                if name not in taken and (all_may or self._may_be_offered(offer)):
+                    taken.add(name)
+                    found.append(offer)
+                    if len(found) == count:
+                        break
+        return found
 
     def _may_be_offered(self, offer: Offer) -> bool:
         return offer in self._may_be_seen if isinstance(offer, int) else not self._held_out(offer)
@@ -181,29 +173,8 @@ class Pool:
 
 
 def _shuffled(offers: list[Offer], drawn: Iterator[int]) -> Iterator[Offer]:
-    """Shuffle a list as far as it is asked for, and as there are numbers (Fisher and Yates)."""
+    """Shuffle a list as far as it is asked for (Fisher and Yates)."""
     for left in range(len(offers), 0, -1):
-        number = next(drawn, None)
-        if number is None:
-            return
-        place = number % left
-        offer = offers[place]
-        offers[place] = offers[left - 1]
-        offers[left - 1] = offer
-        yield offer
-
-
-def _random(seeds: list[int], count: int) -> "numpy.ndarray[Any, Any]":
-    """Return `count` random numbers of 32 bits for each seed of 64, (seeds, count): what SplitMix64 gives.
-
-    Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014, figure 17. A
-    generator a row would take longer to seed than to draw with.
-    """
-    import numpy
-
-    steps = numpy.arange(1, count + 1, dtype=numpy.uint64) * numpy.uint64(0x9E3779B97F4A7C15)
-    mixed = numpy.array(seeds, numpy.uint64)[:, None] + steps
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
-    found: numpy.ndarray[Any, Any] = (mixed ^ (mixed >> numpy.uint64(31))) >> numpy.uint64(32)
-    return found
+        place = next(drawn) % left
+        offers[place], offers[left - 1] = offers[left - 1], offers[place]
+        yield offers[left - 1]

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from mcp_lora import forking, languages
 from mcp_lora.accounts import Accounts
-from mcp_lora.candidates import Drawn, Offer, Pool, Question, Split
+from mcp_lora.candidates import Drawn, Offer, Pool, Split
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.lengths import Lengths
 from mcp_lora.records import Fault, Origin, Rejected, Tool, as_json
@@ -156,7 +156,9 @@ class Samples:
         # Another thread writes while the next samples are drawn.
         with ThreadPoolExecutor(1) as disk, contextlib.ExitStack() as self._open:
             while batch := list(islice(source, _BATCH)):
-                samples = self._draw(batch, rows, done, lengths)
+                samples = [
+                    self._draw(row, place, rows, lengths) for place, row in enumerate(batch, start=done)
+                ]
                 if lengths:
                     drawn = (sample.drawn for sample in samples)
                     self._count_tools(
@@ -211,29 +213,20 @@ class Samples:
                     lines.unlink()
         return final
 
-    def _draw(self, batch: list[Row], rows: Rows, first: int, lengths: Lengths | None) -> list[_Sample]:
-        """Give each row its split and its tools; the first of them has this place among all rows."""
-        questions, splits = [], []
-        for head, _ in batch:
-            own: list[Offer] = [
-                Tool(*json.loads(tool)) if isinstance(tool, str) else tool for tool in head.own
-            ]
-            called = [tool for offer in own if (tool := self._tool(offer)).name in head.called]
-            split = self._split_of(head, called, rows)
-            splits.append(split)
-            questions.append(Question(own, head.called, head.content, split == UNSEEN_SERVER))
-        samples = []
-        drawn = self._pool.draw(questions, self._candidates)
-        rows_drawn = zip(batch, splits, drawn, strict=True)
-        for place, ((head, conversation), split, tools) in enumerate(rows_drawn, start=first):
-            tokens = self._counted.lengths[place] if lengths else 0
-            if split != TRAIN and head.called and head.turns > 2 and place not in self._counted.faults:
-                # A test asks for the call, and for nothing after it.
-                turns = _turns(conversation)
-                conversation = _joined(turns[: _first_call(turns) + 1])
-                tokens = _count(Row(head, conversation), lengths) if lengths else 0
-            samples.append(_Sample(head, split, conversation, tokens, tools))
-        return samples
+    def _draw(self, row: Row, place: int, rows: Rows, lengths: Lengths | None) -> _Sample:
+        """Give a row its split and its tools; `place` is its own among all rows."""
+        head, conversation = row
+        own: list[Offer] = [Tool(*json.loads(tool)) if isinstance(tool, str) else tool for tool in head.own]
+        called = [tool for offer in own if (tool := self._tool(offer)).name in head.called]
+        split = self._split_of(head, called, rows)
+        drawn = self._pool.draw(own, set(head.called), self._candidates, head.content, split == UNSEEN_SERVER)
+        tokens = self._counted.lengths[place] if lengths else 0
+        if split != TRAIN and called and head.turns > 2 and place not in self._counted.faults:
+            # A test asks for the call, and for nothing after it.
+            turns = _turns(conversation)
+            conversation = _joined(turns[: _first_call(turns) + 1])
+            tokens = _count(Row(head, conversation), lengths) if lengths else 0
+        return _Sample(head, split, conversation, tokens, drawn)
 
     def _split_of(self, row: Head, called: list[Tool], rows: Rows) -> str:
         if self._split.servers and any(self._split.server(tool.server) for tool in called):
@@ -288,7 +281,7 @@ class Samples:
         conversation = _joined([*turns, {"from": "gpt", "value": languages.refusal(question)}])
         split = TRAIN if sample.split == TRAIN else NO_CALL
         tokens = _count(Row(sample.row, conversation), lengths) if lengths else 0
-        drawn = sample.drawn._replace(right=[])
+        drawn = sample.drawn.without_right()
         extra = sample._replace(split=split, conversation=conversation, tokens=tokens, drawn=drawn)
         with contextlib.suppress(Fault):  # it is an extra: where it does not fit nothing is lost
             self._write(extra, lengths)
@@ -298,25 +291,23 @@ class Samples:
         """Return a sample's tokens, and the tools that it has room for."""
         right = [self._added(tool, lengths) for tool in sample.drawn.right]
         added = [self._added(tool, lengths) for tool in sample.drawn.distractors]
-        kept = sample.drawn.distractors
         if None in right:
             raise Fault("not-renderable", f"template {lengths.name} cannot render the tool that is called")
-        if None in added:
-            kept = [tool for tool, tokens in zip(kept, added, strict=True) if tokens is not None]
+        kept = [place for place, tokens in enumerate(added) if tokens is not None]
         room = [tokens for tokens in added if tokens is not None]
         total = sample.tokens + sum(filter(None, right)) + sum(room)
         total += lengths.any_tools if right or room else 0
         dropped = 0
-        while not self._fits(total, sample, sample.drawn._replace(distractors=kept), lengths):
+        while not self._fits(total, sample, sample.drawn.only(kept), lengths):
             if not kept or (len(kept) == 1 and not right):
                 alone = f"{total} tokens without any other tool"
                 raise Fault("too-long", f"{alone}, and cutoff_len is {lengths.cutoff_len}")
-            kept = kept[:-1]
+            kept.pop()
             total -= room.pop()
             dropped += 1
         self.shortened += bool(dropped)
         self.dropped += dropped
-        return total, sample.drawn._replace(distractors=kept)
+        return total, sample.drawn.only(kept)
 
     def _fits(self, tokens: int, sample: _Sample, kept: Drawn, lengths: Lengths) -> bool:
         if lengths.is_clear(tokens):

@@ -48,7 +48,6 @@ print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_m
 OURS = """
 import json, resource, sys, time
 from pathlib import Path
-import numpy  # start-up too
 from mcp_lora.dataset import Settings, convert
 budget = json.loads(sys.argv[3])
 if budget:

@@ -88,6 +88,16 @@ def test_a_wrong_count_is_not_believed(
     assert counter.is_exact
 
 
+def test_a_text_that_fastokens_cannot_take_is_counted_by_the_tokenizer(at_once: None) -> None:
+    """SmolLM2's regular expression needs more stack there than fastokens has."""
+    counter = TokenCounter(loaded(embedded.ensure()))
+    assert counter.count(["a b"]) == [2] and not counter.is_exact
+    with pytest.raises(ValueError, match="stack"):
+        counter._count_fast([" " * 2_000_000])
+    assert counter.count(["a b", " " * 2_000_000]) == [2, 31_250]
+    assert TokenCounter(loaded(embedded.ensure())).count([" " * 2_000_000]) == [31_250]
+
+
 def test_a_tokenizer_that_fastokens_does_not_know_counts_itself(at_once: None) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -99,7 +109,7 @@ def test_a_tokenizer_that_fastokens_does_not_know_counts_itself(at_once: None) -
 
 
 @pytest.mark.skipif(not forking.POSSIBLE, reason="processes are copied on Linux alone")
-def test_a_fork_does_without(tiny_model: Path, at_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_does_without(tiny_model: Path, at_once: None) -> None:
     """fastokens would wait there for threads that were not copied."""
     counter = TokenCounter(loaded(tiny_model))
     texts = ["a b"] * 1000

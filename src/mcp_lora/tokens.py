@@ -42,7 +42,10 @@ class TokenCounter:
             self._tried = True
             self._try_fast(texts[:_PROOF])
         if not self.is_exact:
-            counted = self._count_fast(texts)
+            try:
+                counted = self._count_fast(texts)
+            except ValueError:  # a text that is too much for it, as two million spaces
+                return self.count_exactly(texts)
             if counted[::_CHECKED] == self.count_exactly(texts[::_CHECKED]):
                 return counted
             self._fast = None
@@ -63,9 +66,10 @@ class TokenCounter:
         _process = os.getpid()
         try:
             self._fast = fastokens.Tokenizer.from_json_str(self._backend.to_str())
-        except ValueError:  # it does not know this kind
-            return
-        if self._count_fast(texts) != self.count_exactly(texts):
+            proven = self._count_fast(texts) == self.count_exactly(texts)
+        except ValueError:  # it does not know this kind of tokenizer, or cannot take these texts
+            proven = False
+        if not proven:
             self._fast = None
 
     def _count_fast(self, texts: list[str]) -> list[int]:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -40,3 +42,24 @@ def test_a_process_ends_with_the_block() -> None:
         (process,) = psutil.Process().children()
         _ = 1 / 0
     assert not process.is_running()
+
+
+def test_a_process_does_not_outlive_the_one_that_it_works_for() -> None:
+    """It would go on writing into a folder that the next conversion uses."""
+    script = (
+        "import os, signal\n"
+        "from mcp_lora import forking\n"
+        "def work():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    signal.pause()\n"
+        "with forking.beside(work):\n"
+        "    signal.pause()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout
+        copy = psutil.Process(int(owner.stdout.readline()))
+        owner.kill()
+    _, alive = psutil.wait_procs([copy], timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive

@@ -1,6 +1,7 @@
 """Work beside this process, in a copy of it that sends back what it has found."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -27,7 +28,7 @@ def beside(work: Callable[[], _Found]) -> Iterator[Callable[[], _Found]]:
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(work, sender))
+    process = context.Process(target=_work, args=(work, sender, os.getpid()))
     with warnings.catch_warnings():
         # Python 3.12 warns of the threads here (numpy's, a progress bar's): the copy uses none of them.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -56,7 +57,11 @@ def beside(work: Callable[[], _Found]) -> Iterator[Callable[[], _Found]]:
         receiver.close()
 
 
-def _work(work: Callable[[], Any], sender: Connection) -> None:
+def _work(work: Callable[[], Any], sender: Connection, owner: int) -> None:
+    # It ends with its owner, however that ends: PR_SET_PDEATHSIG, see man 2 prctl.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != owner:
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the process that it works for, which ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not copied, and it would say so

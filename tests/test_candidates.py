@@ -1,6 +1,6 @@
 from collections import Counter
 
-from mcp_lora.candidates import Drawn, Offer, Pool, Split
+from mcp_lora.candidates import Offer, Pool, Split
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.records import Tool
 
@@ -15,18 +15,12 @@ def pool(tools: dict[str, list[str]], split: Split = NOTHING) -> tuple[Pool, Cat
     return Pool(catalogue, split), catalogue
 
 
-def draw(
-    pool: Pool, own: list[Offer], called: set[str], count: int, content: int, unseen_server: bool = False
-) -> Drawn:
-    return pool.draw(own, called, count, content, unseen_server)
-
-
 SERVERS = {f"s{i}": [f"s{i}_{k}" for k in range(8)] for i in range(30)}
 
 
 def test_half_of_the_distractors_are_the_right_tools_mates() -> None:
     tools, catalogue = pool(SERVERS)
-    right, distractors, _ = draw(tools, [0], {"s0_0"}, 10, content=7)
+    right, distractors, _ = tools.draw([0], {"s0_0"}, 10, content=7)
     servers = [catalogue.tools[tool].server for tool in distractors if isinstance(tool, int)]
     assert right == [0]
     assert servers[:5] == ["s0"] * 5  # the nearest first
@@ -36,7 +30,7 @@ def test_half_of_the_distractors_are_the_right_tools_mates() -> None:
 def test_every_place_is_equally_likely() -> None:
     tools, _ = pool(SERVERS)
     places = Counter(
-        draw(tools, [0], {"s0_0"}, 10, content=k * 7919).offered().index(0) for k in range(10_000)
+        tools.draw([0], {"s0_0"}, 10, content=k * 7919).offered().index(0) for k in range(10_000)
     )
     assert sorted(places) == list(range(10))
     assert all(850 < count < 1150 for count in places.values())  # 5 standard deviations
@@ -45,7 +39,7 @@ def test_every_place_is_equally_likely() -> None:
 def test_every_tool_is_drawn_equally_often() -> None:
     tools, catalogue = pool(SERVERS)
     drawn = Counter(
-        tool for k in range(4000) for tool in draw(tools, [0], {"s0_0"}, 10, content=k * 7919).distractors
+        tool for k in range(4000) for tool in tools.draw([0], {"s0_0"}, 10, content=k * 7919).distractors
     )
     mates = [drawn[number] for number in catalogue.by_server["s0"][1:]]
     others = [drawn[number] for number in range(8, len(catalogue.tools))]
@@ -56,24 +50,24 @@ def test_every_tool_is_drawn_equally_often() -> None:
 def test_no_two_tools_of_one_name() -> None:
     tools, catalogue = pool({f"s{i}": ["search", f"other{i % 3}"] for i in range(50)})
     for content in range(100):
-        _, distractors, _ = draw(tools, [0], {"search"}, 10, content)
+        _, distractors, _ = tools.draw([0], {"search"}, 10, content)
         names = [catalogue.tools[tool].name for tool in distractors if isinstance(tool, int)]
         assert sorted(names) == ["other0", "other1", "other2"]
 
 
 def test_a_small_pool_is_offered_whole() -> None:
     tools, _ = pool({"s": ["a", "b", "c", "d", "e"]})
-    _, distractors, _ = draw(tools, [0], {"a"}, 10, content=1)
+    _, distractors, _ = tools.draw([0], {"a"}, 10, content=1)
     assert sorted(tool for tool in distractors if isinstance(tool, int)) == [1, 2, 3, 4]
-    assert draw(tools, [0], {"a"}, 1, content=1).distractors == []
+    assert tools.draw([0], {"a"}, 1, content=1).distractors == []
 
 
 def test_every_tool_is_offered_once_and_what_is_left_out_moves_no_other() -> None:
     tools, _ = pool(SERVERS)
     own: list[Offer] = [Tool("", f"own{k}", "", {}) for k in range(30)]
     for drawn in (
-        *(draw(tools, [8 * k], {f"s{k}_0"}, 10, content=k) for k in range(30)),
-        draw(tools, own, {f"own{k}" for k in range(12)}, 10, 5),  # more calls than tools were asked for
+        *(tools.draw([8 * k], {f"s{k}_0"}, 10, content=k) for k in range(30)),
+        tools.draw(own, {f"own{k}" for k in range(12)}, 10, 5),  # more calls than tools were asked for
     ):
         offered = drawn.offered()
         assert sorted(map(offered.index, drawn.right + drawn.distractors)) == list(range(len(offered)))
@@ -89,17 +83,17 @@ def test_every_tool_is_offered_once_and_what_is_left_out_moves_no_other() -> Non
 def test_a_rows_own_tools_are_offered_first() -> None:
     tools, _ = pool(SERVERS)
     own: list[Offer] = [Tool("", f"own{k}", "", {}) for k in range(4)]
-    right, distractors, _ = draw(tools, own, {"own0", "own1"}, 6, content=1)
+    right, distractors, _ = tools.draw(own, {"own0", "own1"}, 6, content=1)
     assert right == own[:2]
     assert {tool.name for tool in distractors[:2] if isinstance(tool, Tool)} == {"own2", "own3"}
     assert len(distractors) == 4
-    _, fewer, _ = draw(tools, own, {"own0"}, 3, content=1)
+    _, fewer, _ = tools.draw(own, {"own0"}, 3, content=1)
     assert len(fewer) == 2 and all(isinstance(tool, Tool) for tool in fewer)
 
 
 def test_where_nothing_is_to_be_called_nothing_is_added() -> None:
     tools, _ = pool(SERVERS)
-    right, distractors, _ = draw(tools, [0, 1], set(), 10, content=1)
+    right, distractors, _ = tools.draw([0, 1], set(), 10, content=1)
     assert right == [] and sorted(tool for tool in distractors if isinstance(tool, int)) == [0, 1]
 
 
@@ -116,13 +110,13 @@ def test_what_is_held_out_is_no_candidate() -> None:
     drawn = {
         tool
         for content in range(500)
-        for tool in draw(tools, [seen], {catalogue.tools[seen].name}, 10, content).distractors
+        for tool in tools.draw([seen], {catalogue.tools[seen].name}, 10, content).distractors
     }
     assert len(drawn) > 50 and not drawn & held_out
     # a row's own definition of a held-out tool neither
     gone = catalogue.tools[min(held_out)]
     again = Tool(gone.server, gone.name, "as the row has it", {})
-    assert draw(tools, [seen, again], {catalogue.tools[seen].name}, 2, 1).distractors[0] != again
+    assert tools.draw([seen, again], {catalogue.tools[seen].name}, 2, 1).distractors[0] != again
 
 
 def test_a_held_out_server_is_tested_among_its_own_tools() -> None:
@@ -130,7 +124,7 @@ def test_a_held_out_server_is_tested_among_its_own_tools() -> None:
     tools, catalogue = pool(SERVERS, split)
     server = next(server for server in SERVERS if split.server(server))
     right = catalogue.by_server[server][0]
-    _, distractors, _ = draw(tools, [right], {f"{server}_0"}, 10, 1, unseen_server=True)
+    _, distractors, _ = tools.draw([right], {f"{server}_0"}, 10, 1, unseen_server=True)
     servers = [catalogue.tools[tool].server for tool in distractors if isinstance(tool, int)]
     assert servers[:5] == [server] * 5
     assert not any(map(split.server, servers[5:]))

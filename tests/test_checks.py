@@ -106,3 +106,9 @@ def test_without_tools_there_is_nothing_to_learn() -> None:
     with pytest.raises(Fault) as caught:
         check(Content([QUESTION, ANSWER_3], []), Catalogue(), True, 100)
     assert caught.value.reason == "no-tool"
+
+
+def test_an_empty_question_is_told_before_what_comes_after_it() -> None:
+    with pytest.raises(Fault) as caught:
+        checked(Turn(USER, " "), RESULT_3, call(1))
+    assert caught.value.reason == "no-instruction"

@@ -28,13 +28,15 @@ def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: 
     cleaned = content.cleaned
     turns = content.turns if whole else _up_to_the_call(content.turns)
     turns = [_clean(turn, max_observation, cleaned) for turn in turns]
-    if [turn.role for turn in turns] != [USER, CALL]:  # as most rows are
+    in_order = [turn.role for turn in turns] == [USER, CALL]  # as most rows are
+    if not in_order:
         turns = _in_turn(turns, cleaned)
         while turns and turns[-1].role in _OPENS:
             cleaned.append(f"trailing-{turns.pop().role}")
-        _check_order(turns)
     if not turns or (turns[0].role == USER and not turns[0].text):
         raise Fault("no-instruction", "there is no question with an answer")
+    if not in_order:
+        _check_order(turns)
     calls = [call for turn in turns for call in turn.calls]
     if not calls and not content.tools:
         raise Fault("no-tool", "no tool is called and none is on offer")

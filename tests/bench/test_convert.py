@@ -139,9 +139,8 @@ def test_the_papers_size_beside_the_plain_conversion(tmp_path: Path) -> None:
             ("ours", OURS, ["null"]),
             ("with the token budget", OURS, [json.dumps(budget)]),
         ):
-            with tempfile.TemporaryDirectory(
-                dir=tmp_path
-            ) as out:  # each begins without what another has left
+            # Each begins without what another has left.
+            with tempfile.TemporaryDirectory(dir=tmp_path) as out:
                 runs[name].append(measured(script, str(source), f"{out}/out", *more))
     plain, plain_memory = median(runs["plain"])
     print(f"\n{ROWS} rows, {source.stat().st_size / 1e6:.0f} MB, medians of 5:")

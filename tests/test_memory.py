@@ -1,14 +1,11 @@
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, write_json
+from conftest import ROOT
 
-from mcp_lora import memory, training
-from mcp_lora.config import Machine
-from mcp_lora.world import World
+from mcp_lora import memory
 
 CONFIG = {
     "lora_rank": 64,
@@ -80,33 +77,6 @@ def test_what_divides_and_what_grows(tiny_model: Path) -> None:
     assert (full.weights, full.activations) == (2 * one.weights, 2 * one.activations)
     four_bits = estimated(tiny_model, quantization_bit=4, optim="paged_adamw_8bit")
     assert four_bits.weights < one.weights and four_bits.adapter == 10 * one.trained
-
-
-def test_activations_are_kept_where_there_is_room(tiny_model: Path, tmp_path: Path) -> None:
-    config = CONFIG | {"model_name_or_path": str(tiny_model), "output_dir": str(tmp_path)}
-    config |= {"dataset_dir": str(tmp_path), "dataset": "mcp_train"}
-    plan = training.Plan(config, [], {}, [], "", World())
-    need = int(estimated(tiny_model, disable_gradient_checkpointing=True).total / training.SAFE)
-
-    def kept(memory: int | None, world: World = plan.world, **changes: Any) -> Any:
-        said: list[str] = []
-        machine = Machine(1, True, True, memory=memory)
-        found = training.keep_activations(
-            replace(plan, config=config | changes, world=world), machine, said.append
-        )
-        value = found.config.get("disable_gradient_checkpointing")
-        assert bool(said) == (value is True and not changes)
-        return value
-
-    assert kept(need + 1) is True and kept(need - 1) is None and kept(None) is None
-    assert kept(need + 1, disable_gradient_checkpointing=False) is False
-    assert kept(need + 1, model_name_or_path="org/unknown") is None
-    # Known lengths count, not what the longest could be.
-    write_json(
-        tmp_path / "stats.json",
-        {"written": {"mcp_train": 3}, "no_call_samples": {}, "lengths": {"max": 16, "cutoff_len": 256}},
-    )
-    assert kept(need // 2) is True
 
 
 def test_a_model_that_is_not_here_has_no_estimate() -> None:

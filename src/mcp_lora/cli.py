@@ -202,7 +202,7 @@ def train(
     for note in plan.notes:
         say(note)
     if dry_run:
-        plan = training.keep_activations(plan, machine, say)
+        plan = training.fit(plan, say)
         typer.echo(f"# {plan.run / 'run.yaml'}\n{configuration.dump(plan.config)}")
         typer.echo(f"# command\n{' '.join(plan.argv)}\n# environment")
         typer.echo("\n".join(f"{name}={value}" for name, value in plan.environment.items()))
@@ -214,7 +214,7 @@ def train(
         _print_statistics(statistics, Path(plan.config["dataset_dir"]))
     elif plan.config.get("dataset") == dataset.TRAIN:
         say(f"the data in {plan.config['dataset_dir']} is up to date")
-    plan = training.keep_activations(plan, machine, say)
+    plan = training.fit(plan, say)
     if overwrite and world.leads and (previous := runs.put_aside(plan.run)):
         say(f"the run that was in {plan.run} is now in {previous}")
     say(f"training; the configuration is in {plan.run / 'run.yaml'}")

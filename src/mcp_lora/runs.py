@@ -216,6 +216,44 @@ def adapter(run: Path, checkpoint: str | None = None) -> Path:
     raise McpLoraError(f"{choices[0]} holds no adapter (checkpoints: {there}): mcp-lora train --output {run}")
 
 
+def check_adapter(run: Path) -> None:
+    """Look at the adapter that a training has left.
+
+    LoRA begins with lora_B at 0, where the adapter changes nothing; trained, no such matrix stays there.
+
+    Raises:
+        McpLoraError: there is none, all its lora_B are 0, or it contains NaN or Inf; with exit code 1.
+    """
+    import torch
+    from safetensors import safe_open
+
+    file = run / "adapter_model.safetensors"
+    if not file.is_file():
+        raise McpLoraError(
+            f"training ended without an adapter (no {file}): see what is run with mcp-lora train --dry-run", 1
+        )
+    seen, learned = 0, False
+    with safe_open(file, framework="pt") as tensors:  # one tensor at a time in memory
+        for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+            tensor = tensors.get_tensor(name)
+            if not torch.isfinite(tensor).all():
+                raise McpLoraError(
+                    f"{file} contains NaN or Inf (in {name}), training has diverged: lower the learning "
+                    f"rate, as in mcp-lora train --overwrite learning_rate=1e-5",
+                    1,
+                )
+            if "lora_B" in name or "lora_embedding_B" in name:
+                seen += 1
+                learned = learned or bool(tensor.any())
+    if not learned:
+        raise McpLoraError(
+            f"the run has learned nothing, all {seen} lora_B matrices in {file} are 0: set a learning_rate "
+            f"above 0 and make more steps, as in mcp-lora train --overwrite --global-batch 8 "
+            f"num_train_epochs=3",
+            1,
+        )
+
+
 def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
     """Return what chat, export and prediction need to know of a run: model, template, adapter."""
     config = read_run(run)

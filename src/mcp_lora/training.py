@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, lengths, manifest, memory, runs, templates
+from mcp_lora import dataset, embedded, engine, launch, lengths, manifest, memory, runs, steps, templates
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
 from mcp_lora.world import World, share_batch
-
-# Of the memory, which is counted without CUDA's own and its fragments; see memory.py.
-SAFE = 0.75
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will be run: the resolved configuration, the command, its variables, remarks.
 
-    `batch` says what the batch of a step is made of, `world` who trains.
+    `batch` says what the batch of a step is made of, `world` who trains, `given` which keys were set on the
+    command line.
     """
 
     config: dict[str, Any]
@@ -32,6 +30,7 @@ class Plan:
     notes: list[str]
     batch: str
     world: World
+    given: frozenset[str] = frozenset()
 
     @property
     def run(self) -> Path:
@@ -71,7 +70,7 @@ def plan(
     shared, words = share_batch(config, world.processes, batch)
     config |= shared
     notes.append(words)
-    problems = engine.problems(config)
+    problems = engine.problems(config) + _makes_no_adapter(config)
     model = str(config.get("model_name_or_path"))
     if model != embedded.NAME and (missing := configuration.missing_model(model, dry_run)):
         problems.append(missing)
@@ -97,7 +96,22 @@ def plan(
         notes,
         words,
         world,
+        frozenset(configuration.parse_overrides(overrides)),
     )
+
+
+def _makes_no_adapter(config: dict[str, Any]) -> list[str]:
+    """Return why a configuration would end without an adapter that eval, chat and export can load.
+
+    Of the engine's finetuning_type freeze and full save a whole model, and it loads no adapter of oft (its
+    hparams/parser.py, _verify_model_args).
+    """
+    problems = []
+    if not config.get("do_train"):
+        problems.append("without do_train=true nothing is trained")
+    if (method := config.get("finetuning_type", "lora")) != "lora":
+        problems.append(f"finetuning_type={method} makes no LoRA adapter, set finetuning_type=lora")
+    return problems
 
 
 def refresh_data(
@@ -128,40 +142,39 @@ def refresh_data(
         return dataset.refresh(data, folder, lengths.budget(config), progress)
 
 
-def keep_activations(plan: Plan, machine: Machine, say: Callable[[str], None]) -> Plan:
-    """Switch gradient checkpointing off where memory holds the activations of a batch of the longest samples.
+def fit(plan: Plan, say: Callable[[str], None]) -> Plan:
+    """Fit what depends on the number of optimizer steps (see `steps.fit`), and report that number.
 
-    The engine computes them twice otherwise, which takes 20 to 30 % of the time. It is left as it is where
-    the configuration speaks of it, and where the model's shape or the memory is not known.
+    A plan is returned as it is where the number is not known: the data is not converted, or not ours.
 
-    Args:
-        plan: what will be run; how long samples are is known once they are converted.
-        machine: where it will run.
-        say: is told if they are kept.
+    Raises:
+        McpLoraError: the run would make no step, or be all warm-up.
     """
-    if "disable_gradient_checkpointing" in plan.config or not machine.memory:
+    samples = training_samples(plan.config)
+    count = steps.count(plan.config, samples, plan.world.processes)
+    if count is None:
         return plan
-    longest = _longest(plan.config)
-    config = plan.config | {"disable_gradient_checkpointing": True}
-    try:
-        found = memory.estimate(config | {"cutoff_len": longest}, plan.world.processes)
-    except Exception:  # see outlook
-        found = None
-    room = machine.memory if machine.gpus else machine.memory / plan.world.per_node
-    if not found or found.total > SAFE * room:
-        return plan
-    say(
-        f"activations are kept: {found.total / 1e9:.1f} of {room / 1e9:.0f} GB for samples of {longest} "
-        f"tokens (disable_gradient_checkpointing=false: computed twice)"
-    )
+    config = steps.fit(plan.config, count, plan.given)
+    batch = steps.global_batch(config, plan.world.processes)
+    made = f", of {samples} samples in batches of {batch}" if samples is not None else ""
+    say(f"optimizer steps: {count}{made}; warm-up steps: {config['warmup_steps']}")
+    if count < steps.FEW:
+        say(f"warning: few steps to learn from; {steps.what_helps(config, plan.world.processes)}")
     return replace(plan, config=config)
 
 
-def _longest(config: dict[str, Any]) -> int:
-    """Return the tokens of the longest sample, of which nothing is known before the conversion."""
+def training_samples(config: dict[str, Any]) -> int | None:
+    """Return how many samples are trained on, without those of val_size; None where that is not known.
+
+    Packing and streaming leave open how many sequences the engine makes of the samples.
+    """
     known = dataset.facts(Path(str(config.get("dataset_dir"))), str(config.get("dataset")))
-    cutoff = int(configuration.number(config, "cutoff_len", 2048))
-    return min(cutoff, known["lengths"]["max"]) if known and known["lengths"] else cutoff
+    if not known or config.get("packing") or config.get("neat_packing") or config.get("streaming"):
+        return None
+    samples = int(min(known["samples"], configuration.number(config, "max_samples", math.inf)))
+    held_out = configuration.number(config, "val_size", 0)
+    # datasets' train_test_split rounds a share up; LLaMA-Factory takes what is above 1 as a number.
+    return samples - (math.ceil(samples * held_out) if held_out < 1 else int(held_out))
 
 
 def outlook(plan: Plan) -> list[str]:
@@ -182,28 +195,26 @@ def outlook(plan: Plan) -> list[str]:
         parts = (found.weights, found.adapter, found.activations, found.logits, found.total)
         weights, adapter, activations, logits, total = (f"{part / 1e9:.1f}" for part in parts)
         lines += [
-            f"trained: {found.trained:,} parameters, {share:.1%} of the model; adapter on disk: "
-            f"{found.file:,} bytes",
-            f"memory per GPU, GB: weights {weights} + adapter {adapter} + activations {activations} + logits "
-            f"{logits} = {total}, for samples of cutoff_len",
+            f"trained: {found.trained:,} parameters, {share:.1%} of the model; adapter on disk: about "
+            f"{4 * found.trained / 1e6:,.0f} MB",
+            f"memory per GPU, estimated in GB: weights {weights} + adapter {adapter} + activations "
+            f"{activations} + logits {logits} = about {total}, for samples of cutoff_len",
         ]
     else:
         lines.append(f"memory: not known, {why}")
-    if known := dataset.facts(Path(str(config.get("dataset_dir"))), str(config.get("dataset"))):
-        samples = known["samples"]
-        held_out = configuration.number(config, "val_size", 0)
-        samples -= round(samples * held_out) if held_out < 1 else int(held_out)
-        batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
-        batch *= plan.world.processes
-        steps = math.ceil(math.ceil(samples / batch) * configuration.number(config, "num_train_epochs", 3))
-        most = configuration.number(config, "max_steps", -1)  # wins over the epochs where it is positive
-        steps = int(most) if most > 0 else steps
-        lines.append(f"steps: {steps}, of {samples} samples in batches of {batch}")
+    samples = training_samples(config)
+    count = steps.count(config, samples, plan.world.processes)
+    known = dataset.facts(Path(str(config.get("dataset_dir"))), str(config.get("dataset")))
+    if known and count is not None:
+        batch = steps.global_batch(config, plan.world.processes)
+        lines.append(f"steps: {count}, of {samples} samples in batches of {batch}")
         if lengths_ := known["lengths"]:
             lines.append(
                 f"tokens: {lengths_['median'] * batch:,} a step at the median of {lengths_['median']}; "
                 f"padding {lengths_['padding']:.0%}"
             )
+    elif count is not None:
+        lines.append(f"steps: {count}")
     else:
         lines.append("steps: not known, the data is not converted: mcp-lora convert")
     return lines
@@ -221,13 +232,14 @@ def start(plan: Plan, say: Callable[[str], None], retry: bool = True) -> None:
         retry: whether to start again after running out of memory.
 
     Raises:
-        McpLoraError: the folder cannot be written, or the engine fails.
+        McpLoraError: the folder cannot be written, the engine fails, or the adapter has learned nothing.
     """
     if plan.world.leads:
         _make_ready(plan, say)
     if plan.world.rank is not None:
         with _recorded(plan) as record:
             engine.train(plan.config)
+            _check_result(plan)
             record["exit"] = 0
         return
     with _recorded(plan) as record:
@@ -235,6 +247,7 @@ def start(plan: Plan, say: Callable[[str], None], retry: bool = True) -> None:
             outcome = _run(plan)
             record["exit"] = outcome.code
             if not outcome.code:
+                _check_result(plan)
                 return
             # Other machines would not know of it.
             smaller = _smaller(plan) if outcome.out_of_memory and retry and plan.world.nodes == 1 else None
@@ -254,6 +267,12 @@ def start(plan: Plan, say: Callable[[str], None], retry: bool = True) -> None:
             outcome.code,
         )
     raise outcome.error(f"mcp-lora train{runs.how_to_go_on(plan.run)}")
+
+
+def _check_result(plan: Plan) -> None:
+    """See to it that a run which has learned nothing does not count as a success; the first process looks."""
+    if plan.world.leads:
+        runs.check_adapter(plan.run)
 
 
 def _make_ready(plan: Plan, say: Callable[[str], None]) -> None:

@@ -23,7 +23,7 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_recipe_is_the_papers() -> None:
     resolved, notes = resolve(config.RECIPE, {}, [], {}, GPU)
-    assert notes == []
+    assert notes == [] and "disable_gradient_checkpointing" not in resolved
     recipe = {
         "model_name_or_path": "Qwen/Qwen2.5-7B-Instruct",
         "template": "qwen",
@@ -118,12 +118,15 @@ def test_a_cpu_trains_one_sample_at_a_time_without_dropout_and_deepspeed_unless_
     cpu = Machine(0, True, True)
     resolved, notes = resolve(config.RECIPE, {}, [], {}, cpu)
     assert [resolved[key] for key in keys] == [1, 128, 0.0]
-    assert "per_device_train_batch_size=16" in notes[1] and "lora_dropout=0.1" in notes[2]
-    assert "deepspeed" not in resolved and "--zero 0" in notes[3]
-    words = ["per_device_train_batch_size=16", "lora_dropout=0.1"]
+    assert resolved["disable_gradient_checkpointing"] is True
+    assert "disable_gradient_checkpointing=false" in notes[1]
+    assert "per_device_train_batch_size=16" in notes[2] and "lora_dropout=0.1" in notes[3]
+    assert "deepspeed" not in resolved and "--zero 0" in notes[4]
+    words = ["per_device_train_batch_size=16", "lora_dropout=0.1", "disable_gradient_checkpointing=false"]
     zero = {"deepspeed": str(config.ZERO)}
     resolved, notes = resolve(config.RECIPE, {}, words, zero, cpu)
     assert [resolved[key] for key in keys] == [16, 8, 0.1] and len(notes) == 1
+    assert resolved["disable_gradient_checkpointing"] is False
     assert Path(resolved["deepspeed"]).name == "ds_z0_config.json"
     resolved, _ = resolve(config.RECIPE, {}, ["gradient_accumulation_steps=2"], {}, cpu)
     assert [resolved[key] for key in keys] == [16, 2, 0.0]

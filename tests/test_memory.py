@@ -9,7 +9,6 @@ from mcp_lora import memory
 
 CONFIG = {
     "lora_rank": 64,
-    "lora_alpha": 128,
     "lora_target": "all",
     "per_device_train_batch_size": 2,
     "cutoff_len": 256,
@@ -33,39 +32,18 @@ def adapted(model: Path) -> Any:
     return get_peft_model(base, lora).train()
 
 
-def test_parameters_and_the_file_are_exact(tiny_model: Path, tmp_path: Path) -> None:
-    model = adapted(tiny_model)
-    model.save_pretrained(tmp_path)
-    trained, total = model.get_nb_trainable_parameters()
+def test_parameters_are_exact(tiny_model: Path) -> None:
+    trained, total = adapted(tiny_model).get_nb_trainable_parameters()
     found = estimated(tiny_model)
     assert (found.trained, found.base) == (trained, total - trained)
-    assert found.file == (tmp_path / "adapter_model.safetensors").stat().st_size
     assert found.weights == 2 * found.base and found.adapter == 16 * found.trained
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_torch_keeps(tiny_model: Path, checkpointing: bool) -> None:
-    model = adapted(tiny_model)
-    model.enable_input_require_grads()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    kept = memory.saved_bytes(model, 2, 256)
-    found = estimated(tiny_model, disable_gradient_checkpointing=not checkpointing)
-    if checkpointing:  # and one layer at a time, which comes when it is computed again
-        whole = estimated(tiny_model, disable_gradient_checkpointing=True).activations
-        assert kept < found.activations < whole
-        assert found.activations - kept == pytest.approx(whole / 2, rel=0.1)
-    else:
-        assert found.activations == pytest.approx(kept, rel=0.05)
-
-
-def test_what_divides_and_what_grows(tiny_model: Path) -> None:
+def test_what_is_sharded_and_what_grows(tiny_model: Path) -> None:
     one = estimated(tiny_model)
     twice = estimated(tiny_model, per_device_train_batch_size=4)
-    assert twice.logits == 2 * one.logits and twice.activations == pytest.approx(
-        2 * one.activations, rel=0.01
-    )
-    assert one.logits == 2 * 256 * 12 * _words(tiny_model)
+    assert (twice.logits, twice.activations) == (2 * one.logits, 2 * one.activations)
+    assert one.logits == 2 * 256 * 12 * _vocabulary(tiny_model)
     second, third = (
         estimated(tiny_model, 4, deepspeed=str(ROOT / f"train_configs/ds_z{stage}_config.json"))
         for stage in (2, 3)
@@ -79,11 +57,56 @@ def test_what_divides_and_what_grows(tiny_model: Path) -> None:
     assert four_bits.weights < one.weights and four_bits.adapter == 10 * one.trained
 
 
+def test_activations_follow_the_formula(tiny_model: Path) -> None:
+    # hidden 32, queries 32, keys 16, intermediate 64, 2 layers; 2 × 256 tokens
+    layer = 12 * 32 + 4 * 32 + 4 * 16 + 8 * 64
+    plain, masked = (layer + c * (5 * 32 + 32 + 64) for c in (2, 3))
+    kept = {"disable_gradient_checkpointing": True}
+    assert estimated(tiny_model, **kept).activations == 512 * 2 * plain
+    assert estimated(tiny_model, lora_dropout=0.1, **kept).activations == 512 * 2 * masked
+    assert estimated(tiny_model).activations == 512 * (2 * 2 * 32 + plain)
+
+
+def test_activations_are_about_what_torch_keeps(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(shape).save_pretrained(tmp_path)
+    model = adapted(tmp_path)
+    model.enable_input_require_grads()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    decoder = model.get_base_model().model
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        decoder(input_ids=torch.zeros(2, 256, dtype=torch.long), use_cache=False)
+    seen = sum(storage.nbytes() for storage in kept.values())
+    found = estimated(tmp_path, disable_gradient_checkpointing=True)
+    # Weights that autocast has cast, and lora_A's outputs of rank 64, are large beside so small a model.
+    assert found.activations == pytest.approx(seen, rel=0.3)
+
+
 def test_a_model_that_is_not_here_has_no_estimate() -> None:
     assert memory.estimate({"model_name_or_path": "org/unknown"}, 1) is None
 
 
-def _words(model: Path) -> int:
+def _vocabulary(model: Path) -> int:
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(model).vocab_size)

@@ -35,17 +35,13 @@ _PATHS = ("model_name_or_path", "dataset_dir", "output_dir", "deepspeed")
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how a configuration can be run: CUDA devices, bf16, the packages.
-
-    `memory` is the bytes of the smallest GPU, without any those that are free; None is not known.
-    """
+    """What decides how a configuration can be run: CUDA devices, bf16, the packages."""
 
     gpus: int
     bf16: bool
     deepspeed: bool
     flash_attention: bool = False
     liger: bool = False
-    memory: int | None = None
 
 
 def detect_machine(imagined: int | None = None) -> Machine:
@@ -59,22 +55,18 @@ def detect_machine(imagined: int | None = None) -> Machine:
     """
     import importlib.util
 
-    import psutil
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    memory = None
     if imagined and imagined > gpus:
         gpus, bf16 = imagined, True
     elif gpus:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(gpus))
     else:
         bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        memory = psutil.virtual_memory().available
     packages = ("deepspeed", "flash_attn", "liger_kernel")
     deepspeed, flash, liger = (importlib.util.find_spec(package) is not None for package in packages)
-    return Machine(gpus, bf16, deepspeed, flash, liger, memory)
+    return Machine(gpus, bf16, deepspeed, flash, liger)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -192,9 +184,16 @@ def _suit_a_cpu(config: dict[str, Any], given: set[str]) -> list[str]:
     dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at the recipe's 0.1. DeepSpeed's stage
     0 divides nothing, and learns less in bf16, where it casts the adapter and begins with an empty step of
     AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298 with it and
-    0.282 without (tests/bench/test_train.py).
+    0.282 without (tests/bench/test_train.py). Gradient checkpointing computes activations twice to save GPU
+    memory, which is 20 to 30 % of the time.
     """
     notes = []
+    if "disable_gradient_checkpointing" not in config:
+        config["disable_gradient_checkpointing"] = True
+        notes.append(
+            "no gradient checkpointing, which takes time to save memory "
+            "(disable_gradient_checkpointing=false: as on a GPU)"
+        )
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
     size = number(config, sizes[0], 8)
     if size > 1 and not given & set(sizes):

@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mcp_lora import catalogue as catalogues
 from mcp_lora import files
 from mcp_lora.catalogue import Catalogue
-from mcp_lora.embedded import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 SAMPLE = ROOT / "data" / "filtered" / "filtered_sample.json"
 SHAPES = ROOT / "tests" / "shapes"
 BIN = Path(sys.executable).parent
+# Like SmolLM2's it knows no tools, so that ours is used.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def record(instruction: str = "Add 1 and 2.", tool: str = "get-sum", **changes: Any) -> dict[str, Any]:
@@ -90,28 +96,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def preprocessed(
-    folder: Path, model: Path, template: str, tool_format: str | None, cutoff_len: int
-) -> list[dict[str, Any]]:
-    """What LLaMA-Factory's own loading and preprocessing make of the dataset mcp_train in a folder."""
-    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-    from llamafactory.hparams import DataArguments, ModelArguments, TrainingArguments
-    from transformers import AutoTokenizer
-
-    data_args = DataArguments(
-        template=template,
-        tool_format=tool_format,
-        dataset="mcp_train",
-        dataset_dir=str(folder),
-        cutoff_len=cutoff_len,
-        preprocessing_num_workers=1,
+def collated(run_yaml: Path) -> list[tuple[list[int], list[int]]]:
+    """What LLaMA-Factory trains on: token ids and labels of each sample, by its own loading and collator."""
+    from llamafactory.data import (
+        SFTDataCollatorWith4DAttentionMask,
+        get_dataset,
+        get_template_and_fix_tokenizer,
     )
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rendered = get_template_and_fix_tokenizer(tokenizer, data_args)
-    training_args = TrainingArguments(output_dir=str(folder / "out"), use_cpu=True, do_train=True)
-    model_args = ModelArguments(model_name_or_path=str(model))
-    module = get_dataset(rendered, model_args, data_args, training_args, "sft", tokenizer=tokenizer)
-    return list(module["train_dataset"])
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    config = yaml.safe_load(run_yaml.read_text(encoding="utf-8")) | {
+        "deepspeed": None,
+        "resume_from_checkpoint": None,
+    }
+    model_args, data_args, training_args, _, _ = get_train_args(config)
+    module = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+    rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
+    collate = SFTDataCollatorWith4DAttentionMask(template=template, **module)
+    batches = [collate([row]) for row in rows]
+    return [(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in batches]
 
 
 def make_project(folder: Path) -> Path:

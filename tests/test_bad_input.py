@@ -41,6 +41,9 @@ KEYS = st.sampled_from(
         "content",
         "value",
         "tool_calls",
+        "id",
+        "tool_call_id",
+        "reasoning_content",
         "input_schema",
         "tool_name",
         "properties",
@@ -173,4 +176,4 @@ def test_keys_that_are_there_twice(tmp_path: Path) -> None:
     text = json.dumps(record("first")).replace('"instruction"', '"instruction": "zeroth", "instruction"', 1)
     (tmp_path / "rows.json").write_text(text)
     stats = sum_rule(tmp_path / "rows.json")
-    assert stats and stats["written"] == {"mcp_train": 1}
+    assert stats and stats["written"] == {"train": 1}

@@ -4,14 +4,13 @@ import pytest
 
 from mcp_lora.catalogue import Catalogue, tool_of
 from mcp_lora.checks import check
-from mcp_lora.readers import BETWEEN_RESULTS
 from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Fault, ToolCall, Turn
 
 SUM = tool_of("s", {"name": "sum", "parameters": {"properties": {"a": {"type": "integer"}}}})
 
 
 def call(*values: Any, name: str = "sum") -> Turn:
-    return Turn(CALL, "", tuple(ToolCall(name, {"a": value}) for value in values))
+    return Turn(CALL, "", tuple(ToolCall(name, {"a": value}) for value in values), ("",) * len(values))
 
 
 def checked(
@@ -54,14 +53,24 @@ def test_what_has_no_answer_is_left_off_and_counted() -> None:
     assert checked(QUESTION, ANSWER_3, QUESTION) == ([QUESTION, ANSWER_3], ["trailing-user"])
 
 
-def test_parallel_calls_and_their_results_are_a_turn_each() -> None:
-    turns, _ = checked(QUESTION, call(1), call(2), RESULT_3, Turn(RESULT, "4"), ANSWER_3)
-    assert turns == [QUESTION, call(1, 2), Turn(RESULT, f"3{BETWEEN_RESULTS}4"), ANSWER_3]
+def test_parallel_calls_are_one_turn_and_each_result_its_own() -> None:
+    four = Turn(RESULT, "4")
+    turns, cleaned = checked(QUESTION, call(1), call(2), RESULT_3, four, ANSWER_3)
+    assert turns == [QUESTION, call(1, 2), RESULT_3, four, ANSWER_3]
+    assert cleaned == []
 
 
-def test_a_text_beside_a_call_is_left_out_and_counted() -> None:
-    assert checked(QUESTION, Turn(ANSWER, "Well …"), call(1)) == ([QUESTION, call(1)], ["text-beside-call"])
+def test_what_an_assistant_says_in_a_row_is_one_turn() -> None:
+    well, named = Turn(ANSWER, "Well …", reasoning="Hm."), call(1)._replace(ids=("x",))
+    assert checked(QUESTION, well, named) == (
+        [QUESTION, named._replace(text="Well …", reasoning="Hm.")],
+        [],
+    )
     assert checked(QUESTION, Turn(ANSWER, " "), call(1)) == ([QUESTION, call(1)], [])
+    assert checked(QUESTION, well, ANSWER_3)[0] == [
+        QUESTION,
+        Turn(ANSWER, "Well …\n\nIt is 3.", reasoning="Hm."),
+    ]
 
 
 def test_a_long_result_is_shortened_visibly_and_counted() -> None:

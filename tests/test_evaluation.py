@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BIN, SAMPLE, environment
+from chat_templates import tokenizer_of
+from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
 
 from mcp_lora import answering, questions, runs
 from mcp_lora.answers import Answer, Judge, Notebook, Said
@@ -19,10 +20,11 @@ from mcp_lora.config import Machine
 from mcp_lora.dataset import Settings, convert
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluation import BASE, Endpoint, Evaluation, evaluate, requirement, summarise, unmet
+from mcp_lora.prompts.render import ChatTemplate
 from mcp_lora.questions import Question
 
 CPU = Machine(0, False, True)
-JUDGE = Judge("qwen", None)
+JUDGE = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +74,19 @@ def test_a_split_that_is_not_there_is_told(data: Path, tmp_path: Path) -> None:
 
 def test_parallel_calls_are_one_question(asked: list[Question]) -> None:
     calls = [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]
-    turns = [asked[0].sample["conversations"][0], {"from": "function_call", "value": json.dumps(calls)}]
-    question = Question("seen", asked[0].sample | {"conversations": turns})
+    made = [{"function": call | {"arguments": json.dumps(call["arguments"])}} for call in calls]
+    messages = [*asked[0].sample["messages"][:2], {"role": "assistant", "tool_calls": made}]
+    question = Question("seen", asked[0].sample | {"messages": messages})
     assert [call._asdict() for call in question.expected] == calls
 
 
 def test_a_damaged_question_is_told(tmp_path: Path) -> None:
     convert(Settings([str(SAMPLE)], test=0.2), tmp_path)
-    file = tmp_path / "mcp_test_seen.json"
-    samples = json.loads(file.read_text(encoding="utf-8"))
-    for change in ({"tools": "[{}]"}, {"tools": "["}, {"conversations": samples[0]["conversations"][1:]}):
-        file.write_text(json.dumps([samples[0] | change]), encoding="utf-8")
-        with pytest.raises(McpLoraError, match="mcp_test_seen in .* is damaged: mcp-lora convert --out"):
+    file = tmp_path / "seen.jsonl"
+    sample = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    for change in ({"tools": [{}]}, {"tools": "["}, {"messages": sample["messages"][2:]}):
+        file.write_text(json.dumps(sample | change) + "\n", encoding="utf-8")
+        with pytest.raises(McpLoraError, match="seen in .* is damaged: mcp-lora convert --out"):
             questions.read(tmp_path, [])
 
 
@@ -222,7 +225,7 @@ def tool_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def run(data: Path, tiny_model: Path, tmp_path: Path) -> Path:
-    config = {"dataset_dir": str(data), "template": "qwen", "model_name_or_path": str(tiny_model)}
+    config = {"dataset_dir": str(data), "model_name_or_path": str(tiny_model)}
     runs.write_config(tmp_path / "run", config)
     return tmp_path / "run"
 

@@ -34,7 +34,7 @@ def test_filtered() -> None:
     first = of("filtered")[0]
     assert first.turns == [
         Turn(USER, "What is 128 * 46?"),
-        Turn(CALL, "", (ToolCall("calculate", {"expression": "128 * 46"}),)),
+        Turn(CALL, "", (ToolCall("calculate", {"expression": "128 * 46"}),), ("",)),
     ]
     schema = {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}
     assert first.tools == [Tool("office", "calculate", "Evaluates an arithmetic expression", schema)]
@@ -68,8 +68,29 @@ def test_openai_with_parallel_calls_and_without_any() -> None:
     assert parallel.system == "You are a desk clerk."
     assert [call.arguments["place"] for call in parallel.turns[1].calls] == ["Rome", "Quito"]
     assert [turn.role for turn in parallel.turns] == [USER, CALL, RESULT, RESULT, ANSWER]
+    assert [turn.ids for turn in parallel.turns[1:4]] == [("c1", "c2"), ("c1",), ("c2",)]
     assert [turn.role for turn in none.turns] == [USER, ANSWER] and len(none.tools) == 2
     assert broken.reason == "bad-json"
+
+
+def test_reasoning_text_and_ids_are_kept(tmp_path: Path) -> None:
+    function = {"name": "calculate", "arguments": {}}
+    calls = [{"id": given, "function": function} for given in ("x", 7, "half a pair: \ud83d")]
+    row = {
+        "messages": [
+            {"role": "assistant", "content": "So:", "reasoning_content": "Hm.", "tool_calls": calls},
+            {"role": "tool", "tool_call_id": 0, "content": "3"},
+            {"role": "assistant", "content": "Done.", "reasoning_content": None},
+        ]
+    }
+    (tmp_path / "row.json").write_text(json.dumps(row))
+    (found,) = contents(tmp_path / "row.json")
+    assert isinstance(found, Content)
+    assert found.turns == [
+        Turn(CALL, "So:", (ToolCall("calculate", {}),) * 3, ("x", "", ""), "Hm."),
+        Turn(RESULT, "3"),
+        Turn(ANSWER, "Done."),
+    ]
 
 
 def test_sharegpt_and_hermes() -> None:
@@ -77,7 +98,7 @@ def test_sharegpt_and_hermes() -> None:
     assert plain.turns[1].calls[0].name == "convert-unit"
     assert hermes.turns[1].calls == (ToolCall("calculate", {"expression": "3.5 * 8"}),)
     assert hermes.turns[2] == Turn(RESULT, "28")
-    assert hermes.cleaned == ["text-beside-call"]
+    assert hermes.turns[1].text == "I will compute that."
 
 
 def test_xlam_parameters_become_a_schema() -> None:
@@ -201,13 +222,10 @@ def test_the_newest_file_goes_by_the_date_in_its_name(tmp_path: Path) -> None:
 
 
 def test_the_sample_is_used_when_nothing_else_is_there(tmp_path: Path) -> None:
-    sample = write_json(tmp_path / "filtered_sample.json", [])
-    assert newest_filtered(tmp_path) == sample
-
-
-def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(McpLoraError, match="mcp-lora convert FILE"):
         newest_filtered(tmp_path)
+    sample = write_json(tmp_path / "filtered_sample.json", [])
+    assert newest_filtered(tmp_path) == sample
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the third-party data is not here")

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BIN, ROOT, record, run, write_json
+from chat_templates import tokenizer_of
+from conftest import BIN, CHAT_TEMPLATE, ROOT, record, run, write_json
 
 from mcp_lora import charts, manifest, questions, report, runs
 from mcp_lora.answers import Judge, Notebook, Said
 from mcp_lora.dataset import Settings, convert
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluation import summarise
+from mcp_lora.prompts.render import ChatTemplate
 
 SCRIPT = "</script></pre><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>"
 MODELS = ("base", "endpoint-hosted", "adapter")
@@ -38,7 +40,7 @@ def make_run(place: Path, name: str, wrong: int, **changes: Any) -> Path:
         settings = Settings([str(source)], candidates=3, test=0.3, holdout_servers=0.4, no_call=0.3)
         convert(settings, data)
     folder = place / name
-    config = {"model_name_or_path": "base/model", "template": "qwen", "dataset_dir": str(data)}
+    config = {"model_name_or_path": "base/model", "dataset_dir": str(data)}
     config |= {"dataset": "mcp_train", "learning_rate": 2e-4, "lora_rank": 64} | changes
     runs.write_config(folder, config)
     manifest.write(folder, manifest.describe(config, ["llamafactory-cli"], {}, 2) | {"exit": 0})
@@ -51,8 +53,9 @@ def make_run(place: Path, name: str, wrong: int, **changes: Any) -> Path:
     write_json(folder / "trainer_state.json", {"global_step": 40, "log_history": history})
     write_json(folder / "adapter_config.json", {})
     asked = questions.read(data, [])
+    judge = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
     for model in MODELS:
-        book = Notebook(folder / f"eval/{model}.jsonl", asked, model, Judge("qwen", None))
+        book = Notebook(folder / f"eval/{model}.jsonl", asked, model, judge)
         for number, question in enumerate(asked):
             calls = [call._asdict() for call in question.expected]
             if number % wrong == 0:
@@ -105,7 +108,7 @@ def test_the_page_holds_what_the_run_was_made_of(folders: list[Path], page: str)
     conversion = json.loads((folders[0] / "manifest.json").read_text())["conversion"]
     assert f"{conversion['read']} rows read" in page and "extra samples without the right tool" in page
     assert len(re.findall("<svg", page)) == 3 + 1 + 2  # a split each; errors; loss and rate: no lengths here
-    assert "llamafactory-cli api --model_name_or_path base/model" in page and "API_HOST=127.0.0.1" in page
+    assert "mcp-lora export" in page and "PeftModel.from_pretrained" in page
 
 
 def test_examples_are_of_every_split_and_outcome(page: str) -> None:
@@ -152,7 +155,7 @@ def test_runs_are_compared_on_the_questions_that_both_were_asked(folders: list[P
 
 def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
     bare = tmp_path / "bare"
-    runs.write_config(bare, {"model_name_or_path": "m", "template": "qwen"})
+    runs.write_config(bare, {"model_name_or_path": "m"})
     (bare / "checkpoint-5").mkdir()
     (bare / "checkpoint-5/trainer_state.json").write_text('{"log_his')  # where it was killed
     page = report.write([bare]).read_text(encoding="utf-8")

@@ -12,7 +12,6 @@ from mcp_lora.errors import McpLoraError
 
 CONFIG: dict[str, Any] = {
     "model_name_or_path": "org/model",
-    "template": "qwen",
     "lora_rank": 64,
     "lora_target": "all",
     "num_train_epochs": 1.0,
@@ -206,9 +205,9 @@ def test_a_quantised_base_is_known(
     assert runs.is_quantised(tmp_path / "run") is expected
 
 
-def test_serving_knows_model_template_and_adapter(tmp_path: Path) -> None:
-    runs.write_config(tmp_path, CONFIG | {"tool_format": "qwen"})
-    base = {"model_name_or_path": "org/model", "template": "qwen", "tool_format": "qwen"}
+def test_serving_takes_over_what_shapes_the_model(tmp_path: Path) -> None:
+    base = {"model_name_or_path": "org/model", "resize_vocab": True, "add_tokens": "a"}
+    runs.write_config(tmp_path, CONFIG | base | {"template": "empty"})
     assert runs.serving_config(tmp_path, None) == base
     adapter = {"adapter_name_or_path": str(tmp_path), "finetuning_type": "lora"}
     assert runs.serving_config(tmp_path, tmp_path) == base | adapter

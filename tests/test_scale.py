@@ -244,7 +244,7 @@ def test_the_manifest_says_what_the_run_was_made_of(whole: Path, project: Path, 
     import hashlib
 
     found = manifest(whole)
-    data = project / "data/llama_factory/mcp_train_data.json"
+    data = project / "data/llama_factory/train.jsonl"
     assert found["data"] == {"file": str(data), "sha256": hashlib.sha256(data.read_bytes()).hexdigest()}
     assert found["conversion"] == json.loads(data.with_name("stats.json").read_text(encoding="utf-8"))
     config = tiny_model / "config.json"

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mcp_lora import files
 from mcp_lora.records import Rejected
 
 
@@ -35,7 +34,6 @@ class Accounts:
     def __init__(self, rejects: Path) -> None:
         self._file = rejects.open("wb")
         self._accounts: dict[tuple[str, str], Account] = {}
-        self._late: dict[str, dict[int, Rejected]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -69,23 +67,6 @@ class Accounts:
             text = json.dumps(line | {"record": None})
         # half a surrogate pair becomes its JSON escape
         self._file.write(text.encode(errors="backslashreplace") + b"\n")
-
-    def reject_late(self, rejected: Rejected) -> None:
-        """The same for a row whose record is not at hand; `write_late` fetches it."""
-        self._late.setdefault(rejected.origin.file, {})[rejected.origin.row] = rejected
-
-    def write_late(self) -> None:
-        """Read the files again in which rows were rejected late."""
-        for file, rows in self._late.items():
-            last = max(rows)
-            for number, record in enumerate(files.read(Path(file)), start=1):
-                if number in rows:
-                    late = rows.pop(number)
-                    self.reject(late._replace(origin=late.origin._replace(record=record)))
-                if number >= last:
-                    break
-            for late in rows.values():  # the file has changed in the meantime
-                self.reject(late)
 
     def all(self) -> list[Account]:
         """Return the accounts, in the order of reading."""

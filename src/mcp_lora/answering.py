@@ -12,12 +12,14 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from mcp_lora import dataset, files, launch, runs
+from mcp_lora import files, launch, runs
 from mcp_lora.answers import Said
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
+from mcp_lora.prompts import rendered
+from mcp_lora.prompts.render import ChatTemplate
 from mcp_lora.questions import Question
 from mcp_lora.world import World
 
@@ -25,40 +27,54 @@ from mcp_lora.world import World
 CHUNK = 1000
 KEY = "OPENAI_API_KEY"
 _RETRIES = 5  # of a server that fails for the moment; the pauses grow
-_DATASET = "questions"
 
 
 def by_engine(
-    questions: Sequence[Question], settings: dict[str, Any], machine: Machine, command: str
+    questions: Sequence[Question],
+    template: ChatTemplate,
+    settings: dict[str, Any],
+    machine: Machine,
+    command: str,
 ) -> Iterator[tuple[Question, Said]]:
     """Let LLaMA-Factory answer, greedily, in batches of questions of like length.
 
+    It is given the token ids of each prompt, as in training (see mcp_lora.prompts.rendered).
+
     Args:
         questions: in any order.
-        settings: its keys: model, adapter, template, max_new_tokens, batch.
+        template: the model's.
+        settings: its keys: all that shapes the model, adapter, max_new_tokens, batch.
         machine: where it runs.
         command: what to run again after a failure.
 
     Raises:
         McpLoraError: the engine fails.
     """
-    longest_first = sorted(questions, key=lambda question: -len(json.dumps(question.sample)))
+    prompts = [(question, *template.turn(*question.turn)) for question in questions]
+    encoded = [
+        (question, text, template.ids(text), template.ids(target)) for question, text, target in prompts
+    ]
+    longest_first = sorted(encoded, key=lambda one: -len(one[2]))
     for start in range(0, len(questions), CHUNK):
         chunk = longest_first[start : start + CHUNK]
         with tempfile.TemporaryDirectory(prefix="mcp-lora-") as place:
             folder = Path(place)
-            dataset.write(folder, _DATASET, [question.sample for question in chunk])
+            rendered.write(folder / "prompts", [(ids, target) for _, _, ids, target in chunk])
             output = folder / "answers"
+            model = template.stopping_model(settings["model_name_or_path"], folder / "model")
             file = runs.write_config(
                 folder,
                 settings
                 | {
+                    "model_name_or_path": model,
                     "stage": "sft",
                     "do_predict": True,
                     "predict_with_generate": True,
                     "do_sample": False,  # the engine samples at temperature 0.95 by default
-                    "dataset_dir": str(folder),
-                    "eval_dataset": _DATASET,
+                    "skip_special_tokens": False,  # or [TOOL_CALLS] and its like vanish from what is read
+                    "template": rendered.TEMPLATE,
+                    "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
+                    "tokenized_path": str(folder / "prompts"),
                     "use_cpu": not machine.gpus,
                     "report_to": "none",
                     "output_dir": str(output),
@@ -71,12 +87,17 @@ def by_engine(
             if outcome.code:
                 raise outcome.error(command)
             rows: list[Any] = list(files.read(output / "generated_predictions.jsonl"))
-        for question, row in zip(chunk, rows, strict=True):
-            yield question, Said(row["prompt"], row["predict"], [])
+        for (question, text, *_), row in zip(chunk, rows, strict=True):
+            yield question, Said(text, template.without_end(row["predict"]), [])
 
 
 def by_endpoint(
-    questions: Sequence[Question], url: str, model: str, max_tokens: int, at_once: int = 8
+    questions: Sequence[Question],
+    url: str,
+    model: str,
+    max_tokens: int,
+    template: ChatTemplate,
+    at_once: int = 8,
 ) -> Iterator[tuple[Question, Said]]:
     """Ask a server that speaks OpenAI's chat protocol, several questions at once, in the order of answers.
 
@@ -87,6 +108,7 @@ def by_endpoint(
         url: up to and with /v1.
         model: its name there.
         max_tokens: that an answer may have.
+        template: the model's; where it switches thinking the server is told to, as in training.
         at_once: questions under way.
 
     Raises:
@@ -94,6 +116,8 @@ def by_endpoint(
     """
     from openai import APIError, OpenAI
 
+    thinking = {"enable_thinking": template.thinking}
+    switched = {"chat_template_kwargs": thinking} if template.switches_thinking else None
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=_RETRIES)
     answers: queue.SimpleQueue[tuple[Question, Said] | None] = queue.SimpleQueue()
     failures: list[Exception] = []
@@ -101,9 +125,14 @@ def by_endpoint(
     left = iter(questions)
 
     def ask(question: Question) -> Said:
-        messages = _messages(question)
+        messages, _, tools = cast(Any, question.turn)
         answer = client.chat.completions.create(
-            model=model, messages=messages, tools=_tools(question), temperature=0, max_tokens=max_tokens
+            model=model,
+            messages=messages,
+            tools=tools,
+            temperature=0,
+            max_tokens=max_tokens,
+            extra_body=switched,
         )
         message = answer.choices[0].message
         calls = [
@@ -152,22 +181,3 @@ def by_endpoint(
 def _whole(text: str) -> str:
     """Return a text without half surrogate pairs, which JSON can hold and a file cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _messages(question: Question) -> Any:
-    roles = {"human": "user", "gpt": "assistant"}
-    turns = [
-        {"role": roles[turn["from"]], "content": turn["value"]}
-        for turn in question.sample["conversations"][:-1]
-    ]
-    return [{"role": "system", "content": question.sample["system"]}, *turns]
-
-
-def _tools(question: Question) -> Any:
-    return [
-        {
-            "type": "function",
-            "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
-        }
-        for tool in question.tools.values()
-    ]

@@ -20,8 +20,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import engine, files
+from mcp_lora import files
 from mcp_lora.catalogue import Catalogue
+from mcp_lora.prompts.calls import call_of
+from mcp_lora.prompts.render import ChatTemplate, schemas
 from mcp_lora.questions import Question
 from mcp_lora.records import ToolCall
 from mcp_lora.scoring import Verdict, judge
@@ -63,16 +65,16 @@ _FIELDS = tuple(field.name for field in fields(Answer))
 
 
 class Judge:
-    """Reads the calls in answers by a run's template and tool format, and judges them."""
+    """Reads the calls in answers, in the form of a run's chat template, and judges them."""
 
-    def __init__(self, template: str, tool_format: str | None) -> None:
-        self._format = template, tool_format
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
         self._catalogue = Catalogue()  # keeps the validators
 
     def __call__(self, question: Question, said: Said) -> Answer:
-        calls, tried = self._read(said)
-        schemas = {name: tool.parameters for name, tool in question.tools.items()}
-        valid = all(call.name in schemas and self._validates(question, call) for call in calls)
+        calls, tried = self._read(question, said)
+        offered = {name: tool.parameters for name, tool in question.tools.items()}
+        valid = all(call.name in offered and self._validates(question, call) for call in calls)
         return Answer(
             question.key,
             question.split,
@@ -83,13 +85,14 @@ class Judge:
             said.text,
             said.tool_calls,
             calls,
-            judge(question.expected, calls, schemas, tried, valid),
+            judge(question.expected, calls, offered, tried, valid),
         )
 
-    def _read(self, said: Said) -> tuple[list[ToolCall], bool]:
+    def _read(self, question: Question, said: Said) -> tuple[list[ToolCall], bool]:
         if not said.tool_calls:
-            return engine.read_calls(said.text, *self._format)
-        read = [engine.call_of(call["name"], call["arguments"]) for call in said.tool_calls]
+            reading = self._template.read(said.text, schemas(question.turn[2]))
+            return reading.calls, reading.broken
+        read = [call_of(call["name"], call["arguments"]) for call in said.tool_calls]
         return [call for call in read if call], None in read
 
     def _validates(self, question: Question, call: ToolCall) -> bool:

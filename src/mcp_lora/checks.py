@@ -3,10 +3,9 @@
 import re
 
 from mcp_lora.catalogue import Catalogue
-from mcp_lora.readers import BETWEEN_RESULTS
 from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Fault, Turn
 
-_OPENS = (USER, RESULT)  # the turns that LLaMA-Factory wants in the first, third, … place
+_OPENS = (USER, RESULT)  # what an assistant's turn answers
 
 
 def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: int) -> list[Turn]:
@@ -19,8 +18,8 @@ def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: 
         max_observation: a tool's result is shortened to so many characters.
 
     Returns:
-        A conversation that begins with the user, alternates (USER or RESULT) with (CALL or ANSWER)
-        and ends with one of the latter, as LLaMA-Factory wants it.
+        A conversation that begins with the user, alternates (USER, or the RESULTs of a CALL) with (CALL or
+        ANSWER) and ends with one of the latter.
 
     Raises:
         Fault: it cannot be used.
@@ -84,17 +83,21 @@ def _clean(turn: Turn, max_observation: int, cleaned: list[str]) -> Turn:
 
 
 def _in_turn(turns: list[Turn], cleaned: list[str]) -> list[Turn]:
-    """Join what stands one after another in one role: parallel calls, their results, texts."""
+    """Join what stands one after another in one role: parallel calls, a text and the call after it, texts."""
     joined: list[Turn] = []
     for turn in turns:
         if turn.role == ANSWER and not turn.text.strip():
             continue
-        if turn.role == CALL and joined and joined[-1].role == ANSWER:
-            joined.pop()  # for LLaMA-Factory a turn is a call or a text
-            cleaned.append("text-beside-call")
-        if joined and (last := joined[-1]).role == turn.role:
-            between = {CALL: "", RESULT: BETWEEN_RESULTS}.get(turn.role, "\n\n")
-            joined[-1] = Turn(turn.role, last.text + between + turn.text, last.calls + turn.calls)
+        last = joined[-1] if joined else None
+        beside = last and last.role == ANSWER and turn.role == CALL
+        if last and (beside or (last.role == turn.role and turn.role != RESULT)):
+            joined[-1] = Turn(
+                turn.role,
+                "\n\n".join(filter(None, (last.text, turn.text))),
+                last.calls + turn.calls,
+                (last.ids or ("",) * len(last.calls)) + turn.ids,
+                "\n\n".join(filter(None, (last.reasoning, turn.reasoning))),
+            )
         else:
             joined.append(turn)
     return joined
@@ -103,5 +106,6 @@ def _in_turn(turns: list[Turn], cleaned: list[str]) -> list[Turn]:
 def _check_order(turns: list[Turn]) -> None:
     for place, turn in enumerate(turns):
         before = turns[place - 1].role if place else ""
-        if (turn.role in _OPENS) == bool(place % 2) or (turn.role == RESULT and before != CALL):
+        follows = {USER: ("", CALL, ANSWER), RESULT: (CALL, RESULT)}.get(turn.role, _OPENS)
+        if before not in follows:
             raise Fault("bad-order", f"turn {place + 1} is a {turn.role}, after {before or 'nothing'}")

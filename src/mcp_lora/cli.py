@@ -18,8 +18,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, lengths, readers, runs, templates, training
+from mcp_lora import dataset, embedded, engine, launch, readers, runs, training
 from mcp_lora.errors import McpLoraError
+from mcp_lora.prompts import render as prompts
+from mcp_lora.prompts import rendered
 from mcp_lora.records import Fault
 from mcp_lora.runs import DEFAULT
 from mcp_lora.world import World, worker_rank
@@ -82,13 +84,6 @@ def convert(
         float, typer.Option(min=0, max=1, help="Share of extra samples without the right tool.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Decides what is held out and draws candidate tools.")] = 42,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Base model whose tokenizer counts: no sample gets longer than cutoff_len."),
-    ] = None,
-    config: Annotated[
-        Path, typer.Option(help="The recipe: template and cutoff_len, with --model.")
-    ] = configuration.RECIPE,
     strict: Annotated[bool, typer.Option("--strict", help="End with 1 if a row is rejected.")] = False,
     max_rejects: Annotated[
         str, typer.Option(help="End with 1 if more are rejected: 5%, or a number of rows.", metavar="N")
@@ -109,9 +104,8 @@ def convert(
         no_call,
         seed,
     )
-    budget = lengths.budget(_recipe(config, model)) if model else None
     with _progress() as progress, dataset.locked(out):
-        statistics = dataset.convert(settings, out, budget, progress)
+        statistics = dataset.convert(settings, out, progress)
     _print_statistics(statistics, out)
     rejected, read = sum(statistics["rejected"].values()), statistics["read"]
     if rejected > allowed(read):
@@ -124,28 +118,44 @@ def convert(
 
 @app.command()
 def inspect(
-    row: Annotated[int, typer.Argument(min=1, help="Which sample, from 1.")] = 1,
-    split: Annotated[str, typer.Option(help="The dataset in the folder.", metavar="NAME")] = dataset.TRAIN,
+    row: Annotated[int, typer.Argument(min=1, help="Which row, from 1.")] = 1,
+    split: Annotated[
+        str, typer.Option(help="train, seen, unseen_tool, unseen_server or no_call.", metavar="NAME")
+    ] = "train",
     model: Annotated[str | None, typer.Option(help="Base model: a folder, a hub id, or `embedded`.")] = None,
     config: Annotated[
-        Path, typer.Option(help="The recipe: folder, template, cutoff_len.")
+        Path, typer.Option(help="The recipe: model, folder, cutoff_len.")
     ] = configuration.RECIPE,
     data: Annotated[
         Path | None, typer.Option("--from", help="The dataset's folder, if not the recipe's.")
     ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Show the token ids.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For machines: input_ids, labels, prompt, target; a line a sample.")
+    ] = False,
 ) -> None:
-    """Show a sample as the engine sees it, what is trained on in another colour."""
+    """Show a row as the model is trained on it, what is trained on in another colour."""
     recipe = _recipe(config, model)
     folder = data or Path(recipe["dataset_dir"])
     found = next(islice(dataset.samples(folder, split), row - 1, None), None)
     if found is None:
-        raise McpLoraError(f"{split} in {folder} has fewer than {row} samples: mcp-lora inspect 1")
-    counter = lengths.Lengths(lengths.budget(recipe))
+        raise McpLoraError(f"{split} in {folder} has fewer than {row} rows: mcp-lora inspect 1")
+    template = prompts.load(recipe)
+    cutoff_len = int(recipe.get("cutoff_len") or 2048)
     try:
-        _print_sample(found, counter, ids)
+        fitted = rendered.fit(template, found, cutoff_len, bool(recipe.get("mask_history")))
     except Fault as fault:
-        raise McpLoraError(f"{fault}: mcp-lora convert --model leaves such samples out") from None
+        raise McpLoraError(
+            f"row {row} of {split} is left out: {fault}. See another: mcp-lora inspect"
+        ) from None
+    for sample in fitted.samples:
+        if as_json:
+            typer.echo(json.dumps(vars(sample), ensure_ascii=False))
+        else:
+            _print_sample(sample, template, ids)
+    if not as_json:
+        lost = f"; {fitted.dropped} distractors are left out to fit" if fitted.dropped else ""
+        _say(f"{len(fitted.samples)} samples, cutoff_len {cutoff_len}, {template.note}{lost}")
 
 
 @app.command()
@@ -202,19 +212,18 @@ def train(
     for note in plan.notes:
         say(note)
     if dry_run:
-        plan = training.fit(plan, say)
+        plan = training.foresee(plan, say)
         typer.echo(f"# {plan.run / 'run.yaml'}\n{configuration.dump(plan.config)}")
         typer.echo(f"# command\n{' '.join(plan.argv)}\n# environment")
         typer.echo("\n".join(f"{name}={value}" for name, value in plan.environment.items()))
         typer.echo("# plan\n" + "\n".join([plan.batch, *training.outlook(plan)]))
         return
     with _progress() as progress:
-        statistics = training.refresh_data(plan.config, data, progress)
-    if statistics:
-        _print_statistics(statistics, Path(plan.config["dataset_dir"]))
-    elif plan.config.get("dataset") == dataset.TRAIN:
-        say(f"the data in {plan.config['dataset_dir']} is up to date")
-    plan = training.fit(plan, say)
+        refreshed = training.refresh_data(plan.config, data, progress)
+    say(refreshed.message)
+    if refreshed.statistics and not world.rank:
+        _print_statistics(refreshed.statistics, Path(plan.config["dataset_dir"]))
+    plan = training.render(plan, say)
     if overwrite and world.leads and (previous := runs.put_aside(plan.run)):
         say(f"the run that was in {plan.run} is now in {previous}")
     say(f"training; the configuration is in {plan.run / 'run.yaml'}")
@@ -236,7 +245,6 @@ def doctor(
     settings, _ = configuration.resolve(config, os.environ, [], {"model_name_or_path": model}, machine)
     if settings.get("model_name_or_path") == embedded.NAME:
         settings["model_name_or_path"] = str(embedded.folder())
-    templates.fit(settings, chosen=False)
     findings = []
     for finding in examine(settings, machine):
         findings.append(finding)
@@ -294,6 +302,9 @@ def evaluate(
             progress,
         )
     _print_evaluation(found)
+    if found.left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
+        _say(f"warning: questions that cannot be asked: {reasons}")
     _say(f"every answer and all figures are in {run / 'eval'}; on a page: mcp-lora report {run}")
     if missed := evaluation.unmet(found, requirements):
         raise McpLoraError(
@@ -337,7 +348,7 @@ def export(
 ) -> None:
     """Merge the adapter into the base model, and check that the result says the same."""
     engine.require()
-    from mcp_lora.merging import TOLERANCE, compare
+    from mcp_lora import merging
 
     adapter = runs.adapter(run, checkpoint)
     if runs.is_quantised(run):
@@ -348,11 +359,13 @@ def export(
     if export_dir.exists():
         raise McpLoraError(f"{export_dir} exists: mcp-lora export {run} --to OTHER_FOLDER")
     settings = runs.serving_config(run, adapter) | {"export_dir": str(export_dir), "export_size": 1}
+    settings |= {"template": rendered.TEMPLATE}  # which leaves the tokenizer its own chat template
     outcome = _run_engine("export", settings)
     if outcome.code:
         raise outcome.error(f"mcp-lora export {run}")
-    found = compare(settings["model_name_or_path"], adapter, export_dir)
-    limit = TOLERANCE[found.dtype] * found.largest
+    merging.serve_as_trained(export_dir, prompts.load(runs.read_run(run)))
+    found = merging.compare(settings["model_name_or_path"], adapter, export_dir)
+    limit = merging.TOLERANCE[found.dtype] * found.largest
     _say(
         f"{export_dir} against base + adapter, in {found.dtype}: the largest difference of a logit is "
         f"{found.difference:.2g} (tolerance {limit:.2g})"
@@ -383,7 +396,6 @@ def _recipe(config: Path, model: str | None) -> dict[str, Any]:
         recipe["model_name_or_path"] = str(embedded.ensure())
     if problems := engine.problems(recipe):
         raise McpLoraError(f"{'; '.join(problems)}. Mend {config} and run again")
-    _say(templates.fit(recipe, chosen=False))
     return recipe
 
 
@@ -456,49 +468,23 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
         _say(f"warning: the schema of {broken['tool']} is none, its calls are unchecked: {broken['problem']}")
     for note in statistics["notes"]:
         _say(f"warning: {note}")
-    if found := statistics["lengths"]:
-        _print_lengths(found)
-        lost, dropped = statistics["samples_that_lost_tools"], statistics["tools_dropped"]
-        _say(f"{lost} samples lost {dropped} candidate tools to fit")
 
 
-def _print_lengths(found: dict[str, Any]) -> None:
+def _print_sample(sample: Any, template: Any, ids: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console()
-    most = max(count for *_, count in found["histogram"])
-    width = max(10, min(50, console.width - 24))
-    for low, high, count in found["histogram"]:
-        bar = "█" * -(-count * width // most)
-        console.print(Text(f"{low:>6}–{high:<6} {bar} {count}"))
-    _say(
-        f"tokens of a sample to train on: median {found['median']}, 95 % up to {found['p95']}, max "
-        f"{found['max']}, cutoff_len {found['cutoff_len']}; padding of a batch of {found['batch_size']}: "
-        f"{found['padding']:.0%}"
-    )
-
-
-def _print_sample(sample: dict[str, Any], counter: lengths.Lengths, ids: bool) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console()
-    encoded = counter.encode(sample)
-    for trained, run in groupby(encoded, key=lambda token: token[1]):
+    pairs = zip(sample.input_ids, sample.labels, strict=True)
+    for trained, run in groupby(pairs, key=lambda pair: pair[1] != prompts.IGNORED):
         tokens = [token for token, _ in run]
-        text = " ".join(map(str, tokens)) if ids else counter.tokenizer.decode(tokens)
+        text = " ".join(map(str, tokens)) if ids else template.tokenizer.decode(tokens)
         console.print(
             Text(text, style="bold green" if trained else "dim"), end="\n" if ids else "", soft_wrap=True
         )
     console.print()
-    trained = sum(trained for _, trained in encoded)
-    whole = counter.count([counter.render_sample(sample)])[0]
-    cut = f", {whole - len(encoded)} CUT by the engine" if whole > len(encoded) else ""
-    _say(
-        f"{len(encoded)} tokens, {trained} of them trained on (in green){cut}; cutoff_len "
-        f"{counter.cutoff_len}, template {counter.name}"
-    )
+    trained = sum(label != prompts.IGNORED for label in sample.labels)
+    _say(f"{len(sample.input_ids)} tokens, {trained} of them trained on (in green)")
 
 
 def _print_evaluation(evaluation: Any) -> None:

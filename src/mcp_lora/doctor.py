@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from mcp_lora import dataset, engine, lengths
+from mcp_lora import dataset, engine
 from mcp_lora.config import Machine, missing_model
 from mcp_lora.errors import McpLoraError
-from mcp_lora.records import Fault
+from mcp_lora.prompts import render
 
 Verdict = Literal["ok", "warning", "problem"]
 _ROOM = 20e9  # bytes: a 7B model's weights in bf16, and some checkpoints
@@ -44,7 +44,7 @@ def examine(config: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
     yield Finding("recipe", "problem" if problems else "ok", words + (": mend it" if problems else ""))
     if not problems:
         yield from _model(config)
-    yield _data(Path(str(config.get("dataset_dir") or dataset.FOLDER)), str(config.get("dataset")))
+    yield _data(Path(str(config.get("dataset_dir") or dataset.FOLDER)))
 
 
 def _packages() -> Iterator[Finding]:
@@ -133,39 +133,30 @@ def _model(config: Mapping[str, Any]) -> Iterator[Finding]:
         return
     yield Finding("model", "ok", model)
     try:
-        yield _stop_word(lengths.Lengths(lengths.budget(config)))
-    except (McpLoraError, Fault) as error:
-        yield Finding("template", "problem", str(error))
+        yield _template(render.load(config))
+    except McpLoraError as error:
+        yield Finding("chat template", "problem", str(error))
 
 
-def _stop_word(counter: lengths.Lengths) -> Finding:
-    """See whether an answer, as it is trained, ends with what ends the generation."""
-    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    trained = [
-        token
-        for token, is_trained in counter.encode({"conversations": turns, "system": "a", "tools": ""})
-        if is_trained
-    ]
-    stops = counter.template.get_stop_token_ids(counter.tokenizer)
-    end = counter.tokenizer.decode(trained[-2:])
-    words = f"{counter.name}: an answer ends with {end!r}, eos is {counter.tokenizer.eos_token!r}"
-    if counter.tokenizer.eos_token_id in trained[-2:]:
-        return Finding("template", "ok", words)
-    if set(trained[-2:]) & {*stops}:
-        words += ", LLaMA-Factory stops there, and others do not know of it: set eos_token_id for them"
-        return Finding("template", "warning", words)
-    return Finding("template", "problem", f"{words}, generation would not stop: mcp-lora train template=NAME")
+def _template(template: render.ChatTemplate) -> Finding:
+    """See which chat template is trained, and whether its answers end with what ends the generation."""
+    ends = " or ".join(sorted({*template.ends.values()}))
+    words = f"{template.note}; an answer ends with {ends}"
+    if not template.is_own:
+        return Finding("chat template", "warning", f"{words}; serve it with the adapter")
+    eos = template.tokenizer.eos_token
+    if {*template.ends.values()} != {eos}:
+        words += f", eos is {eos}: a server needs both, in generation_config.json"
+        return Finding("chat template", "warning", words)
+    return Finding("chat template", "ok", words)
 
 
-def _data(folder: Path, name: str) -> Finding:
-    if name != dataset.TRAIN:
-        return Finding("data", "ok", f"{name} in {folder}, which is not ours to look at")
+def _data(folder: Path) -> Finding:
     try:
-        if not dataset.file_of(folder, name):
+        if not dataset.statistics(folder):
             return Finding("data", "warning", f"{folder} holds none yet: mcp-lora convert")
-        newer = dataset.newer(folder)
+        if not dataset.is_up_to_date(folder):
+            return Finding("data", "warning", f"the inputs of {folder} have changed: mcp-lora convert")
     except McpLoraError as error:
         return Finding("data", "problem", str(error))
-    if newer:
-        return Finding("data", "warning", f"{newer[0]} is newer than what is in {folder}: mcp-lora convert")
     return Finding("data", "ok", f"{folder} is converted and up to date")

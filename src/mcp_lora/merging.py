@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcp_lora.prompts.render import ChatTemplate
+from mcp_lora.runs import CHAT_TEMPLATE
+
 # Largest difference of two logits that merging may cause, relative to the largest logit: the
 # merged weights are rounded to the model's dtype, where the adapter apart is not.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
@@ -23,6 +26,17 @@ class Comparison:
     def within_tolerance(self) -> bool:
         """Whether the difference is one that rounding explains."""
         return self.difference <= TOLERANCE[self.dtype] * self.largest
+
+
+def serve_as_trained(merged: Path, template: ChatTemplate) -> None:
+    """Give an exported model the chat template that it was trained with.
+
+    The engine's Modelfile for Ollama is removed: it knows no tools, and holds the engine's template.
+    """
+    if not template.is_own:
+        text = str(template.tokenizer.chat_template)
+        (merged / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+    (merged / "Modelfile").unlink(missing_ok=True)
 
 
 def compare(base: str, adapter: Path, merged: Path) -> Comparison:
@@ -47,13 +61,13 @@ def compare(base: str, adapter: Path, merged: Path) -> Comparison:
             return model.eval().to(device)(ids.to(device)).logits.float().cpu()
 
     exported = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
-    dtype = exported.dtype
+    dtype, words = exported.dtype, exported.get_input_embeddings().weight.shape[0]
     after = logits(exported)
     del exported
     gc.collect()
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if words != model.get_input_embeddings().weight.shape[0]:  # resize_vocab
+        model.resize_token_embeddings(words, mean_resizing=False)
     before = logits(PeftModel.from_pretrained(model, adapter))
-    # A base whose embedding the engine has widened has fewer logits than what it exported.
-    width = min(before.shape[-1], after.shape[-1])
-    difference = (before[..., :width] - after[..., :width]).abs().max().item()
+    difference = (before - after).abs().max().item()
     return Comparison(difference, before.abs().max().item(), str(dtype).removeprefix("torch."))

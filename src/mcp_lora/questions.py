@@ -1,13 +1,7 @@
 r"""The held-out questions of a converted dataset, with their right answers.
 
-A test file holds samples in LLaMA-Factory's sharegpt format; the last turn is the right answer, a call,
-parallel calls, or a text where no tool on offer fits:
-
-    {"conversations": [{"from": "human", "value": "What is 3 plus 4?"},
-                       {"from": "function_call",
-                        "value": "{\"name\":\"get-sum\",\"arguments\":{\"a\":3,\"b\":4}}"}],
-     "system": "You are a helpful assistant. …", "server": "everything",
-     "tools": "[{\"name\":\"get-sum\",\"description\":\"…\",\"parameters\":{\"type\":\"object\", …}}]"}
+A row of a test (see mcp_lora.samples) is a conversation that ends with the right answer: a call, parallel
+calls, or a text where no candidate tool fits.
 """
 
 import hashlib
@@ -19,10 +13,10 @@ from typing import Any
 
 from mcp_lora import dataset
 from mcp_lora.errors import McpLoraError
+from mcp_lora.prompts.render import called
 from mcp_lora.records import Tool, ToolCall
-from mcp_lora.samples import NO_CALL, TEST, UNSEEN_SERVER, UNSEEN_TOOL
 
-SPLITS = {"seen": TEST, "unseen_tool": UNSEEN_TOOL, "unseen_server": UNSEEN_SERVER, "no_call": NO_CALL}
+SPLITS = tuple(split for split in dataset.SPLITS if split != "train")
 
 
 @dataclass(frozen=True)
@@ -39,9 +33,16 @@ class Question:
         return hashlib.sha256(f"{self.split}\n{sample}".encode()).hexdigest()[:16]
 
     @property
+    def turn(self) -> tuple[list[Any], Any, list[Any]]:
+        """What stands before the answer, the right answer and the candidate tools, in OpenAI's form."""
+        messages = self.sample["messages"]
+        return messages[:-1], messages[-1], self.sample["tools"]
+
+    @property
     def instruction(self) -> str:
         """What is asked last."""
-        return str(self.sample["conversations"][-2]["value"])
+        asked = [message["content"] for message in self.turn[0] if message["role"] == "user"]
+        return str(asked[-1])
 
     @property
     def server(self) -> str:
@@ -51,17 +52,12 @@ class Question:
     @cached_property
     def expected(self) -> list[ToolCall]:
         """The right calls; none where no tool fits."""
-        answer = self.sample["conversations"][-1]
-        if answer["from"] != "function_call":
-            return []
-        calls = json.loads(answer["value"])
-        return [ToolCall(**call) for call in (calls if isinstance(calls, list) else [calls])]
+        return called(self.turn[1])
 
     @cached_property
     def tools(self) -> dict[str, Tool]:
-        """The tools on offer, by name."""
-        offered = json.loads(self.sample["tools"] or "[]")
-        return {tool["name"]: Tool("", **tool) for tool in offered}
+        """The candidate tools, by name."""
+        return {tool["function"]["name"]: Tool("", **tool["function"]) for tool in self.turn[2]}
 
 
 def read(folder: Path, splits: list[str], limit: int | None = None) -> list[Question]:
@@ -80,15 +76,15 @@ def read(folder: Path, splits: list[str], limit: int | None = None) -> list[Ques
             f"there is no split {', '.join(unknown)}: mcp-lora eval --split {' or '.join(SPLITS)}"
         )
     there = dataset.names(folder)
-    wanted = splits or [split for split, name in SPLITS.items() if name in there]
-    if missing := [split for split in wanted if SPLITS[split] not in there]:
+    wanted = splits or [split for split in SPLITS if split in there]
+    if missing := [split for split in wanted if split not in there]:
         raise McpLoraError(
             f"{folder} holds no questions of split {', '.join(missing)}: mcp-lora convert --test 0.1 "
             f"--holdout-tools 0.1 --holdout-servers 0.1 --no-call 0.05 --out {folder}"
         )
     found = []
     for split in wanted:
-        samples = dataset.samples(folder, SPLITS[split])
+        samples = dataset.samples(folder, split)
         found += [Question(split, sample) for _, sample in zip(range(limit or 2**62), samples, strict=False)]
     if not found:
         raise McpLoraError(
@@ -98,8 +94,7 @@ def read(folder: Path, splits: list[str], limit: int | None = None) -> list[Ques
         try:
             _ = question.instruction, question.expected, question.tools
         except (ValueError, TypeError, LookupError):
-            name = SPLITS[question.split]
             raise McpLoraError(
-                f"a question of {name} in {folder} is damaged: mcp-lora convert --out {folder}"
+                f"a question of {question.split} in {folder} is damaged: mcp-lora convert --out {folder}"
             ) from None
     return found

@@ -77,10 +77,6 @@ FILTERED_FOLDER = Path("data/filtered")
 FILTERED = "filtered_*.json"
 SAMPLE = "filtered_sample.json"
 
-# Between the results of parallel calls: LLaMA-Factory allows one turn for all of them and joins
-# them so itself (its data/converter.py, OpenAIDatasetConverter).
-BETWEEN_RESULTS = "\n</tool_response>\n<tool_response>\n"
-
 _ROLES = {
     "user": USER,
     "human": USER,
@@ -295,19 +291,21 @@ def _messages(value: Any) -> Content:
         if kind == ANSWER and not calls and "<tool_call>" in text:
             calls = [_literal(found) for found in _TOOL_CALL.findall(text)]
             text = _TOOL_CALL.sub("", text)
+        reasoning = message.get("reasoning_content")
+        reasoning = reasoning if isinstance(reasoning, str) else ""
         if kind == CALL:
             content.turns.append(_call(_literal(text)))
         elif kind == ANSWER and calls:
-            content.turns.append(_call(calls))
-            if text.strip():
-                content.cleaned.append("text-beside-call")
+            content.turns.append(_call(calls)._replace(text=text.strip(), reasoning=reasoning))
         elif kind == ANSWER and "<functioncall>" in text:
             raise Fault("no-call", "the calls are written as <functioncall> text, which cannot be read")
         elif kind == RESULT:
+            given = _id(message.get("tool_call_id"))
+            ids = (given,) if given else ()
             parts = _TOOL_RESPONSE.findall(text)
-            content.turns.append(Turn(RESULT, BETWEEN_RESULTS.join(parts) if parts else text))
+            content.turns += [Turn(RESULT, part, ids=ids) for part in parts or [text]]
         else:
-            content.turns.append(Turn(kind, text))
+            content.turns.append(Turn(kind, text, reasoning=reasoning if kind == ANSWER else ""))
     return content
 
 
@@ -317,8 +315,9 @@ _TOOL_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DO
 
 def _call(value: Any) -> Turn:
     """Read one call or several in parallel: {name, arguments}, or that in {function: …}."""
-    calls = []
+    calls, ids = [], []
     for item in value if isinstance(value, list) else [value]:
+        ids.append(_id(item.get("id")) if isinstance(item, dict) else "")
         if isinstance(item, dict) and isinstance(item.get("function"), dict):
             item = item["function"]
         if not isinstance(item, dict) or not isinstance(name := item.get("name"), str) or not name:
@@ -331,7 +330,12 @@ def _call(value: Any) -> Turn:
         calls.append(ToolCall(name, arguments))
     if not calls:
         raise Fault("no-call", "the list of calls is empty")
-    return Turn(CALL, "", tuple(calls))
+    return Turn(CALL, "", tuple(calls), tuple(ids))
+
+
+def _id(value: Any) -> str:
+    """Return a call's id; empty for what is no text, or holds half a surrogate pair."""
+    return value if isinstance(value, str) and value.isprintable() else ""
 
 
 def _tools(value: Any, server: str = "") -> list[Tool]:

@@ -8,14 +8,6 @@ import msgspec
 
 # The roles of a turn.
 USER, CALL, RESULT, ANSWER = "user", "call", "result", "answer"
-# Their names in LLaMA-Factory's sharegpt format, and what its templates call these.
-TAGS = {USER: "human", CALL: "function_call", RESULT: "observation", ANSWER: "gpt"}
-ENGINE_ROLES = {
-    "human": "user",
-    "function_call": "function",
-    "observation": "observation",
-    "gpt": "assistant",
-}
 
 
 class Tool(NamedTuple):
@@ -39,11 +31,21 @@ class ToolCall(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation: `calls`, in parallel, where the role is CALL, else `text`."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: USER, CALL, RESULT or ANSWER.
+        text: what is said; beside the calls where the role is CALL.
+        calls: in parallel, where the role is CALL.
+        ids: of the calls, or of the call that a result belongs to; empty where the data has none.
+        reasoning: what was thought before, where the role is CALL or ANSWER.
+    """
 
     role: str
     text: str = ""
     calls: tuple[ToolCall, ...] = ()
+    ids: tuple[str, ...] = ()
+    reasoning: str = ""
 
 
 class Origin(NamedTuple):

@@ -18,7 +18,6 @@ from typing import Any
 
 from mcp_lora import answers, charts, manifest, runs
 from mcp_lora.answers import Answer
-from mcp_lora.dataset import TRAIN
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluation import ADAPTER, BASE, summarise
 from mcp_lora.scoring import ERRORS
@@ -136,7 +135,7 @@ def render(found: Sequence[Run]) -> str:
         histograms={
             run.name: Markup(charts.histogram(lengths["histogram"]))
             for run in found
-            if (lengths := (run.manifest.get("conversion") or {}).get("lengths"))
+            if (lengths := (run.manifest.get("rendered") or {}).get("lengths"))
         },
         usage=None if several else _usage(found[0]),
     )
@@ -210,13 +209,12 @@ def _made_of(run: Run) -> dict[str, str]:
         int(config.get("gradient_accumulation_steps", 1)),
         int(record.get("processes", 1)),
     ]
-    conversion = record.get("conversion") or {}
-    samples = conversion and conversion["written"][TRAIN] + conversion["no_call_samples"].get(TRAIN, 0)
+    samples = (record.get("rendered") or {}).get("samples")
     steps, epochs = (max((row.get(key, 0) for row in run.history), default=0) for key in ("step", "epoch"))
     data = record.get("data") or {}
     found = {
         "base model": config["model_name_or_path"],
-        "template": " ".join(str(config[key]) for key in ("template", "tool_format") if config.get(key)),
+        "chat template": (record.get("rendered") or {}).get("chat_template", "not recorded"),
         "method": _method(config),
         "learning rate": f"{config.get('learning_rate', 5e-5)}, {config.get('lr_scheduler_type', 'linear')}",
         "batch": f"{batch[0] * batch[1] * batch[2]} = {batch[0]} per device × {batch[1]} accumulated × "
@@ -312,17 +310,13 @@ def _usage(run: Run) -> dict[str, str] | None:
         adapter = runs.adapter(run.folder)
     except McpLoraError:
         return None
-    settings = runs.serving_config(run.folder, adapter)
-    words = list(chain.from_iterable((f"--{key}", str(value)) for key, value in settings.items()))
-    base, place = settings["model_name_or_path"], settings["adapter_name_or_path"]
+    base, place = run.config["model_name_or_path"], str(adapter.absolute())
     return {
         "Talk to it": shlex.join(["mcp-lora", "chat", str(run.folder)]),
         "Merge it into the base model": shlex.join(["mcp-lora", "export", str(run.folder)]),
-        "Serve it, with a protocol like OpenAI's": "API_HOST=127.0.0.1 "
-        + shlex.join(["llamafactory-cli", "api", *words]),
         "Load it in Python": f"from peft import PeftModel\n"
         f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({place!r})  # with the chat template\n"
         f'model = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")\n'
         f"model = PeftModel.from_pretrained(model, {place!r})\n",
     }

@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mcp_lora import engine
 from mcp_lora.config import dump, read_config, safetensors_size
 from mcp_lora.errors import McpLoraError
 
 DEFAULT = Path("outputs/mcp_lora")
+CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for a tokenizer's
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -255,10 +257,11 @@ def check_adapter(run: Path) -> None:
 
 
 def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
-    """Return what chat, export and prediction need to know of a run: model, template, adapter."""
-    config = read_run(run)
-    keys = ("model_name_or_path", "template", "tool_format", "enable_thinking", "trust_remote_code")
-    found = {key: config[key] for key in keys if key in config}
+    """Return what chat, export and prediction take over from a run: all that shapes the model, the adapter.
+
+    The run's own template is none (its data set is rendered already): these take the model's.
+    """
+    found = engine.shaping(read_run(run))
     if adapter_folder:
         found |= {"adapter_name_or_path": str(adapter_folder.absolute()), "finetuning_type": "lora"}
     return found
@@ -277,8 +280,7 @@ def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
     old = read_run(run)
     keys = (
         "model_name_or_path",
-        "template",
-        "tool_format",
+        "enable_thinking",
         "lora_rank",
         "lora_alpha",
         "lora_target",

@@ -3,16 +3,18 @@
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, lengths, manifest, memory, runs, steps, templates
+from mcp_lora import dataset, embedded, engine, launch, manifest, memory, runs, steps
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
+from mcp_lora.prompts import render as prompts
+from mcp_lora.prompts import rendered
 from mcp_lora.world import World, share_batch
 
 
@@ -21,7 +23,8 @@ class Plan:
     """What will be run: the resolved configuration, the command, its variables, remarks.
 
     `batch` says what the batch of a step is made of, `world` who trains, `given` which keys were set on the
-    command line.
+    command line. Once the data is rendered, `rendered` is what rendered.json holds, and `chat_template` what
+    has to be served with the adapter where that is not the model's own.
     """
 
     config: dict[str, Any]
@@ -31,6 +34,8 @@ class Plan:
     batch: str
     world: World
     given: frozenset[str] = frozenset()
+    rendered: dict[str, Any] | None = None
+    chat_template: str | None = None
 
     @property
     def run(self) -> Path:
@@ -70,7 +75,7 @@ def plan(
     shared, words = share_batch(config, world.processes, batch)
     config |= shared
     notes.append(words)
-    problems = engine.problems(config) + _makes_no_adapter(config)
+    problems = engine.problems(config) + _makes_no_adapter(config) + _renders_otherwise(config)
     model = str(config.get("model_name_or_path"))
     if model != embedded.NAME and (missing := configuration.missing_model(model, dry_run)):
         problems.append(missing)
@@ -85,7 +90,6 @@ def plan(
         notes.append(f"warning: {heavy}")
     if model == embedded.NAME:
         config["model_name_or_path"] = str(embedded.folder() if dry_run else embedded.ensure())
-    notes.append(templates.fit(config, any(word.startswith("template=") for word in overrides)))
     if checkpoint := runs.prepare(Path(config["output_dir"]), config, resume, overwrite):
         config["resume_from_checkpoint"] = str(checkpoint)
         notes.append(f"resuming from {checkpoint}")
@@ -114,43 +118,89 @@ def _makes_no_adapter(config: dict[str, Any]) -> list[str]:
     return problems
 
 
+# What means something in the engine's own rendering alone, and what to do instead.
+_ELSEWHERE = {
+    "template": "the model's own chat template is trained",
+    "tool_format": "the model's own chat template is trained",
+    "default_system": "write a system message into the data",
+    "packing": "samples are trained one by one",
+    "neat_packing": "samples are trained one by one",
+    "streaming": "the rendered data set is on disk, and read from there",
+    "eval_dataset": "val_size holds rows out",
+    "mix_strategy": "mcp-lora convert reads all data into one data set",
+    "interleave_probs": "mcp-lora convert reads all data into one data set",
+    "tokenized_path": "mcp-lora renders the data set, with dataset_dir",
+}
+
+
+def _renders_otherwise(config: Mapping[str, Any]) -> list[str]:
+    """Return what is set that would be ignored, as the data set is rendered before the engine sees it."""
+    problems = [
+        f"{key}={config[key]} has no effect, {instead}: leave it out"
+        for key, instead in _ELSEWHERE.items()
+        if config.get(key)
+    ]
+    if (name := config.get("dataset", dataset.TRAIN)) != dataset.TRAIN:
+        problems.append(
+            f"dataset={name} is not converted: mcp-lora convert FILE, and dataset={dataset.TRAIN}"
+        )
+    if (stage := config.get("stage", "sft")) != "sft":
+        problems.append(f"stage={stage} is not supervised fine-tuning, set stage=sft")
+    return problems
+
+
 def refresh_data(
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     data: Path | None,
     progress: dataset.Progress = lambda doing, share: None,
-) -> dict[str, Any] | None:
-    """Convert where the data is newer than the conversion, or was converted for another model.
-
-    Of several ranks the first to come does.
-
-    Returns:
-        The statistics of a new conversion, or None where there was nothing to do.
+) -> dataset.Refreshed:
+    """Convert where the inputs are others than those of the conversion; of several ranks the first does.
 
     Raises:
-        McpLoraError: the data cannot be read, the folder cannot be written, or `data` is given for
-            a dataset that is not ours.
+        McpLoraError: the data cannot be read, or the folder cannot be written.
     """
-    if config.get("dataset") != dataset.TRAIN:
-        if data:
-            raise McpLoraError(
-                f"--data is converted into the dataset {dataset.TRAIN}, but dataset is "
-                f"{config.get('dataset')}: mcp-lora train --data {data} dataset={dataset.TRAIN}"
-            )
-        return None
     folder = Path(config["dataset_dir"])
     with dataset.locked(folder):
-        return dataset.refresh(data, folder, lengths.budget(config), progress)
+        return dataset.refresh(data, folder, progress)
 
 
-def fit(plan: Plan, say: Callable[[str], None]) -> Plan:
-    """Fit what depends on the number of optimizer steps (see `steps.fit`), and report that number.
+def render(plan: Plan, say: Callable[[str], None]) -> Plan:
+    """Render the training data with the model's chat template, and fit what depends on its size.
 
-    A plan is returned as it is where the number is not known: the data is not converted, or not ours.
+    Returns:
+        The plan of a run on the rendered data set (see mcp_lora.prompts.rendered and `steps.fit`).
 
     Raises:
-        McpLoraError: the run would make no step, or be all warm-up.
+        McpLoraError: the model has no chat template to train with, no sample is left, or the run would make
+            no step, or be all warm-up.
     """
-    samples = training_samples(plan.config)
+    template = prompts.load(plan.config)
+    say(f"prompts by {template.note}" + (", with thinking off" * template.is_thinking_off))
+    folder = Path(plan.config["dataset_dir"])
+    path, made = rendered.render(
+        template, dataset.file_of(folder, "train"), folder / dataset.RENDERED, plan.config
+    )
+    _report(made, say)
+    config = plan.config | {"template": rendered.TEMPLATE, "tokenized_path": str(path)}
+    if not made["validation"]:
+        config["eval_strategy"] = "no"
+    plan = _fit(replace(plan, config=config), made["samples"], say)
+    own = None if template.is_own else str(template.tokenizer.chat_template)
+    made |= {"chat_template": template.note}
+    return replace(plan, rendered=made, chat_template=own)
+
+
+def foresee(plan: Plan, say: Callable[[str], None]) -> Plan:
+    """Fit a plan for the rows that are converted, as `render` does for the samples that are made of them.
+
+    Raises:
+        McpLoraError: as render.
+    """
+    return _fit(plan, training_rows(plan.config), say)
+
+
+def _fit(plan: Plan, samples: int | None, say: Callable[[str], None]) -> Plan:
+    """Fit what depends on the number of optimizer steps (see `steps.fit`), and report that number."""
     count = steps.count(plan.config, samples, plan.world.processes)
     if count is None:
         return plan
@@ -163,18 +213,28 @@ def fit(plan: Plan, say: Callable[[str], None]) -> Plan:
     return replace(plan, config=config)
 
 
-def training_samples(config: dict[str, Any]) -> int | None:
-    """Return how many samples are trained on, without those of val_size; None where that is not known.
+def _report(made: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    lengths = made["lengths"]
+    say(
+        f"tokens of a sample: median {lengths['median']}, 95 % up to {lengths['p95']}, max {lengths['max']}, "
+        f"cutoff_len {lengths['cutoff_len']}"
+    )
+    if made["shortened"]:
+        say(f"{made['shortened']} rows lost {made['dropped_tools']} distractors to fit into cutoff_len")
+    if left_out := made["left_out"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        say(f"warning: {sum(left_out.values())} rows are left out ({reasons}): {'; '.join(made['reasons'])}")
 
-    Packing and streaming leave open how many sequences the engine makes of the samples.
-    """
-    known = dataset.facts(Path(str(config.get("dataset_dir"))), str(config.get("dataset")))
-    if not known or config.get("packing") or config.get("neat_packing") or config.get("streaming"):
+
+def training_rows(config: Mapping[str, Any]) -> int | None:
+    """Return how many rows are trained on, without those of val_size; None where nothing is converted."""
+    known = dataset.facts(Path(str(config.get("dataset_dir"))))
+    if known is None:
         return None
-    samples = int(min(known["samples"], configuration.number(config, "max_samples", math.inf)))
+    rows = int(min(known, configuration.number(config, "max_samples", math.inf)))
     held_out = configuration.number(config, "val_size", 0)
-    # datasets' train_test_split rounds a share up; LLaMA-Factory takes what is above 1 as a number.
-    return samples - (math.ceil(samples * held_out) if held_out < 1 else int(held_out))
+    # datasets' train_test_split rounds a share up
+    return rows - (math.ceil(rows * held_out) if held_out < 1 else int(held_out))
 
 
 def outlook(plan: Plan) -> list[str]:
@@ -202,21 +262,15 @@ def outlook(plan: Plan) -> list[str]:
         ]
     else:
         lines.append(f"memory: not known, {why}")
-    samples = training_samples(config)
-    count = steps.count(config, samples, plan.world.processes)
-    known = dataset.facts(Path(str(config.get("dataset_dir"))), str(config.get("dataset")))
-    if known and count is not None:
-        batch = steps.global_batch(config, plan.world.processes)
-        lines.append(f"steps: {count}, of {samples} samples in batches of {batch}")
-        if lengths_ := known["lengths"]:
-            lines.append(
-                f"tokens: {lengths_['median'] * batch:,} a step at the median of {lengths_['median']}; "
-                f"padding {lengths_['padding']:.0%}"
-            )
-    elif count is not None:
+    rows = training_rows(config)
+    count = steps.count(config, rows, plan.world.processes)
+    if count is None:
+        lines.append("steps: not known, the data is not converted: mcp-lora convert")
+    elif rows is None:
         lines.append(f"steps: {count}")
     else:
-        lines.append("steps: not known, the data is not converted: mcp-lora convert")
+        batch = steps.global_batch(config, plan.world.processes)
+        lines.append(f"steps: {count}, of {rows} samples in batches of {batch}")
     return lines
 
 
@@ -273,6 +327,9 @@ def _check_result(plan: Plan) -> None:
     """See to it that a run which has learned nothing does not count as a success; the first process looks."""
     if plan.world.leads:
         runs.check_adapter(plan.run)
+        if plan.chat_template:  # the engine has saved the base model's beside the adapter
+            for folder in (plan.run, *runs.checkpoints(plan.run)):
+                (folder / runs.CHAT_TEMPLATE).write_text(plan.chat_template, encoding="utf-8")
 
 
 def _make_ready(plan: Plan, say: Callable[[str], None]) -> None:
@@ -317,6 +374,7 @@ def _recorded(plan: Plan) -> Iterator[dict[str, Any]]:
         return
     try:
         record = manifest.describe(plan.config, plan.argv, plan.environment, plan.world.processes)
+        record["rendered"] = plan.rendered
         manifest.write(plan.run, record)
     except OSError as error:
         raise McpLoraError(

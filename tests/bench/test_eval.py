@@ -17,13 +17,15 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import BIN, ROOT, SAMPLE, environment
+from chat_templates import tokenizer_of
+from conftest import BIN, CHAT_TEMPLATE, ROOT, SAMPLE, environment
 
 from mcp_lora import evaluation, questions, runs
 from mcp_lora.answers import Judge, Said
 from mcp_lora.config import Machine
 from mcp_lora.dataset import Settings, convert
 from mcp_lora.evaluation import ADAPTER, BASE
+from mcp_lora.prompts.render import ChatTemplate
 
 # The base does not stop by itself: plain prediction takes a minute for each of its answers.
 COUNT = {BASE: 8, ADAPTER: 24}
@@ -50,6 +52,8 @@ def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pyt
             "dataset_dir": str(tmp_path / "data/demo"),
             "eval_dataset": "mcp_test_seen",
             "max_samples": count,
+            "template": "smollm2",
+            "tool_format": "qwen",
             "use_cpu": True,
             "report_to": "none",
             "output_dir": str(tmp_path / f"plain-{model}"),
@@ -84,7 +88,7 @@ def test_judging_takes_no_time(tmp_path: Path) -> None:
         for call in question.expected
     ]
     pairs = list(zip(asked * 200, (said[1:] + said[:1] + said) * 100, strict=True))  # half are wrong
-    judge = Judge("qwen", None)
+    judge = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
     judge(*pairs[0])  # the engine's import is no judging
     start = time.perf_counter()
     verdicts = [judge(question, answer).verdict for question, answer in pairs]

@@ -13,6 +13,7 @@ learn in.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from conftest import BIN, ROOT, SAMPLE, environment, write_json
 from mcp_lora import embedded
 
 CONVERSION = ("--candidates", "2", "--test", "0")
-BATCH, SHARED_KEYS = 16, {"template": "smollm2", "tool_format": "qwen", "report_to": "none"}
+BATCH = 16
 GUIDE = {
     "stage": "sft",
     "do_train": True,
@@ -53,6 +54,10 @@ GUIDE = {
     "logging_steps": 10,
     "save_steps": 100,
     "plot_loss": True,
+    "report_to": "none",
+    # The nearest that the engine has to what the model is served with.
+    "template": "smollm2",
+    "tool_format": "qwen",
 }
 
 TRL = """
@@ -98,10 +103,10 @@ for adapter in adapters:
 
 @pytest.mark.bench
 def test_training_is_faster_than_the_guides_and_trls(tmp_path: Path) -> None:
-    from datasets import Dataset
+    from datasets import load_from_disk
 
     from mcp_lora import dataset
-    from mcp_lora.lengths import Lengths
+    from mcp_lora.prompts import render, rendered
 
     model = embedded.ensure()
     (tmp_path / "train_configs").symlink_to(ROOT / "train_configs")
@@ -111,26 +116,25 @@ def test_training_is_faster_than_the_guides_and_trls(tmp_path: Path) -> None:
         source = write_json(folder.with_suffix(".json"), part)
         _run(tmp_path, BIN / "mcp-lora", "convert", source, *CONVERSION, "--out", folder)
 
-    counter = Lengths({"model_name_or_path": str(model), "cutoff_len": 4096} | SHARED_KEYS)
-    encoded = [counter.encode(sample) for sample in dataset.samples(data, "mcp_train")]
-    # As LLaMA-Factory does it (its data/data_utils.py), so that all train on the same.
-    kept = Dataset.from_list([{"row": row} for row in range(len(encoded))]).train_test_split(0.1, seed=42)
-    encoded = [encoded[row] for row in kept["train"]["row"]]
-    tokens = sum(map(len, encoded))
-    write_json(tmp_path / "trl.json", [_prompt_and_answer(counter.tokenizer, sample) for sample in encoded])
-    held_out = [counter.encode(sample) for sample in dataset.samples(others, "mcp_train")]
-    write_json(tmp_path / "held_out.json", [list(zip(*sample, strict=True)) for sample in held_out])
+    template = render.load({"model_name_or_path": str(model)})
+    settings = {"cutoff_len": 4096, "val_size": 0.1}  # as LLaMA-Factory holds rows out: all train on the same
+    folder, _ = rendered.render(template, dataset.file_of(data, "train"), tmp_path / "rendered", settings)
+    encoded = load_from_disk(str(folder))["train"]
+    tokens = sum(map(len, encoded["input_ids"]))
+    write_json(tmp_path / "trl.json", [_prompt_and_answer(template.tokenizer, sample) for sample in encoded])
+    held_out = [sample for row in dataset.samples(others, "train") for sample in template.encode(row)]
+    questions = [(one.input_ids, [label != render.IGNORED for label in one.labels]) for one in held_out]
+    write_json(tmp_path / "held_out.json", questions)
 
-    guide = GUIDE | SHARED_KEYS | {"model_name_or_path": str(model), "dataset_dir": str(data)}
+    guide = GUIDE | {"model_name_or_path": str(model), "dataset_dir": str(data)}
     guide |= {"use_cpu": True, "output_dir": str(tmp_path / "guide")}
     guide["deepspeed"] = str(ROOT / "train_configs/ds_z0_config.json")
     (tmp_path / "guide.yaml").write_text(yaml.safe_dump(guide), encoding="utf-8")
-    words = [f"{key}={value}" for key, value in SHARED_KEYS.items()]
     commands: dict[str, list[Any]] = {
         "guide": [BIN / "llamafactory-cli", "train", tmp_path / "guide.yaml"],
         "trl": [sys.executable, "-c", TRL, tmp_path / "trl.json", model, tmp_path / "trl"],
         "ours": [BIN / "mcp-lora", "train", "--model", model, "--global-batch", BATCH]
-        + ["--output", tmp_path / "ours", *words],
+        + ["--output", tmp_path / "ours"],
     }
     figures = {}
     for name, command in commands.items():
@@ -177,7 +181,47 @@ def _run(folder: Path, *argv: Any, variables: dict[str, str] | None = None) -> s
     return done.stdout
 
 
-def _prompt_and_answer(tokenizer: Any, sample: list[tuple[int, bool]]) -> dict[str, str]:
+def _prompt_and_answer(tokenizer: Any, sample: dict[str, list[int]]) -> dict[str, str]:
     """The texts of a sample; tokenised again they are the same tokens."""
-    prompt, answer = ([token for token, trained in sample if trained is side] for side in (False, True))
+    pairs = list(zip(sample["input_ids"], sample["labels"], strict=True))
+    prompt, answer = ([token for token, label in pairs if (label >= 0) is side] for side in (False, True))
     return {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(answer)}
+
+
+@pytest.mark.bench
+def test_the_first_step_comes_as_soon_as_the_engines_own(tmp_path: Path) -> None:
+    """From raw rows: mcp-lora train against llamafactory-cli with the same rows, candidates and workers."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    model, count = tmp_path / "model", 4000
+    tokenizer = AutoTokenizer.from_pretrained(embedded.ensure())
+    tokenizer.save_pretrained(model)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(model)
+    rows = json.loads(SAMPLE.read_text(encoding="utf-8"))
+    raw = [
+        rows[number % len(rows)] | {"instruction": f"{rows[number % len(rows)]['instruction']} ({number})"}
+        for number in range(count)
+    ]
+    source = write_json(tmp_path / "raw.json", raw)
+    (tmp_path / "train_configs").symlink_to(ROOT / "train_configs")
+    words = ["max_steps=1", "preprocessing_num_workers=2", "eval_strategy=no", "val_size=0"]
+    start = time.perf_counter()
+    _run(tmp_path, BIN / "mcp-lora", "convert", source)  # what somebody without mcp-lora has to write himself
+    converted = time.perf_counter() - start
+    data = tmp_path / "data/llama_factory"
+    plain = GUIDE | {"model_name_or_path": str(model), "dataset_dir": str(data)}
+    plain |= {"use_cpu": True, "bf16": False}
+    plain |= {"max_steps": 1, "preprocessing_num_workers": 2, "eval_strategy": "no", "val_size": 0.0}
+    plain |= {"per_device_train_batch_size": 1, "output_dir": str(tmp_path / "plain")}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+    start = time.perf_counter()
+    _run(tmp_path, BIN / "llamafactory-cli", "train", tmp_path / "plain.yaml")
+    theirs = converted + time.perf_counter() - start
+    shutil.rmtree(data)
+    start = time.perf_counter()
+    options = ["--model", model, "--data", source, "--global-batch", 1, "--output", tmp_path / "ours"]
+    _run(tmp_path, BIN / "mcp-lora", "train", *options, *words)
+    ours = time.perf_counter() - start
+    print(f"\n{count} rows: the engine's first step ended after {theirs:.0f} s, ours after {ours:.0f} s")
+    assert ours <= 1.05 * theirs

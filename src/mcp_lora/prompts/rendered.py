@@ -1,0 +1,266 @@
+"""A split as token ids: the Arrow data set that LLaMA-Factory loads from disk in place of its own rendering.
+
+data/llama_factory/rendered/KEY/ is a `datasets` folder (`tokenized_path`) with `train` and, where val_size
+holds rows out, `validation`; both have input_ids, attention_mask and labels. KEY is a hash of the rows, the
+tokenizer, its chat template and the settings, so that a change of any makes another one. Beside it stands
+rendered.json:
+
+    {"samples": 262, "validation": 26, "left_out": {"too-long": 1}, "reasons": ["row 7: 5210 tokens …"],
+     "shortened": 3, "dropped_tools": 7, "left_out_text": 0, "lengths": {"median": 612, "p95": 1180,
+     "max": 1920, "cutoff_len": 4096, "tokens": 168000, "histogram": [[200, 310, 12], …]}}
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.errors import McpLoraError
+from mcp_lora.prompts.render import ChatTemplate, Encoded
+from mcp_lora.records import Fault
+
+# The engine's template for what is rendered already. It has no words that end a turn, and must not reach
+# chat and export, which take the model's own.
+TEMPLATE = "empty"
+_BATCH = 32  # rows that a worker renders at a time
+_REASONS = 5  # told of rows that are left out
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A row that fits into cutoff_len: its samples, and the row with the tools that it has left."""
+
+    samples: list[Encoded]
+    row: Mapping[str, Any]
+    dropped: int
+
+
+def fit(template: ChatTemplate, row: Mapping[str, Any], cutoff_len: int, last_only: bool = False) -> Fitted:
+    """Render a row; where it is longer than `cutoff_len` tokens, leave distractors out, the last ones first.
+
+    Raises:
+        Fault: it cannot be rendered, or is too long without any distractor. Nothing is ever cut.
+    """
+    called = {
+        call["function"]["name"] for message in row["messages"] for call in message.get("tool_calls") or []
+    }
+    tools, dropped = list(row.get("tools") or []), 0
+    while True:
+        fitted = {**row, "tools": tools}
+        samples = template.encode(fitted, last_only)
+        longest = max(len(sample.input_ids) for sample in samples)
+        if longest <= cutoff_len:
+            return Fitted(samples, fitted, dropped)
+        spare = [place for place, tool in enumerate(tools) if tool["function"]["name"] not in called]
+        # of a row that calls nothing one tool has to stay, or there is nothing to refuse
+        if len(spare) <= (0 if called else 1):
+            raise Fault(
+                "too-long", f"{longest} tokens without any distractor, and cutoff_len is {cutoff_len}"
+            )
+        del tools[spare[-1]]
+        dropped += 1
+
+
+def render(
+    template: ChatTemplate, file: Path, folder: Path, settings: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any]]:
+    """Render a split for training, unless that has been done; of several processes the first does.
+
+    Args:
+        template: the model's.
+        file: the rows, as `mcp-lora convert` writes them.
+        folder: where rendered data sets are kept.
+        settings: LLaMA-Factory's keys; cutoff_len, mask_history, train_on_prompt, max_samples, val_size,
+            seed and preprocessing_num_workers count.
+
+    Returns:
+        The data set's folder, and what rendered.json holds.
+
+    Raises:
+        McpLoraError: no row is left to train on, or the folder cannot be written.
+    """
+    import filelock
+
+    chosen = {
+        "cutoff_len": int(settings.get("cutoff_len") or 2048),
+        "mask_history": bool(settings.get("mask_history")),
+        "train_on_prompt": bool(settings.get("train_on_prompt")),
+        "max_samples": settings.get("max_samples"),
+        "val_size": settings.get("val_size") or 0,
+        "seed": settings.get("seed") or 42,
+    }
+    out = folder / _key(template, file, chosen)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / f".{out.name}.lock"):
+            if not (out / "rendered.json").is_file():
+                _render(template, file, out, chosen, int(settings.get("preprocessing_num_workers") or 1))
+    except OSError as error:
+        raise McpLoraError(
+            f"{folder} cannot be written ({error.strerror}): mcp-lora train dataset_dir=OTHER_FOLDER"
+        ) from None
+    return out, json.loads((out / "rendered.json").read_text(encoding="utf-8"))
+
+
+def write(folder: Path, prompts: Sequence[tuple[list[int], list[int]]]) -> None:
+    """Write prompts to be answered, and their right answers, as a data set: (token ids, token ids)."""
+    import datasets
+
+    columns = {
+        "input_ids": [prompt for prompt, _ in prompts],
+        "attention_mask": [[1] * len(prompt) for prompt, _ in prompts],
+        "labels": [target for _, target in prompts],
+    }
+    datasets.disable_progress_bars()
+    datasets.DatasetDict({"validation": datasets.Dataset.from_dict(columns)}).save_to_disk(str(folder))
+
+
+def _key(template: ChatTemplate, file: Path, chosen: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(hashlib.file_digest(stream, "sha256").digest())
+    backend = getattr(template.tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(template.tokenizer.get_vocab(), sort_keys=True)
+    for part in (vocabulary, template.tokenizer.chat_template, json.dumps([template.thinking, chosen])):
+        digest.update(hashlib.sha256(part.encode(errors="surrogatepass")).digest())
+    return digest.hexdigest()[:16]
+
+
+def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, Any], workers: int) -> None:
+    import datasets
+
+    new = out.with_name(f"{out.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # what a run that was killed has left
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_generator(_lines, gen_kwargs={"file": file}, cache_dir=str(new / "cache"))
+    if chosen["max_samples"]:
+        rows = rows.select(range(min(len(rows), int(chosen["max_samples"]))))
+    splits = {"train": rows}
+    if chosen["val_size"] and len(rows) > 1:
+        halves = rows.train_test_split(test_size=chosen["val_size"], seed=chosen["seed"])
+        splits = {"train": halves["train"], "validation": halves["test"]}
+    numbers = datasets.Sequence(datasets.Value("int32"))
+    kept = {
+        "input_ids": numbers,
+        "attention_mask": datasets.Sequence(datasets.Value("int8")),
+        "labels": numbers,
+    }
+    told = {
+        "dropped": datasets.Value("int32"),
+        "reason": datasets.Value("string"),
+        "error": datasets.Value("string"),
+    }
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the processes
+    try:
+        rendered = {
+            name: split.map(
+                _encode,
+                batched=True,
+                batch_size=_BATCH,
+                num_proc=min(workers, os.cpu_count() or 1, -(-len(split) // _BATCH)) or None,
+                remove_columns=["row", "text"],
+                features=datasets.Features(kept | told),
+                fn_kwargs={"template": template, "chosen": dict(chosen)},
+                new_fingerprint=f"{out.name}{name}",
+                desc="rendering",
+            )
+            for name, split in splits.items()
+        }
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+    summary = _summary(rendered, chosen)
+    good = {
+        name: split.filter(lambda reason: not reason, input_columns="reason").remove_columns([*told])
+        for name, split in rendered.items()
+    }
+    if not summary["samples"]:
+        shutil.rmtree(new)
+        raise McpLoraError(
+            f"no row of {file} is left to train on ({'; '.join(summary['reasons'])}): see one with "
+            f"mcp-lora inspect 1, or raise cutoff_len"
+        )
+    datasets.DatasetDict({name: split for name, split in good.items() if len(split)}).save_to_disk(str(new))
+    shutil.rmtree(new / "cache")
+    (new / "rendered.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    new.rename(out)
+
+
+def _lines(file: Path) -> Any:
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            yield {"row": number, "text": line}
+
+
+def _encode(
+    batch: Mapping[str, list[Any]], template: ChatTemplate, chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Render a batch of rows; a row may make several samples, or none and a reason."""
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("input_ids", "attention_mask", "labels", "dropped", "reason", "error")
+    }
+
+    def add(ids: list[int], labels: list[int], dropped: int, reason: str, error: str) -> None:
+        values = (ids, [1] * len(ids), labels, dropped, reason, error)
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+
+    for number, text in zip(batch["row"], batch["text"], strict=True):
+        try:
+            fitted = fit(template, json.loads(text), chosen["cutoff_len"], chosen["mask_history"])
+        except Fault as fault:
+            add([], [], 0, fault.reason, f"row {number}: {fault}")
+            continue
+        for place, sample in enumerate(fitted.samples):
+            labels = sample.input_ids if chosen["train_on_prompt"] else sample.labels
+            add(sample.input_ids, labels, 0 if place else fitted.dropped, "", "")
+    return columns
+
+
+def _summary(rendered: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    import numpy
+
+    reasons: Counter[str] = Counter()
+    errors: list[str] = []
+    dropped: list[int] = []
+    for split in rendered.values():
+        columns = split.select_columns(["reason", "error", "dropped"])[:]
+        reasons.update(filter(None, columns["reason"]))
+        errors += filter(None, columns["error"])
+        dropped += [count for count in columns["dropped"] if count]
+    table = rendered["train"].data.column("input_ids")
+    lengths = numpy.concatenate([numpy.diff(chunk.offsets.to_numpy()) for chunk in table.chunks] or [[]])
+    lengths = lengths[lengths > 0]
+    validation = rendered.get("validation")
+    summary: dict[str, Any] = {
+        "samples": len(lengths),
+        "validation": sum(not reason for reason in validation["reason"]) if validation else 0,
+        "left_out": dict(reasons),
+        "reasons": errors[:_REASONS],
+        "shortened": len(dropped),
+        "dropped_tools": sum(dropped),
+    }
+    if len(lengths):
+        counts, edges = numpy.histogram(lengths, bins=min(16, len(set(lengths.tolist()))))
+        summary["lengths"] = {
+            "median": int(numpy.median(lengths)),
+            "p95": int(numpy.percentile(lengths, 95)),
+            "max": int(lengths.max()),
+            "tokens": int(lengths.sum()),
+            "cutoff_len": chosen["cutoff_len"],
+            "histogram": [
+                [round(low), round(high), int(count)]
+                for low, high, count in zip(edges, edges[1:], counts, strict=False)
+            ],
+        }
+    return summary

@@ -152,6 +152,12 @@ def test_rejections_can_be_bounded(
         assert Path("data/llama_factory/rejected.jsonl").read_text()
 
 
+def test_inputs_may_be_named_in_both_ways(capsys: pytest.CaptureFixture[str], project: Path) -> None:
+    write_json(project / "other.json", [record("Add 3 and 4.")])
+    main_ok(["convert", rows_with_faults(project), "other.json"])
+    assert "read 4 rows = 2 in train" in capsys.readouterr().err
+
+
 def test_inspect_shows_a_sample_as_the_engine_sees_it(
     capsys: pytest.CaptureFixture[str], tiny_model: Path
 ) -> None:

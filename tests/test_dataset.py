@@ -499,6 +499,8 @@ def test_changed_contents_are_converted_with_the_last_settings(tmp_path: Path) -
     assert all(len(names(sample)) == 3 for sample in dataset.samples(out, "train"))
     write_json(tools, [{"name": "other", "parameters": {}}])
     assert refresh(None, out).statistics
+    dataset.file_of(out, "train").unlink()  # what is not there cannot be used
+    assert refresh(None, out).statistics
     done = refresh(SAMPLE, out)
     assert done.statistics and done.statistics["read"] > 200
     with pytest.raises(McpLoraError, match=r"no data in nowhere\.json"):

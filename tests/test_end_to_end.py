@@ -120,9 +120,9 @@ def test_an_export_that_differs_is_found_out(project: Path, tiny_model: Path) ->
     from mcp_lora.merging import compare
 
     adapter = project / "outputs/mcp_lora"
-    same = compare(str(tiny_model), adapter, project / "outputs/merged_model")
+    same = compare({"model_name_or_path": str(tiny_model)}, adapter, project / "outputs/merged_model")
     assert same.within_tolerance and same.dtype == "float32"
-    assert not compare(str(tiny_model), adapter, tiny_model).within_tolerance
+    assert not compare({"model_name_or_path": str(tiny_model)}, adapter, tiny_model).within_tolerance
 
 
 def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
@@ -264,6 +264,10 @@ def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path)
     assert state(project / "outputs/two")["global_step"] == 2
     assert "batch 4 = 2 per device × 1 accumulated × 2 processes" in output
     assert "(w. parallel, distributed & accumulation) = 4" in output
+    # both have loaded the one data set that the first to come has rendered
+    (made,) = (project / "data/two/rendered").glob("*/rendered.json")
+    assert f"Loaded tokenized dataset from {made.parent}" in output
+    assert len(collated(project / "outputs/two/run.yaml")) == json.loads(made.read_text())["samples"]
 
 
 def test_what_shapes_the_model_reaches_eval_chat_and_export(project: Path, tiny_model: Path) -> None:

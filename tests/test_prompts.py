@@ -24,6 +24,7 @@ from chat_templates import (
 )
 from conftest import ROOT
 
+from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import rendered
 from mcp_lora.prompts.calls import same_calls
 from mcp_lora.prompts.render import IGNORED, ChatTemplate, schemas
@@ -296,7 +297,21 @@ def test_dates_and_ids_are_the_same_every_day(texts: dict[str, str]) -> None:
     long_id = calling(CALLS["one call"])
     long_id["tool_calls"][0]["id"] = "call_of_some_other_length"
     result = RESULT | {"tool_call_id": "call_of_some_other_length"}
-    assert "000000001" in mistral.turn([QUESTION, long_id, result], ANSWER, TOOLS)[0]
+    prompt, _ = mistral.turn([QUESTION, long_id, result, ANSWER, QUESTION, long_id, result], ANSWER, TOOLS)
+    assert prompt.count("000000001") == prompt.count("000000002") >= 1  # though the data repeats itself
+
+
+def test_an_interruption_is_no_fault_of_a_template(
+    texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizer_of(texts["Qwen-Qwen2.5-7B-Instruct"])
+
+    def interrupted(*words: Any, **options: Any) -> str:
+        raise Interrupted("interrupted", 130)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", interrupted)
+    with pytest.raises(Interrupted):
+        ChatTemplate(tokenizer)
 
 
 def test_a_model_without_tools_gets_ours(texts: dict[str, str]) -> None:
@@ -315,13 +330,65 @@ def test_distractors_make_room_and_nothing_is_cut(texts: dict[str, str]) -> None
     template = ChatTemplate(tokenizer_of(texts["Qwen-Qwen2.5-7B-Instruct"]))
     row = {"messages": [SYSTEM, QUESTION, calling(CALLS["one call"])], "tools": TOOLS}
     whole = len(template.encode(row)[0].input_ids)
-    fitted = rendered.fit(template, row, whole - 1)
+    fitted = rendered.fit(template, row, rendered.settings_of({"cutoff_len": whole - 1}))
     assert fitted.dropped == 1 and [tool["function"]["name"] for tool in fitted.row["tools"]] == [
         "get-sum.v2/x",
         "add",
     ]
     with pytest.raises(Fault, match="without any distractor"):
-        rendered.fit(template, row, 300)
+        rendered.fit(template, row, rendered.settings_of({"cutoff_len": 300}))
+
+
+def test_text_that_a_template_leaves_out_beside_a_call_is_counted(texts: dict[str, str]) -> None:
+    row = {"messages": [SYSTEM, QUESTION, calling(CALLS["one call"], "Let me see.")], "tools": TOOLS}
+    for name, lost in (("Qwen-Qwen2.5-7B-Instruct", 0), ("mistralai-Mistral-Nemo-Instruct-2407", 1)):
+        (sample,) = ChatTemplate(tokenizer_of(texts[name])).encode(row)
+        assert sample.lost == lost and ("Let me see." in sample.target) == (not lost)
+
+
+def test_a_data_set_is_rendered_once_and_every_row_is_accounted_for(
+    texts: dict[str, str], tmp_path: Path
+) -> None:
+    from datasets import load_from_disk
+
+    llama = ChatTemplate(tokenizer_of(texts["meta-llama-Llama-3.1-8B-Instruct"]))
+    answers = [calling(CALLS["one call"], "So."), calling(CALLS["parallel calls"])]
+    rows = [
+        {"messages": [SYSTEM, QUESTION | {"content": f"What is {number}?"}, answer], "tools": TOOLS}
+        for number, answer in enumerate(answers * 20)
+    ]
+    rows[0]["messages"][1]["content"] = "very " * 5000
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {"cutoff_len": 4096, "val_size": 0.1, "preprocessing_num_workers": 2}
+    folder, made = rendered.render(llama, file, tmp_path / "rendered", settings)
+    assert made["left_out"] == {"too-long": 1, "not-renderable": 20} and len(made["reasons"]) == 2
+    assert any(reason.startswith("row 1: ") and "cutoff_len is 4096" in reason for reason in made["reasons"])
+    assert made["samples"] + made["validation"] == 19 == made["lost_texts"]
+    splits = load_from_disk(str(folder))
+    assert {name: len(split) for name, split in splits.items()} == {
+        "train": made["samples"],
+        "validation": made["validation"],
+    }
+    expected = [llama.encode(row)[0].input_ids for row in rows[2::2]]
+    assert sorted([*splits["train"]["input_ids"], *splits["validation"]["input_ids"]]) == sorted(expected)
+    written = (folder / "rendered.json").stat().st_mtime_ns
+    again, same = rendered.render(llama, file, tmp_path / "rendered", settings | {"learning_rate": 1})
+    assert (again, same) == (folder, made) and (folder / "rendered.json").stat().st_mtime_ns == written
+    other, more = rendered.render(
+        llama, file, tmp_path / "rendered", {"cutoff_len": 4096, "train_on_prompt": True, "max_samples": 3}
+    )
+    assert other != folder and more["samples"] == 1 and more["validation"] == 0
+    row = load_from_disk(str(other))["train"][0]
+    assert row["labels"] == row["input_ids"]
+    with pytest.raises(McpLoraError, match="val_size=500 of 40 rows leaves nothing"):
+        rendered.render(llama, file, tmp_path / "rendered", settings | {"val_size": 500})
+    file.write_text(f"{json.dumps(rows[2])}\n\n{{}}\n", encoding="utf-8")
+    made = rendered.render(llama, file, tmp_path / "rendered", {"cutoff_len": 4096})[1]
+    assert made["samples"] == 1 and made["left_out"] == {"damaged": 2}
+    file.write_text(json.dumps(rows[1]) + "\n", encoding="utf-8")
+    with pytest.raises(McpLoraError, match="no row of .* is left to train on .*row 1: .*mcp-lora inspect 1"):
+        rendered.render(llama, file, tmp_path / "rendered", settings)
 
 
 def test_the_engine_stops_where_a_turn_ends(texts: dict[str, str], tmp_path: Path) -> None:
@@ -331,10 +398,12 @@ def test_the_engine_stops_where_a_turn_ends(texts: dict[str, str], tmp_path: Pat
     tokenizer_of(texts["Qwen-Qwen2.5-7B-Instruct"]).save_pretrained(base)
     (base / "config.json").write_text("{}")
     qwen = ChatTemplate(AutoTokenizer.from_pretrained(base))
-    assert qwen.stopping_model(str(base), tmp_path / "same") == str(base)
+    assert qwen.stopping_model({"model_name_or_path": str(base)}, tmp_path / "same") == str(base)
     tokenizer_of(texts["GLM-4.6"]).save_pretrained(base)
     glm = ChatTemplate(AutoTokenizer.from_pretrained(base))
-    stopping = AutoTokenizer.from_pretrained(glm.stopping_model(str(base), tmp_path / "stopping"))
+    stopping = AutoTokenizer.from_pretrained(
+        glm.stopping_model({"model_name_or_path": str(base)}, tmp_path / "stopping")
+    )
     assert {*map(str, stopping._extra_special_tokens)} == {"<|user|>", "<|observation|>"}
     assert (tmp_path / "stopping/config.json").is_symlink()
     assert len(stopping) == len(glm.tokenizer)

@@ -208,6 +208,7 @@ def test_a_quantised_base_is_known(
 def test_serving_takes_over_what_shapes_the_model(tmp_path: Path) -> None:
     base = {"model_name_or_path": "org/model", "resize_vocab": True, "add_tokens": "a"}
     runs.write_config(tmp_path, CONFIG | base | {"template": "empty"})
+    base["enable_thinking"] = False  # the engine's default is to think
     assert runs.serving_config(tmp_path, None) == base
     adapter = {"adapter_name_or_path": str(tmp_path), "finetuning_type": "lora"}
     assert runs.serving_config(tmp_path, tmp_path) == base | adapter

@@ -211,7 +211,7 @@ def test_a_plan_shows_what_is_fitted(
     tiny_model: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(project)
-    stats = {"written": {"train": 100}, "no_call_samples": {}}
+    stats = {"written": {"train": 100}, "no_call_samples": {}, "inputs": {}}
     write_json(Path("data/llama_factory/stats.json"), stats)
     words = ["train", "--dry-run", "--model", str(tiny_model), "--global-batch", "2", "val_size=0.015"]
     with pytest.raises(SystemExit):

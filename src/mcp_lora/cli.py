@@ -19,7 +19,7 @@ import typer
 
 from mcp_lora import config as configuration
 from mcp_lora import dataset, embedded, engine, launch, readers, runs, training
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import render as prompts
 from mcp_lora.prompts import rendered
 from mcp_lora.records import Fault
@@ -141,21 +141,22 @@ def inspect(
     if found is None:
         raise McpLoraError(f"{split} in {folder} has fewer than {row} rows: mcp-lora inspect 1")
     template = prompts.load(recipe)
-    cutoff_len = int(recipe.get("cutoff_len") or 2048)
+    settings = rendered.settings_of(recipe)
     try:
-        fitted = rendered.fit(template, found, cutoff_len, bool(recipe.get("mask_history")))
+        fitted = rendered.fit(template, found, settings)
     except Fault as fault:
         raise McpLoraError(
             f"row {row} of {split} is left out: {fault}. See another: mcp-lora inspect"
         ) from None
     for sample in fitted.samples:
         if as_json:
-            typer.echo(json.dumps(vars(sample), ensure_ascii=False))
+            shown = ("input_ids", "labels", "prompt", "target")
+            typer.echo(json.dumps({key: getattr(sample, key) for key in shown}, ensure_ascii=False))
         else:
             _print_sample(sample, template, ids)
     if not as_json:
         lost = f"; {fitted.dropped} distractors are left out to fit" if fitted.dropped else ""
-        _say(f"{len(fitted.samples)} samples, cutoff_len {cutoff_len}, {template.note}{lost}")
+        _say(f"{len(fitted.samples)} samples, cutoff_len {settings['cutoff_len']}, {template.note}{lost}")
 
 
 @app.command()
@@ -364,7 +365,7 @@ def export(
     if outcome.code:
         raise outcome.error(f"mcp-lora export {run}")
     merging.serve_as_trained(export_dir, prompts.load(runs.read_run(run)))
-    found = merging.compare(settings["model_name_or_path"], adapter, export_dir)
+    found = merging.compare(settings, adapter, export_dir)
     limit = merging.TOLERANCE[found.dtype] * found.largest
     _say(
         f"{export_dir} against base + adapter, in {found.dtype}: the largest difference of a logit is "
@@ -394,7 +395,7 @@ def _recipe(config: Path, model: str | None) -> dict[str, Any]:
     recipe, _ = configuration.resolve(config, os.environ, [], flags, machine)
     if recipe.get("model_name_or_path") == embedded.NAME:
         recipe["model_name_or_path"] = str(embedded.ensure())
-    if problems := engine.problems(recipe):
+    if problems := training.settings_problems(recipe):
         raise McpLoraError(f"{'; '.join(problems)}. Mend {config} and run again")
     return recipe
 
@@ -434,18 +435,20 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
 
     splits = list(statistics["written"])
     sources = statistics["sources"]
-    common = os.path.commonpath([os.path.dirname(source["file"]) for source in sources])
-    table = Table(title=f"{statistics['read']} rows of {common or '.'}", title_justify="left")
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(source["file"])) for source in sources])
+    near = os.path.relpath(common)
+    title = f"{statistics['read']} rows of {common if near.startswith('..') else near}"
+    table = Table(title=title, title_justify="left")
     table.add_column("file", overflow="fold", min_width=12)
     table.add_column("shape", no_wrap=True)
-    for column in ("read", "cleaned", *(name.removeprefix("mcp_") for name in splits)):
+    for column in ("read", "cleaned", *splits):
         table.add_column(column.replace("_", " "), justify="right")
     table.add_column("rejected", overflow="fold", min_width=9)
     for source in sources:
         why = ", ".join(f"{count} {reason}" for reason, count in source["rejected"].items())
         counts = [source["read"], sum(source["cleaned"].values())]
         counts += [source["written"].get(name, 0) for name in splits]
-        name = os.path.relpath(source["file"], common or ".")
+        name = os.path.relpath(source["file"], common)
         table.add_row(*map(Text, [name, source["shape"], *map(str, counts), why or "0"]))
     written = statistics["written"]
     rejected = sum(statistics["rejected"].values())
@@ -544,7 +547,7 @@ def _silent(text: str) -> None:
 
 def _interrupted(number: int, frame: Any) -> None:
     """End by a signal as by any other error: what was started is stopped on the way out."""
-    raise McpLoraError("interrupted; a run goes on with: mcp-lora train --resume", 128 + number)
+    raise Interrupted("interrupted; a run goes on with: mcp-lora train --resume", 128 + number)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -556,7 +559,7 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(number, _interrupted)
     try:
         app(arguments)
-    except McpLoraError as error:
+    except (McpLoraError, Interrupted) as error:
         if os.environ.get("MCP_LORA_TRACEBACK"):
             traceback.print_exc()
         if not worker_rank(os.environ):

@@ -170,7 +170,7 @@ def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, sha
     settings = Settings(**old["settings"]) if old else Settings()
     if data:
         settings = replace(settings, inputs=[str(data)])
-    if old:
+    if old and file_of(out, "train").is_file():
         now = _now(settings, old)
         if now is None and not data:
             return Refreshed(f"the data in {out} is used; what it was made of is not here")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from mcp_lora import dataset, engine
+from mcp_lora import dataset, training
 from mcp_lora.config import Machine, missing_model
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts import render
@@ -39,7 +39,7 @@ def examine(config: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
     yield from _machine(machine)
     yield from _programs()
     yield _disk(Path(str(config.get("output_dir") or ".")))
-    problems = engine.problems(dict(config))
+    problems = training.settings_problems(dict(config))
     words = "; ".join(problems) or f"{len(config)} settings that LLaMA-Factory knows"
     yield Finding("recipe", "problem" if problems else "ok", words + (": mend it" if problems else ""))
     if not problems:
@@ -121,9 +121,7 @@ def _model(config: Mapping[str, Any]) -> Iterator[Finding]:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(
-            model, trust_remote_code=bool(config.get("trust_remote_code")), local_files_only=True
-        )
+        AutoTokenizer.from_pretrained(model, **render.hub_arguments(config), local_files_only=True)
     except (OSError, ValueError) as error:
         if Path(model).is_dir():
             reason = str(error).split("\n")[0]
@@ -133,7 +131,7 @@ def _model(config: Mapping[str, Any]) -> Iterator[Finding]:
         return
     yield Finding("model", "ok", model)
     try:
-        yield _template(render.load(config))
+        yield _template(render.load(config, local_files_only=True))
     except McpLoraError as error:
         yield Finding("chat template", "problem", str(error))
 

@@ -11,3 +11,11 @@ class McpLoraError(Exception):
     def __init__(self, message: str, code: int = 2) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM: no `except Exception` may take it for a failure of its own."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -104,7 +104,7 @@ def evaluate(
     wanted = {question.split for question in questions.read(folder, list(splits))}
     adapter = runs.adapter(run, checkpoint) if ADAPTER in models and not endpoint else None
     template = render.load(config)
-    every, left_out = _fitting(questions.read(folder, []), template, int(config.get("cutoff_len") or 2048))
+    every, left_out = _fitting(questions.read(folder, []), template, config)
     number: Counter[str] = Counter()
     asked = []
     for question in every:
@@ -270,13 +270,14 @@ def _weaknesses(
 
 
 def _fitting(
-    asked: Sequence[Question], template: ChatTemplate, cutoff_len: int
+    asked: Sequence[Question], template: ChatTemplate, config: Mapping[str, Any]
 ) -> tuple[list[Question], dict[str, int]]:
     """Return the questions with the tools that cutoff_len has room for, and why others are left out."""
     fitting, left_out = [], Counter[str]()
+    settings = rendered.settings_of(config) | {"mask_history": True}  # of the conversation the answer alone
     for question in asked:
         try:
-            fitted = rendered.fit(template, question.sample, cutoff_len, last_only=True)
+            fitted = rendered.fit(template, question.sample, settings)
         except Fault as fault:
             left_out[fault.reason] += 1
             continue

@@ -1,11 +1,12 @@
 """Does an exported model say the same as base + adapter?"""
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.prompts.render import ChatTemplate
+from mcp_lora.prompts.render import ChatTemplate, hub_arguments
 from mcp_lora.runs import CHAT_TEMPLATE
 
 # Largest difference of two logits that merging may cause, relative to the largest logit: the
@@ -39,13 +40,13 @@ def serve_as_trained(merged: Path, template: ChatTemplate) -> None:
     (merged / "Modelfile").unlink(missing_ok=True)
 
 
-def compare(base: str, adapter: Path, merged: Path) -> Comparison:
+def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Comparison:
     """Compare the logits of base + adapter with those of the merged model on PROMPT.
 
     Both are loaded in the merged model's dtype, one after the other.
 
     Args:
-        base: the base model, a folder or a hub id.
+        config: names the base model, in LLaMA-Factory's keys.
         adapter: the adapter's folder.
         merged: the exported model's folder.
     """
@@ -53,19 +54,24 @@ def compare(base: str, adapter: Path, merged: Path) -> Comparison:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(merged)(PROMPT, return_tensors="pt").input_ids
+    trusted = bool(config.get("trust_remote_code"))
+    ids = AutoTokenizer.from_pretrained(merged, trust_remote_code=trusted)(
+        PROMPT, return_tensors="pt"
+    ).input_ids
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def logits(model: Any) -> Any:
         with torch.inference_mode():
             return model.eval().to(device)(ids.to(device)).logits.float().cpu()
 
-    exported = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    exported = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", trust_remote_code=trusted)
     dtype, words = exported.dtype, exported.get_input_embeddings().weight.shape[0]
     after = logits(exported)
     del exported
     gc.collect()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(config["model_name_or_path"]), dtype=dtype, **hub_arguments(config)
+    )
     if words != model.get_input_embeddings().weight.shape[0]:  # resize_vocab
         model.resize_token_embeddings(words, mean_resizing=False)
     before = logits(PeftModel.from_pretrained(model, adapter))

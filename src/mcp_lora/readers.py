@@ -294,7 +294,7 @@ def _messages(value: Any) -> Content:
         reasoning = message.get("reasoning_content")
         reasoning = reasoning if isinstance(reasoning, str) else ""
         if kind == CALL:
-            content.turns.append(_call(_literal(text)))
+            content.turns.append(_call(_literal(text))._replace(reasoning=reasoning))
         elif kind == ANSWER and calls:
             content.turns.append(_call(calls)._replace(text=text.strip(), reasoning=reasoning))
         elif kind == ANSWER and "<functioncall>" in text:

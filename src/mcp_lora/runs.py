@@ -261,7 +261,8 @@ def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
 
     The run's own template is none (its data set is rendered already): these take the model's.
     """
-    found = engine.shaping(read_run(run))
+    config = read_run(run)
+    found = engine.shaping(config) | {"enable_thinking": bool(config.get("enable_thinking"))}
     if adapter_folder:
         found |= {"adapter_name_or_path": str(adapter_folder.absolute()), "finetuning_type": "lora"}
     return found

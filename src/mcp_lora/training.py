@@ -75,7 +75,7 @@ def plan(
     shared, words = share_batch(config, world.processes, batch)
     config |= shared
     notes.append(words)
-    problems = engine.problems(config) + _makes_no_adapter(config) + _renders_otherwise(config)
+    problems = settings_problems(config)
     model = str(config.get("model_name_or_path"))
     if model != embedded.NAME and (missing := configuration.missing_model(model, dry_run)):
         problems.append(missing)
@@ -104,6 +104,11 @@ def plan(
     )
 
 
+def settings_problems(config: dict[str, Any]) -> list[str]:
+    """Return what is wrong with settings, whatever the machine, the model and the data."""
+    return engine.problems(config) + _makes_no_adapter(config) + _renders_otherwise(config)
+
+
 def _makes_no_adapter(config: dict[str, Any]) -> list[str]:
     """Return why a configuration would end without an adapter that eval, chat and export can load.
 
@@ -129,6 +134,9 @@ _ELSEWHERE = {
     "eval_dataset": "val_size holds rows out",
     "mix_strategy": "mcp-lora convert reads all data into one data set",
     "interleave_probs": "mcp-lora convert reads all data into one data set",
+    "preserve_thinking": "enable_thinking decides what is trained",
+    "overwrite_cache": "what changes is rendered anew",
+    "split_special_tokens": "prompts are tokenized as a server does",
     "tokenized_path": "mcp-lora renders the data set, with dataset_dir",
 }
 
@@ -221,6 +229,8 @@ def _report(made: Mapping[str, Any], say: Callable[[str], None]) -> None:
     )
     if made["shortened"]:
         say(f"{made['shortened']} rows lost {made['dropped_tools']} distractors to fit into cutoff_len")
+    if made["lost_texts"]:
+        say(f"warning: the chat template leaves out the text beside a call in {made['lost_texts']} turns")
     if left_out := made["left_out"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         say(f"warning: {sum(left_out.values())} rows are left out ({reasons}): {'; '.join(made['reasons'])}")

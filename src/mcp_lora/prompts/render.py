@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,15 @@ _TOOL = {
 class Encoded:
     """One sample to train on: token ids, and labels of the same length, IGNORED where nothing is learned.
 
-    `prompt` and `target` are the texts of its last turn.
+    `prompt` and `target` are the texts of its last turn; `lost` counts the turns whose text beside a call the
+    template leaves out.
     """
 
     input_ids: list[int]
     labels: list[int]
     prompt: str
     target: str
+    lost: int = 0
 
 
 class ChatTemplate:
@@ -157,8 +159,6 @@ class ChatTemplate:
                 ):
                     return None
                 why = "calls are not read back as they were"
-            except McpLoraError:
-                raise
             except Exception as error:
                 why = why or f"it writes no call that can be read ({_line(error)})"
         return why
@@ -190,7 +190,7 @@ class ChatTemplate:
         """
         try:
             prompt, target = self._turn(messages, answer, tools)
-        except (Fault, McpLoraError):  # the second is an interruption
+        except Fault:
             raise
         except Exception as error:  # templates refuse by raising what they like
             raise Fault("not-renderable", f"the chat template refuses it: {_line(error)}") from None
@@ -214,7 +214,7 @@ class ChatTemplate:
             text = next(bare.removesuffix(end) for end in ends if bare.endswith(end))
         return text
 
-    def stopping_model(self, model: str, folder: Path) -> str:
+    def stopping_model(self, config: Mapping[str, Any], folder: Path) -> str:
         """Return a model at which the engine's prediction stops where a turn ends.
 
         The engine takes the words that stop an answer from the tokenizer: eos_token, and the extra special
@@ -222,9 +222,10 @@ class ChatTemplate:
         the model with another tokenizer, its other files linked.
 
         Args:
-            model: a folder or a hub id.
+            config: names the model, in LLaMA-Factory's keys.
             folder: one that is not there yet.
         """
+        model = str(config["model_name_or_path"])
         tokenizer = self.tokenizer
         extra = {str(token) for token in getattr(tokenizer, "_extra_special_tokens", None) or []}
         ends = {*self.ends.values()}
@@ -233,7 +234,12 @@ class ChatTemplate:
             return model
         from huggingface_hub import snapshot_download
 
-        source = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+        source = Path(model)
+        if not source.is_dir():  # training has fetched it
+            place = {key: hub_arguments(config)[key] for key in ("revision", "cache_dir", "token")}
+            source = Path(
+                snapshot_download(model, **place, ignore_patterns=["original/*", "*.pth", "*.gguf"])
+            )
         stopping = copy.deepcopy(tokenizer)
         stopping.add_special_tokens({"extra_special_tokens": sorted(ends - {tokenizer.eos_token})})
         folder.mkdir(parents=True)
@@ -259,13 +265,16 @@ class ChatTemplate:
         for place in turns[-1:] if last_only else turns:
             turn = self.turn(messages[:place], messages[place], tools)
             prompt, target = self.ids(turn[0]), self.ids(turn[1])
+            said = (messages[place].get("content") or "").strip()
+            lost = int(bool(messages[place].get("tool_calls")) and said not in turn[1])
             before = found[-1].input_ids if found else []
             if found and prompt[: len(before)] == before:
-                labels = found.pop().labels
+                last = found.pop()
+                labels, lost = last.labels, lost + last.lost
             else:
                 before, labels = [], []
             ignored = [IGNORED] * (len(prompt) - len(before))
-            found.append(Encoded(prompt + target, labels + ignored + target, *turn))
+            found.append(Encoded(prompt + target, labels + ignored + target, *turn, lost))
         return found
 
     def ids(self, text: str) -> list[int]:
@@ -366,6 +375,7 @@ class ChatTemplate:
     def _served(self, messages: Sequence[Message]) -> Iterator[Message]:
         """Yield messages as a server hands them to a template: arguments as objects, ids of one kind."""
         numbers: dict[str, str] = {}
+        number = count(1)
         for message in messages:
             message = {key: value for key, value in message.items() if value is not None}
             if not self._keeps_thoughts:
@@ -373,16 +383,16 @@ class ChatTemplate:
             if made := message.pop("tool_calls", None):
                 message.setdefault("content", self.empty_content)
                 message["content"] = message["content"] or self.empty_content
-                message["tool_calls"] = [self._call(call, numbers) for call in made]
+                message["tool_calls"] = [self._call(call, numbers, number) for call in made]
             message.setdefault("content", "")
             if message["role"] == "tool":
                 given = message.get("tool_call_id", "")
                 message["tool_call_id"] = numbers.get(given, calls.CALL_ID)
             yield message
 
-    def _call(self, call: Any, numbers: dict[str, str]) -> Any:
+    def _call(self, call: Any, numbers: dict[str, str], place: Iterator[int]) -> Any:
         function = call["function"]
-        number = f"{len(numbers) + 1:0{len(calls.CALL_ID)}d}"
+        number = f"{next(place):0{len(calls.CALL_ID)}d}"
         numbers[call.get("id", number)] = number
         arguments = function["arguments"]
         if self.arguments_parsed and isinstance(arguments, str):
@@ -394,10 +404,24 @@ class ChatTemplate:
         }
 
 
-def load(config: Mapping[str, Any]) -> ChatTemplate:
+def hub_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a model is loaded, of a configuration in LLaMA-Factory's keys, as the engine does it."""
+    return {
+        "trust_remote_code": bool(config.get("trust_remote_code")),
+        "revision": config.get("model_revision") or "main",
+        "cache_dir": config.get("cache_dir"),
+        "token": config.get("hf_hub_token"),
+    }
+
+
+def load(config: Mapping[str, Any], local_files_only: bool = False) -> ChatTemplate:
     """Return the chat template of the model that a configuration, in LLaMA-Factory's keys, names.
 
     The tokenizer is loaded and changed as the engine does it (its model/loader.py and model/patcher.py).
+
+    Args:
+        config: names the model.
+        local_files_only: fetch nothing.
 
     Raises:
         McpLoraError: the tokenizer cannot be read, or the template will not do.
@@ -407,10 +431,7 @@ def load(config: Mapping[str, Any]) -> ChatTemplate:
     model = str(config["model_name_or_path"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            model,
-            trust_remote_code=bool(config.get("trust_remote_code")),
-            revision=config.get("model_revision") or "main",
-            cache_dir=config.get("cache_dir"),
+            model, **hub_arguments(config), local_files_only=local_files_only
         )
     except (OSError, ValueError) as error:
         raise McpLoraError(

@@ -6,18 +6,19 @@ tokenizer, its chat template and the settings, so that a change of any makes ano
 rendered.json:
 
     {"samples": 262, "validation": 26, "left_out": {"too-long": 1}, "reasons": ["row 7: 5210 tokens …"],
-     "shortened": 3, "dropped_tools": 7, "left_out_text": 0, "lengths": {"median": 612, "p95": 1180,
+     "shortened": 3, "dropped_tools": 7, "lost_texts": 0, "lengths": {"median": 612, "p95": 1180,
      "max": 1920, "cutoff_len": 4096, "tokens": 168000, "histogram": [[200, 310, 12], …]}}
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from mcp_lora.records import Fault
 # chat and export, which take the model's own.
 TEMPLATE = "empty"
 _BATCH = 32  # rows that a worker renders at a time
-_REASONS = 5  # told of rows that are left out
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,25 @@ class Fitted:
     dropped: int
 
 
-def fit(template: ChatTemplate, row: Mapping[str, Any], cutoff_len: int, last_only: bool = False) -> Fitted:
-    """Render a row; where it is longer than `cutoff_len` tokens, leave distractors out, the last ones first.
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration, in LLaMA-Factory's keys, decides how rows are rendered."""
+    return {
+        "cutoff_len": int(config.get("cutoff_len") or 2048),
+        "mask_history": bool(config.get("mask_history")),
+        "train_on_prompt": bool(config.get("train_on_prompt")),
+        "max_samples": config.get("max_samples"),
+        "val_size": config.get("val_size") or 0,
+        "seed": config.get("seed") or 42,
+    }
+
+
+def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, Any]) -> Fitted:
+    """Render a row; where it is longer than cutoff_len tokens, leave distractors out, the last ones first.
+
+    Args:
+        template: the model's.
+        row: as `mcp-lora convert` writes it.
+        settings: settings_of a configuration.
 
     Raises:
         Fault: it cannot be rendered, or is too long without any distractor. Nothing is ever cut.
@@ -53,16 +70,17 @@ def fit(template: ChatTemplate, row: Mapping[str, Any], cutoff_len: int, last_on
     tools, dropped = list(row.get("tools") or []), 0
     while True:
         fitted = {**row, "tools": tools}
-        samples = template.encode(fitted, last_only)
+        samples = template.encode(fitted, settings["mask_history"])
+        if settings["train_on_prompt"]:
+            samples = [replace(sample, labels=sample.input_ids) for sample in samples]
         longest = max(len(sample.input_ids) for sample in samples)
-        if longest <= cutoff_len:
+        if longest <= settings["cutoff_len"]:
             return Fitted(samples, fitted, dropped)
         spare = [place for place, tool in enumerate(tools) if tool["function"]["name"] not in called]
         # of a row that calls nothing one tool has to stay, or there is nothing to refuse
         if len(spare) <= (0 if called else 1):
-            raise Fault(
-                "too-long", f"{longest} tokens without any distractor, and cutoff_len is {cutoff_len}"
-            )
+            limit = f"cutoff_len is {settings['cutoff_len']}"
+            raise Fault("too-long", f"{longest} tokens without any distractor, and {limit}")
         del tools[spare[-1]]
         dropped += 1
 
@@ -76,8 +94,7 @@ def render(
         template: the model's.
         file: the rows, as `mcp-lora convert` writes them.
         folder: where rendered data sets are kept.
-        settings: LLaMA-Factory's keys; cutoff_len, mask_history, train_on_prompt, max_samples, val_size,
-            seed and preprocessing_num_workers count.
+        settings: LLaMA-Factory's keys; those of settings_of and preprocessing_num_workers count.
 
     Returns:
         The data set's folder, and what rendered.json holds.
@@ -87,14 +104,7 @@ def render(
     """
     import filelock
 
-    chosen = {
-        "cutoff_len": int(settings.get("cutoff_len") or 2048),
-        "mask_history": bool(settings.get("mask_history")),
-        "train_on_prompt": bool(settings.get("train_on_prompt")),
-        "max_samples": settings.get("max_samples"),
-        "val_size": settings.get("val_size") or 0,
-        "seed": settings.get("seed") or 42,
-    }
+    chosen = settings_of(settings)
     out = folder / _key(template, file, chosen)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,9 +135,14 @@ def _key(template: ChatTemplate, file: Path, chosen: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         digest.update(hashlib.file_digest(stream, "sha256").digest())
-    backend = getattr(template.tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend else json.dumps(template.tokenizer.get_vocab(), sort_keys=True)
-    for part in (vocabulary, template.tokenizer.chat_template, json.dumps([template.thinking, chosen])):
+    tokenizer = template.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    versions = [importlib.metadata.version(package) for package in ("transformers", "jinja2")]
+    code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.*"))]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    rest = json.dumps([special, template.thinking, chosen, versions])
+    for part in (vocabulary, tokenizer.chat_template, rest, *code):
         digest.update(hashlib.sha256(part.encode(errors="surrogatepass")).digest())
     return digest.hexdigest()[:16]
 
@@ -144,7 +159,13 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
         rows = rows.select(range(min(len(rows), int(chosen["max_samples"]))))
     splits = {"train": rows}
     if chosen["val_size"] and len(rows) > 1:
-        halves = rows.train_test_split(test_size=chosen["val_size"], seed=chosen["seed"])
+        try:
+            halves = rows.train_test_split(test_size=chosen["val_size"], seed=chosen["seed"])
+        except ValueError:
+            raise McpLoraError(
+                f"val_size={chosen['val_size']} of {len(rows)} rows leaves nothing to train on: "
+                f"mcp-lora train val_size=0.1"
+            ) from None
         splits = {"train": halves["train"], "validation": halves["test"]}
     numbers = datasets.Sequence(datasets.Value("int32"))
     kept = {
@@ -153,6 +174,7 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
         "labels": numbers,
     }
     told = {
+        "lost": datasets.Value("int32"),
         "dropped": datasets.Value("int32"),
         "reason": datasets.Value("string"),
         "error": datasets.Value("string"),
@@ -207,23 +229,25 @@ def _encode(
 ) -> dict[str, Any]:
     """Render a batch of rows; a row may make several samples, or none and a reason."""
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("input_ids", "attention_mask", "labels", "dropped", "reason", "error")
+        name: [] for name in ("input_ids", "attention_mask", "labels", "lost", "dropped", "reason", "error")
     }
 
-    def add(ids: list[int], labels: list[int], dropped: int, reason: str, error: str) -> None:
-        values = (ids, [1] * len(ids), labels, dropped, reason, error)
+    def add(ids: list[int], labels: list[int], lost: int, dropped: int, reason: str, error: str) -> None:
+        values = (ids, [1] * len(ids), labels, lost, dropped, reason, error)
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
 
     for number, text in zip(batch["row"], batch["text"], strict=True):
         try:
-            fitted = fit(template, json.loads(text), chosen["cutoff_len"], chosen["mask_history"])
+            fitted = fit(template, json.loads(text), chosen)
         except Fault as fault:
-            add([], [], 0, fault.reason, f"row {number}: {fault}")
+            add([], [], 0, 0, fault.reason, f"row {number}: {fault}")
+            continue
+        except (ValueError, TypeError, LookupError) as error:
+            add([], [], 0, 0, "damaged", f"row {number}: it is damaged ({error})")
             continue
         for place, sample in enumerate(fitted.samples):
-            labels = sample.input_ids if chosen["train_on_prompt"] else sample.labels
-            add(sample.input_ids, labels, 0 if place else fitted.dropped, "", "")
+            add(sample.input_ids, sample.labels, sample.lost, 0 if place else fitted.dropped, "", "")
     return columns
 
 
@@ -231,12 +255,16 @@ def _summary(rendered: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str
     import numpy
 
     reasons: Counter[str] = Counter()
-    errors: list[str] = []
+    examples: dict[str, str] = {}  # by reason
     dropped: list[int] = []
+    lost = 0
     for split in rendered.values():
-        columns = split.select_columns(["reason", "error", "dropped"])[:]
+        columns = split.select_columns(["reason", "error", "dropped", "lost"])[:]
+        lost += sum(columns["lost"])
         reasons.update(filter(None, columns["reason"]))
-        errors += filter(None, columns["error"])
+        for reason, error in zip(columns["reason"], columns["error"], strict=True):
+            if reason:
+                examples.setdefault(reason, error)
         dropped += [count for count in columns["dropped"] if count]
     table = rendered["train"].data.column("input_ids")
     lengths = numpy.concatenate([numpy.diff(chunk.offsets.to_numpy()) for chunk in table.chunks] or [[]])
@@ -246,9 +274,10 @@ def _summary(rendered: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str
         "samples": len(lengths),
         "validation": sum(not reason for reason in validation["reason"]) if validation else 0,
         "left_out": dict(reasons),
-        "reasons": errors[:_REASONS],
+        "reasons": list(examples.values()),
         "shortened": len(dropped),
         "dropped_tools": sum(dropped),
+        "lost_texts": lost,
     }
     if len(lengths):
         counts, edges = numpy.histogram(lengths, bins=min(16, len(set(lengths.tolist()))))

@@ -507,6 +507,17 @@ def test_changed_contents_are_converted_with_the_last_settings(tmp_path: Path) -
         refresh(Path("nowhere.json"), out)
 
 
+def test_a_project_that_has_moved_is_not_converted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "one/data/filtered/filtered_20250101_000000.json", [record(), record("Add 3.")])
+    monkeypatch.chdir(tmp_path / "one")
+    convert(Settings())
+    (tmp_path / "one").rename(tmp_path / "two")
+    monkeypatch.chdir(tmp_path / "two")
+    assert "up to date" in refresh(None, dataset.FOLDER).message
+
+
 def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None:
     source = write_json(tmp_path / "row.json", record())
     kept = {"inputs": [str(source)], "candidates": 3, "test": 0.1, "seed": 42}

@@ -174,7 +174,7 @@ def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, sha
         now = _now(settings, old)
         if now is None and not data:
             return Refreshed(f"the data in {out} is used; what it was made of is not here")
-        if now and now == old.get("inputs"):
+        if _same(now, old):
             return Refreshed(f"the data in {out} is up to date")
     chosen = {key: value for key, value in asdict(settings).items() if value != getattr(Settings(), key)}
     words = ", ".join(f"{key}={value}" for key, value in chosen.items()) or "the defaults"
@@ -188,7 +188,15 @@ def is_up_to_date(folder: Path) -> bool:
         McpLoraError: its description is damaged.
     """
     old = statistics(folder)
-    return old is not None and _now(Settings(**old["settings"]), old) in (None, old.get("inputs"))
+    if old is None:
+        return False
+    now = _now(Settings(**old["settings"]), old)
+    return now is None or _same(now, old)
+
+
+def _same(now: dict[str, str] | None, old: dict[str, Any]) -> bool:
+    """Tell whether inputs hold what a conversion was made of, wherever they lie now."""
+    return now is not None and [*now.values()] == [*old.get("inputs", {}).values()]
 
 
 def _now(settings: Settings, old: dict[str, Any]) -> dict[str, str] | None:

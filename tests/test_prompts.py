@@ -386,6 +386,9 @@ def test_a_data_set_is_rendered_once_and_every_row_is_accounted_for(
     file.write_text(f"{json.dumps(rows[2])}\n\n{{}}\n", encoding="utf-8")
     made = rendered.render(llama, file, tmp_path / "rendered", {"cutoff_len": 4096})[1]
     assert made["samples"] == 1 and made["left_out"] == {"damaged": 2}
+    file.write_bytes(b'{"messages": "\xff"}\n')
+    with pytest.raises(McpLoraError, match="cannot be read, or copied into .*utf-8.*: mcp-lora convert"):
+        rendered.render(llama, file, tmp_path / "rendered", settings)
     file.write_text(json.dumps(rows[1]) + "\n", encoding="utf-8")
     with pytest.raises(McpLoraError, match="no row of .* is left to train on .*row 1: .*mcp-lora inspect 1"):
         rendered.render(llama, file, tmp_path / "rendered", settings)

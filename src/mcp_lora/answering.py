@@ -108,7 +108,7 @@ def by_endpoint(
         url: up to and with /v1.
         model: its name there.
         max_tokens: that an answer may have.
-        template: the model's; where it switches thinking the server is told to, as in training.
+        template: the model's; where it can switch thinking, the request sets it as in training.
         at_once: questions under way.
 
     Raises:

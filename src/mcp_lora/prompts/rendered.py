@@ -100,9 +100,10 @@ def render(
         The data set's folder, and what rendered.json holds.
 
     Raises:
-        McpLoraError: no row is left to train on, or the folder cannot be written.
+        McpLoraError: no row is left to train on, the file cannot be read or the folder not written.
     """
     import filelock
+    from datasets.exceptions import DatasetGenerationError
 
     chosen = settings_of(settings)
     out = folder / _key(template, file, chosen)
@@ -111,6 +112,10 @@ def render(
         with filelock.FileLock(folder / f".{out.name}.lock"):
             if not (out / "rendered.json").is_file():
                 _render(template, file, out, chosen, int(settings.get("preprocessing_num_workers") or 1))
+    except DatasetGenerationError as error:  # around what reading or writing has raised
+        raise McpLoraError(
+            f"{file} cannot be read, or copied into {folder} ({error.__cause__}): mcp-lora convert"
+        ) from None
     except OSError as error:
         raise McpLoraError(
             f"{folder} cannot be written ({error.strerror}): mcp-lora train dataset_dir=OTHER_FOLDER"

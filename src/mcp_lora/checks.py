@@ -9,7 +9,7 @@ _OPENS = (USER, RESULT)  # what an assistant's turn answers
 
 
 def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: int) -> list[Turn]:
-    """Return a row's turns as they can be trained on; what is mended is added to `content.cleaned`.
+    """Return a row's turns as they can be trained on; what is normalized is added to `content.cleaned`.
 
     Args:
         content: as a reader gives it; a system message that lists the tools is taken out of it.

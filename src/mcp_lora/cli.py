@@ -396,7 +396,7 @@ def _recipe(config: Path, model: str | None) -> dict[str, Any]:
     if recipe.get("model_name_or_path") == embedded.NAME:
         recipe["model_name_or_path"] = str(embedded.ensure())
     if problems := training.settings_problems(recipe):
-        raise McpLoraError(f"{'; '.join(problems)}. Mend {config} and run again")
+        raise McpLoraError(f"{'; '.join(problems)}. Fix {config} and run again")
     return recipe
 
 

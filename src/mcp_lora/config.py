@@ -84,10 +84,10 @@ def read_config(file: Path) -> dict[str, Any]:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise McpLoraError(f"{file} is not YAML ({reason}): mend it and run again") from None
+        raise McpLoraError(f"{file} is not YAML ({reason}): fix it and run again") from None
     if not isinstance(content, dict):
-        raise McpLoraError(f"{file} holds no `key: value` lines: mend it and run again")
-    return {key: _mend(key, value) for key, value in content.items()}
+        raise McpLoraError(f"{file} holds no `key: value` lines: fix it and run again")
+    return {key: _from_yaml(key, value) for key, value in content.items()}
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
         )
     pairs = (word.split("=", 1) for word in words)
     try:
-        return {key: _mend(key, yaml.safe_load(value)) for key, value in pairs}
+        return {key: _from_yaml(key, yaml.safe_load(value)) for key, value in pairs}
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise McpLoraError(
@@ -293,7 +293,7 @@ def _safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
     return length, header
 
 
-def _mend(key: str, value: Any) -> Any:
+def _from_yaml(key: str, value: Any) -> Any:
     """Undo what YAML 1.1 makes of two things that everybody writes.
 
     It reads 1e-4 as text (it wants 1.0e-4), and `no`, the name of a strategy, as false.

@@ -41,7 +41,7 @@ def examine(config: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
     yield _disk(Path(str(config.get("output_dir") or ".")))
     problems = training.settings_problems(dict(config))
     words = "; ".join(problems) or f"{len(config)} settings that LLaMA-Factory knows"
-    yield Finding("recipe", "problem" if problems else "ok", words + (": mend it" if problems else ""))
+    yield Finding("recipe", "problem" if problems else "ok", words + (": fix it" if problems else ""))
     if not problems:
         yield from _model(config)
     yield _data(Path(str(config.get("dataset_dir") or dataset.FOLDER)))

@@ -4,7 +4,7 @@
 class McpLoraError(Exception):
     """What went wrong, in one line that ends with the next command to run.
 
-    `code` is the process's exit code: 2 for a mistake that the user can mend, otherwise the
+    `code` is the process's exit code: 2 for a mistake that the user can fix, otherwise the
     engine's own.
     """
 

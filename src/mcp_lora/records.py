@@ -61,7 +61,7 @@ class Origin(NamedTuple):
 class Content:
     """What a row holds: a conversation and the tools that it brings, the called ones among them.
 
-    `system` is the row's own system message, if any; `cleaned` names what was mended in the row.
+    `system` is the row's own system message, if any; `cleaned` names what was normalized in the row.
     """
 
     turns: list[Turn]

@@ -83,7 +83,7 @@ def plan(
     if zero and not zero.lstrip().startswith("{") and not Path(zero).is_file():
         problems.append(f"there is no {zero}: go to the project's folder")
     if problems:
-        raise McpLoraError(f"{'; '.join(problems)}. Mend that and run again: mcp-lora train --dry-run")
+        raise McpLoraError(f"{'; '.join(problems)}. Fix that and run again: mcp-lora train --dry-run")
     if heavy := configuration.too_big(model, machine):
         if not dry_run:
             raise McpLoraError(heavy)

@@ -221,9 +221,11 @@ def train(
         return
     with _progress() as progress:
         refreshed = training.refresh_data(plan.config, data, progress)
-    say(refreshed.message)
-    if refreshed.statistics and not world.rank:
+    if refreshed.statistics:  # by whichever rank came first
+        _say(refreshed.message)
         _print_statistics(refreshed.statistics, Path(plan.config["dataset_dir"]))
+    else:
+        say(refreshed.message)
     plan = training.render(plan, say)
     if overwrite and world.leads and (previous := runs.put_aside(plan.run)):
         say(f"the run that was in {plan.run} is now in {previous}")

@@ -410,17 +410,7 @@ def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -
     with pytest.raises(McpLoraError, match=r"not-in-catalogue.*mcp-lora convert --tools CATALOGUE"):
         converted(sample_data, SHAPES / "rows/function_call.json")
     assert contents(sample_data) == before
-    assert not list(tmp_path.parent.glob(f".{tmp_path.name}.new*"))
-
-
-@pytest.mark.parametrize("step", ["_recover", "shutil.move"])
-def test_others_files_in_the_folder_outlive_a_conversion_even_if_it_is_killed(
-    sample_data: Path, step: str
-) -> None:
-    write_json(sample_data / "mine/notes.json", "mine")
-    killed_at(step, 1, sample_data)
-    converted(sample_data, SAMPLE)
-    assert load(sample_data / "mine/notes.json") == "mine"
+    assert not (sample_data / ".new").exists()
 
 
 def test_a_damaged_description_is_an_error(sample_data: Path) -> None:
@@ -447,39 +437,37 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "a file is in the way"
 
 
-def test_files_are_replaced_one_by_one_where_the_folder_cannot_be_renamed(
-    sample_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def rename(self: Path, target: Path) -> None:
-        raise OSError("a mount point")
-
-    (sample_data / "rendered").mkdir()
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", rename)
-        converted(sample_data, SAMPLE, test=0)
-    expected = {"dataset_info.json", TRAIN_FILE, "rejected.jsonl", "stats.json", "train.jsonl"}
+def test_a_folder_keeps_what_others_put_there_and_nothing_of_the_old_conversion(sample_data: Path) -> None:
+    write_json(sample_data / "rendered/old.json", "old")
+    write_json(sample_data / "mine/notes.json", "mine")
+    converted(sample_data, SAMPLE, test=0)
+    expected = {"dataset_info.json", TRAIN_FILE, "rejected.jsonl", "stats.json", "train.jsonl", "mine"}
     assert {path.name for path in sample_data.iterdir()} == expected
-    assert not list(sample_data.parent.glob(f".{sample_data.name}.*"))
+    assert load(sample_data / "mine/notes.json") == "mine"
 
 
-@pytest.mark.parametrize(
-    ("step", "number"),
-    [("_dump", 1), ("_dump", 2), ("_is_ours", 1), ("Path.rename", 1), ("Path.rename", 2), ("_put", 1)],
-)
-def test_a_conversion_that_is_killed_leaves_the_old_one_or_the_new(
+@pytest.mark.parametrize(("step", "number"), [("_dump", 2), ("Path.replace", 1), ("Path.replace", 4)])
+def test_a_conversion_that_is_killed_leaves_the_old_one_or_is_made_again(
     tmp_path: Path, step: str, number: int
 ) -> None:
-    """Before, between and after the two renames; what is next, a refresh, finds it."""
+    """Before its files are put in place, or between two of them: what is next, a refresh, finds it."""
     old, new = tmp_path / "old", tmp_path / "new"
     converted(old, SAMPLE, seed=1)
     converted(new, SAMPLE, seed=2)
+    write_json(old / "mine/notes.json", "mine")
     before, after = contents(old), contents(new)
     killed_at(step, number, old)
-    assert refresh(None, old).statistics is None
-    assert contents(old) == (after if (step, number) in (("Path.rename", 2), ("_put", 1)) else before)
+    unharmed = contents(old) == before
+    assert unharmed == (dataset.facts(old) is not None) == (step == "_dump")
+    assert dataset.is_up_to_date(old) == unharmed
+    # no rows of the old one stand beside new ones
+    left = {file: content for file, content in contents(old).items() if file != "stats.json"}
+    assert left.items() <= before.items() or left.items() <= after.items()
+    assert (refresh(None, old).statistics is None) == unharmed
+    assert contents(old) == (before if unharmed else after)
     converted(old, SAMPLE, seed=2)  # and the next one is not disturbed
-    assert contents(old) == after
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert contents(old) == after and load(old / "mine/notes.json") == "mine"
+    assert not (old / ".new").exists()
 
 
 def test_changed_contents_are_converted_with_the_last_settings(tmp_path: Path) -> None:

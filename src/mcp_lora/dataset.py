@@ -207,8 +207,9 @@ def facts(folder: Path) -> int | None:
     Raises:
         McpLoraError: its description is damaged.
     """
-    stats = statistics(folder)
-    return stats and stats["written"]["train"] + stats["no_call_samples"].get("train", 0)
+    if not (stats := statistics(folder)):
+        return None
+    return int(stats["written"]["train"] + stats["no_call_samples"].get("train", 0))
 
 
 def names(folder: Path) -> set[str]:

@@ -131,7 +131,8 @@ class CallFormat:
         key_a, value_a, key_b, value_b = places
         before_value = one[key_a + len(KEYS[0]) : value_a]
         between, rest = one[value_a + len(VALUES[0]) : key_b], one[value_b + len(VALUES[1]) :]
-        after_value = _whole_tags(os.path.commonprefix([between, rest]))
+        after_value = os.path.commonprefix([between, rest])
+        after_value = after_value[: max(map(after_value.rfind, ">]}")) + 1]  # whole tags
         if not after_value:
             raise ValueError("the template shows no end of an argument")
         before_key = between[len(after_value) :].strip()
@@ -142,7 +143,8 @@ class CallFormat:
         same = os.path.commonprefix([before_value, before_other])
         end = os.path.commonprefix([before_value[len(same) :][::-1], before_other[len(same) :][::-1]])[::-1]
         self._is_typed = before_value == before_other
-        after_call = _first_tag(rest[len(after_value) :].strip())
+        found = _WORD.match(rest[len(after_value) :].strip())
+        after_call = found.group() if found else ""
         self._literals(one, two, start, value_b + len(VALUES[1]) + len(after_value))
         self._after_call = re.compile(rf"\s*{_loose(after_call)}") if after_call else re.compile("")
         self._name = re.compile(
@@ -296,40 +298,18 @@ def without_thought(text: str) -> str:
 
 def _keys(value: Any) -> tuple[str, str]:
     """Return under which keys an object, or one within it, holds the name and the arguments."""
-    for inner in _objects(value):
-        name = next((key for key, item in inner.items() if item == NAME), None)
-        if name is not None:
-            arguments = next((key for key, item in inner.items() if KEYS[0] in json.dumps(item)), "arguments")
-            return name, arguments
-    raise ValueError("the template writes calls in a form of its own")
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        yield value
-        for item in value.values():
-            yield from _objects(item)
+    inner = next((item for item in value.values() if isinstance(item, dict) and NAME in item.values()), value)
+    name = next((key for key, item in inner.items() if item == NAME), None)
+    if name is None:
+        raise ValueError("the template writes calls in a form of its own")
+    return name, next((key for key, item in inner.items() if KEYS[0] in json.dumps(item)), "arguments")
 
 
 def _name_at(text: str, schemas: Schemas, middle: str) -> str:
     """Return the tool's name with which a text begins: a candidate's, or up to what follows a name."""
     text = text.strip()
     candidates = [name for name in schemas if text.startswith(name)]
-    if candidates:
-        return max(candidates, key=len)
-    end = re.search(rf"[\s<\[{re.escape(middle[:1])}]", text) if middle else re.search(r"[\s<\[]", text)
-    return text[: end.start()] if end else text
-
-
-def _whole_tags(text: str) -> str:
-    """Cut a text behind the last tag that is closed in it."""
-    end = max(text.rfind(sign) for sign in ">]}")
-    return text[: end + 1]
-
-
-def _first_tag(text: str) -> str:
-    found = _WORD.match(text)
-    return found.group() if found else ""
+    return max(candidates, key=len, default=re.split(rf"[\s<\[{re.escape(middle[:1])}]", text)[0])
 
 
 def _takes_text(schema: Any, value: str) -> bool:
@@ -348,15 +328,8 @@ def _types(schema: Any) -> Iterator[Any]:
 
 def _loose(literal: str) -> str:
     """Return a pattern for a literal in which white space between tags does not count."""
-    return (
-        r"\s*".join(map(re.escape, literal.split()))
-        if literal.strip() == literal
-        else (
-            (r"\n?" if literal[:1].isspace() else "")
-            + r"\s*".join(map(re.escape, literal.split()))
-            + (r"\n?" if literal[-1:].isspace() else "")
-        )
-    )
+    words = r"\s*".join(map(re.escape, literal.split()))
+    return r"\n?" * literal[:1].isspace() + words + r"\n?" * literal[-1:].isspace()
 
 
 def _typed(value: str) -> Any:
@@ -382,20 +355,17 @@ def _as_json(text: str, quote: str) -> str:
     return "".join(parts)
 
 
-_CONSTANTS = {"true": True, "false": False, "null": None}
+class _Constants(ast.NodeTransformer):
+    """Replaces JSON's words in Python's syntax."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        known = {"true": True, "false": False, "null": None}
+        return ast.Constant(known[node.id]) if node.id in known else node
 
 
 def _literal(node: ast.expr) -> Any:
     """Return a Python literal's value, JSON's words for true, false and null included."""
-    if isinstance(node, ast.Name) and node.id in _CONSTANTS:
-        return _CONSTANTS[node.id]
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        return {
-            _literal(key): _literal(item) for key, item in zip(node.keys, node.values, strict=True) if key
-        }
-    return ast.literal_eval(node)
+    return ast.literal_eval(_Constants().visit(node))
 
 
 def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:

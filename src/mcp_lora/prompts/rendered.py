@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.errors import McpLoraError
-from mcp_lora.prompts.render import ChatTemplate, Encoded
+from mcp_lora.prompts.render import ChatTemplate, Encoded, called
 from mcp_lora.records import Fault
 
 # The engine's template for what is rendered already. It has no words that end a turn, and must not reach
@@ -66,9 +66,7 @@ def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, A
     Raises:
         Fault: it cannot be rendered, or is too long without any distractor. Nothing is ever cut.
     """
-    called = {
-        call["function"]["name"] for message in row["messages"] for call in message.get("tool_calls") or []
-    }
+    gold = {call.name for message in row["messages"] for call in called(message)}
     tools, dropped = list(row.get("tools") or []), 0
     while True:
         fitted = {**row, "tools": tools}
@@ -78,9 +76,9 @@ def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, A
         longest = max(len(sample.input_ids) for sample in samples)
         if longest <= settings["cutoff_len"]:
             return Fitted(samples, fitted, dropped)
-        spare = [place for place, tool in enumerate(tools) if tool["function"]["name"] not in called]
+        spare = [place for place, tool in enumerate(tools) if tool["function"]["name"] not in gold]
         # of a row that calls nothing one tool has to stay, or there is nothing to refuse
-        if len(spare) <= (0 if called else 1):
+        if len(spare) <= (0 if gold else 1):
             limit = f"cutoff_len is {settings['cutoff_len']}"
             raise Fault("too-long", f"{longest} tokens without any distractor, and {limit}")
         del tools[spare[-1]]

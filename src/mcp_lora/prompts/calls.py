@@ -71,79 +71,68 @@ class CallFormat:
     """
 
     def __init__(self, write: Callable[[list[ToolCall]], str], answer: str) -> None:
-        one = without_thought(write([PROBE]))
-        try:
-            two = without_thought(write([PROBE, PROBE]))
-        except Exception:  # some templates refuse parallel calls, by raising what they like
-            two = ""
-        start = one.find(NAME)
-        if start < 0:
-            raise ValueError("the template leaves calls out")
-        self._quote = ""
         self._answer = answer
-        self._open = ""
-        self._read_one = self._learn(one, two, write)
-
-    def _learn(
-        self, one: str, two: str, write: Callable[[list[ToolCall]], str]
-    ) -> Callable[[str, int, Schemas], tuple[ToolCall, int] | None]:
+        self._quote = ""
+        self._one = one = without_thought(write([PROBE]))
+        try:
+            self._two = without_thought(write([PROBE, PROBE]))
+        except Exception:  # some templates refuse parallel calls, by raising what they like
+            self._two = ""
+        if NAME not in one:
+            raise ValueError("the template leaves calls out")
         for place in (match.start() for match in re.finditer(r"\{", one)):
-            value, end = self._decoded(one, place)
+            value, end = _decoded(one, place)
             if value is not None and NAME in json.dumps(value):
-                self._literals(one, two, place, end)
+                self._literals(place, end)
                 self._name_key, self._arguments_key = _keys(value)
-                return self._object
+                self._read_one = self._object
+                return
         start = one.index(NAME)
         after = start + len(NAME)
         brace, key = one.find("{", after), one.find(KEYS[0], after)
         if key < 0:
             raise ValueError("the template leaves arguments out")
         if re.match(r"\(\s*" + KEYS[0], one[after:]):
-            self._literals(one, two, start, one.rindex(VALUES[1]) + len(VALUES[1]) + 2)
-            return self._python
-        if 0 <= brace < key:
-            value, end = self._decoded(one, brace)
+            self._literals(start, one.rindex(VALUES[1]) + len(VALUES[1]) + 2)
+            self._read_one = self._python
+        elif 0 <= brace < key:
+            value, end = _decoded(one, brace)
             if value is None:
                 # Gemma 4 has a quote of its own, and bare keys
-                self._quote = one[one.index(KEYS[0]) + len(KEYS[0]) : one.index(VALUES[0])].lstrip(": ")
+                self._quote = one[key + len(KEYS[0]) : one.index(VALUES[0])].lstrip(": ")
                 end = len(self._quote) and one.index("}", one.index(VALUES[1])) + 1
                 if not end:
                     raise ValueError("the template writes arguments in a form of its own")
-            self._literals(one, two, start, end)
-            self._middle = one[after:brace]
-            return self._named
-        places = [one.find(word, after) for word in (KEYS[0], VALUES[0], KEYS[1], VALUES[1])]
-        if -1 in places or places != sorted(places):
-            raise ValueError("the template writes calls in a form of its own")
-        self._learn_tags(one, two, start, after, places, write)
-        return self._tagged
+            self._literals(start, end)
+            self._middle = one[after:brace].strip()
+            self._read_one = self._named
+        else:
+            places = [one.find(word, after) for word in (KEYS[0], VALUES[0], KEYS[1], VALUES[1])]
+            if -1 in places or places != sorted(places):
+                raise ValueError("the template writes calls in a form of its own")
+            self._learn_tags(start, places, without_thought(write([TYPED])))
+            self._read_one = self._tagged
 
-    def _learn_tags(
-        self,
-        one: str,
-        two: str,
-        start: int,
-        after: int,
-        places: list[int],
-        write: Callable[[list[ToolCall]], str],
-    ) -> None:
+    def _learn_tags(self, start: int, places: list[int], typed: str) -> None:
         """Learn what stands between keys and values, as Qwen3-Coder, GLM, MiniMax and DeepSeek V3.2 write."""
+        one = self._one
         key_a, value_a, key_b, value_b = places
         before_value = one[key_a + len(KEYS[0]) : value_a]
         between, rest = one[value_a + len(VALUES[0]) : key_b], one[value_b + len(VALUES[1]) :]
-        after_value = _whole_tags(os.path.commonprefix([between, rest]))
+        after_value = os.path.commonprefix([between, rest])
+        after_value = after_value[: max(map(after_value.rfind, ">]}")) + 1]  # whole tags
         if not after_value:
             raise ValueError("the template shows no end of an argument")
         before_key = between[len(after_value) :].strip()
-        after_name = one[after:key_a].strip().removesuffix(before_key).strip()
+        after_name = one[start + len(NAME) : key_a].strip().removesuffix(before_key).strip()
         # Some say beside the key whether the value is text (DeepSeek), or of which type (Kimi K3).
-        typed = without_thought(write([TYPED]))
         before_other = typed[typed.index(KEYS[0]) + len(KEYS[0]) : typed.index(str(_NUMBER))]
         same = os.path.commonprefix([before_value, before_other])
         end = os.path.commonprefix([before_value[len(same) :][::-1], before_other[len(same) :][::-1]])[::-1]
         self._is_typed = before_value == before_other
-        after_call = _first_tag(rest[len(after_value) :].strip())
-        self._literals(one, two, start, value_b + len(VALUES[1]) + len(after_value))
+        found = _WORD.match(rest[len(after_value) :].strip())
+        after_call = found.group() if found else ""
+        self._literals(start, value_b + len(VALUES[1]) + len(after_value))
         self._after_call = re.compile(rf"\s*{_loose(after_call)}") if after_call else re.compile("")
         self._name = re.compile(
             rf"\s*([^\s<>]+?)(?:{_loose(after_name)}|\s*(?={_loose(before_key)}))"
@@ -157,8 +146,9 @@ class CallFormat:
             re.DOTALL,
         )
 
-    def _literals(self, one: str, two: str, start: int, end: int) -> None:
+    def _literals(self, start: int, end: int) -> None:
         """Keep what stands around a call: before all calls, before each, after each."""
+        one, two = self._one, self._two
         opening, closing = one[:start], one[end:]
         if two.startswith(opening) and (again := two.find(one[start:end], end)) >= 0:
             between = two[end:again]
@@ -168,7 +158,6 @@ class CallFormat:
             closing = os.path.commonprefix([closing, between])
         else:
             each = opening
-        self._open = each.strip()
         words = sorted({*_WORD.findall(f"{opening} {one[end:]} {closing} {each}")}, key=len, reverse=True)
         self._between = re.compile("|".join([*map(re.escape, words), _GLUE]))
         # What a call begins with: its tags, of which models leave out the first at times, or all of it.
@@ -186,38 +175,32 @@ class CallFormat:
         """
         text = without_thought(text)
         if self._mark.pattern:
-            found_mark = self._mark.search(text)
-            start = found_mark.start() if found_mark else -1
+            mark = self._mark.search(text)
+            start = mark.start() if mark else -1
         else:  # Llama 3 writes a bare object, which may be all of an answer and no part of one
             bare = re.sub(r"^(?:\s|<\|[a-z_]+\|>)+", "", text)
             start = len(text) - len(bare) if bare.startswith("{") else -1
         if start < 0:
             return Reading([], text.strip(), False)
         content, place = text[:start].strip(), start
-        calls: list[ToolCall] = []
         if self._quote:
             text = text[:start] + _as_json(text[start:], self._quote)
-        while True:
-            found = self._read_one(text, self._skip(text, place), schemas or {})
-            if found is None:
-                # behind the last call nothing may begin as a call does
-                return Reading(calls, content, not calls or bool(self._open and self._open in text[place:]))
+        calls: list[ToolCall] = []
+        while found := self._read_one(text, self._skip(text, place), schemas or {}):
             calls.append(found[0])
             place = found[1]
+        # behind the last call nothing may begin as a call does
+        again = bool(self._mark.pattern and self._mark.search(text, place))
+        return Reading(calls, content, not calls or again)
 
     def _skip(self, text: str, place: int) -> int:
+        """Return where the literals between two calls end."""
         while (glue := self._between.match(text, place)) and glue.end() > place:
             place = glue.end()
         return place
 
-    def _decoded(self, text: str, place: int) -> tuple[Any, int]:
-        try:
-            return _JSON.raw_decode(text, place)
-        except (ValueError, RecursionError):
-            return None, place
-
     def _object(self, text: str, place: int, schemas: Schemas) -> tuple[ToolCall, int] | None:
-        value, end = self._decoded(text, place)
+        value, end = _decoded(text, place)
         if not isinstance(value, dict):
             return None
         inner: dict[str, Any] = value["function"] if isinstance(value.get("function"), dict) else value
@@ -228,10 +211,10 @@ class CallFormat:
 
     def _named(self, text: str, place: int, schemas: Schemas) -> tuple[ToolCall, int] | None:
         brace = text.find("{", place)
-        name = _name_at(text[place : max(brace, place)], schemas, self._middle.strip())
+        name = _name_at(text[place : max(brace, place)], schemas, self._middle)
         if brace < 0 or not name:
             return None
-        value, end = self._decoded(text, brace)
+        value, end = _decoded(text, brace)
         call = call_of(name, value) if isinstance(value, dict) else None
         return (call, end) if call else None
 
@@ -267,6 +250,13 @@ class CallFormat:
         return None
 
 
+def _decoded(text: str, place: int) -> tuple[Any, int]:
+    try:
+        return _JSON.raw_decode(text, place)
+    except (ValueError, RecursionError):
+        return None, place
+
+
 def call_of(name: Any, arguments: Any) -> ToolCall | None:
     """Return a call; its arguments are an object, or one as JSON in a text, and `""` is none. Else None."""
     try:
@@ -296,40 +286,18 @@ def without_thought(text: str) -> str:
 
 def _keys(value: Any) -> tuple[str, str]:
     """Return under which keys an object, or one within it, holds the name and the arguments."""
-    for inner in _objects(value):
-        name = next((key for key, item in inner.items() if item == NAME), None)
-        if name is not None:
-            arguments = next((key for key, item in inner.items() if KEYS[0] in json.dumps(item)), "arguments")
-            return name, arguments
-    raise ValueError("the template writes calls in a form of its own")
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        yield value
-        for item in value.values():
-            yield from _objects(item)
+    inner = next((item for item in value.values() if isinstance(item, dict) and NAME in item.values()), value)
+    name = next((key for key, item in inner.items() if item == NAME), None)
+    if name is None:
+        raise ValueError("the template writes calls in a form of its own")
+    return name, next((key for key, item in inner.items() if KEYS[0] in json.dumps(item)), "arguments")
 
 
 def _name_at(text: str, schemas: Schemas, middle: str) -> str:
     """Return the tool's name with which a text begins: a candidate's, or up to what follows a name."""
     text = text.strip()
     candidates = [name for name in schemas if text.startswith(name)]
-    if candidates:
-        return max(candidates, key=len)
-    end = re.search(rf"[\s<\[{re.escape(middle[:1])}]", text) if middle else re.search(r"[\s<\[]", text)
-    return text[: end.start()] if end else text
-
-
-def _whole_tags(text: str) -> str:
-    """Cut a text behind the last tag that is closed in it."""
-    end = max(text.rfind(sign) for sign in ">]}")
-    return text[: end + 1]
-
-
-def _first_tag(text: str) -> str:
-    found = _WORD.match(text)
-    return found.group() if found else ""
+    return max(candidates, key=len, default=re.split(rf"[\s<\[{re.escape(middle[:1])}]", text)[0])
 
 
 def _takes_text(schema: Any, value: str) -> bool:
@@ -348,15 +316,8 @@ def _types(schema: Any) -> Iterator[Any]:
 
 def _loose(literal: str) -> str:
     """Return a pattern for a literal in which white space between tags does not count."""
-    return (
-        r"\s*".join(map(re.escape, literal.split()))
-        if literal.strip() == literal
-        else (
-            (r"\n?" if literal[:1].isspace() else "")
-            + r"\s*".join(map(re.escape, literal.split()))
-            + (r"\n?" if literal[-1:].isspace() else "")
-        )
-    )
+    words = r"\s*".join(map(re.escape, literal.split()))
+    return r"\n?" * literal[:1].isspace() + words + r"\n?" * literal[-1:].isspace()
 
 
 def _typed(value: str) -> Any:
@@ -382,20 +343,17 @@ def _as_json(text: str, quote: str) -> str:
     return "".join(parts)
 
 
-_CONSTANTS = {"true": True, "false": False, "null": None}
+class _Constants(ast.NodeTransformer):
+    """Replaces JSON's words in Python's syntax."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        known = {"true": True, "false": False, "null": None}
+        return ast.Constant(known[node.id]) if node.id in known else node
 
 
 def _literal(node: ast.expr) -> Any:
     """Return a Python literal's value, JSON's words for true, false and null included."""
-    if isinstance(node, ast.Name) and node.id in _CONSTANTS:
-        return _CONSTANTS[node.id]
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        return {
-            _literal(key): _literal(item) for key, item in zip(node.keys, node.values, strict=True) if key
-        }
-    return ast.literal_eval(node)
+    return ast.literal_eval(_Constants().visit(node))
 
 
 def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:

@@ -25,6 +25,7 @@ DATE (date_string, strftime_now); calls are numbered from 000000001.
 
 import copy
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,6 @@ Message = dict[str, Any]
 _SYSTEM: Message = {"role": "system", "content": "Be good."}
 _QUESTION: Message = {"role": "user", "content": "What is probe question?"}
 _ANSWER: Message = {"role": "assistant", "content": "probe answer"}
-_PROBES = (calls.PROBE, calls.OTHER)
 _TOOL = {
     "type": "function",
     "function": {
@@ -151,14 +151,11 @@ class ChatTemplate:
                     lambda made: self._turn([_QUESTION], _calling(made), [_TOOL])[1],
                     self._turn([_QUESTION], _ANSWER, [_TOOL])[1],
                 )
-                self._written = self._turn([_QUESTION], _calling([calls.PROBE]), [_TOOL])[1]
-                written = (self._turn([_QUESTION], _calling([call]), [_TOOL])[1] for call in _PROBES)
-                if all(
-                    calls.same_calls(self.read(text).calls, [call])
-                    for text, call in zip(written, _PROBES, strict=True)
-                ):
-                    return None
-                why = "calls are not read back as they were"
+                for call in (calls.OTHER, calls.PROBE):
+                    self._written = self._turn([_QUESTION], _calling([call]), [_TOOL])[1]
+                    if not calls.same_calls(self.read(self._written).calls, [call]):
+                        raise ValueError("it is read back as another")
+                return None
             except Exception as error:
                 why = why or f"it writes no call that can be read ({_line(error)})"
         return why
@@ -209,10 +206,8 @@ class ChatTemplate:
 
     def without_end(self, text: str) -> str:
         """Return an answer without the tokens that end it, and those that pad it in a batch."""
-        ends = tuple({*self.ends.values(), self.tokenizer.eos_token, self.tokenizer.pad_token} - {None})
-        while (bare := text.rstrip()).endswith(ends):
-            text = next(bare.removesuffix(end) for end in ends if bare.endswith(end))
-        return text
+        ends = {*self.ends.values(), self.tokenizer.eos_token, self.tokenizer.pad_token} - {None}
+        return re.sub(rf"(?:\s*(?:{'|'.join(map(re.escape, ends))}))+\s*$", "", text)
 
     def stopping_model(self, config: Mapping[str, Any], folder: Path) -> str:
         """Return a model at which the engine's prediction stops where a turn ends.
@@ -236,10 +231,9 @@ class ChatTemplate:
 
         source = Path(model)
         if not source.is_dir():  # training has fetched it
-            place = {key: hub_arguments(config)[key] for key in ("revision", "cache_dir", "token")}
-            source = Path(
-                snapshot_download(model, **place, ignore_patterns=["original/*", "*.pth", "*.gguf"])
-            )
+            hub = hub_arguments(config)
+            del hub["trust_remote_code"]
+            source = Path(snapshot_download(model, **hub, ignore_patterns=["original/*", "*.pth", "*.gguf"]))
         stopping = copy.deepcopy(tokenizer)
         stopping.add_special_tokens({"extra_special_tokens": sorted(ends - {tokenizer.eos_token})})
         folder.mkdir(parents=True)
@@ -287,14 +281,12 @@ class ChatTemplate:
         whole = self._apply([*messages, answer], tools, prompting=False)
         text = self._behind(prompt, whole, messages, answer, tools)
         bare = text.rstrip()
-        eos = self.tokenizer.eos_token
-        before, found, after = bare.rpartition(eos)
-        if found and self._only_special.fullmatch(after):  # some go on with the next turn's beginning
+        before, eos, after = bare.rpartition(self.tokenizer.eos_token)
+        if eos and self._only_special.fullmatch(after):  # some go on with the next turn's beginning
             return prompt, before + eos
-        if any(bare.endswith(token) for token in self._special):
+        if bare.endswith(tuple(self._special)):
             return prompt, bare
-        end = self.ends.get(bool(answer.get("tool_calls")), "")
-        return prompt, bare + end
+        return prompt, bare + self.ends.get(bool(answer.get("tool_calls")), "")
 
     def _behind(
         self, prompt: str, whole: str, messages: Sequence[Message], answer: Message, tools: Sequence[Any]
@@ -306,10 +298,7 @@ class ChatTemplate:
         """
         if whole.startswith(prompt):
             return whole.removeprefix(prompt)
-        same = next(
-            (place for place, (one, other) in enumerate(zip(prompt, whole, strict=False)) if one != other),
-            min(len(prompt), len(whole)),
-        )
+        same = len(os.path.commonprefix([prompt, whole]))
         for opening, closing in calls.THOUGHTS:
             # The generation prompt opens a thought, or an empty one, that the history does not hold.
             start = prompt.rfind(opening, 0, same + len(opening))
@@ -374,34 +363,27 @@ class ChatTemplate:
 
     def _served(self, messages: Sequence[Message]) -> Iterator[Message]:
         """Yield messages as a server hands them to a template: arguments as objects, ids of one kind."""
-        numbers: dict[str, str] = {}
+        ids: dict[str, str] = {}
         number = count(1)
         for message in messages:
             message = {key: value for key, value in message.items() if value is not None}
             if not self._keeps_thoughts:
                 message.pop("reasoning_content", None)
-            if made := message.pop("tool_calls", None):
-                message.setdefault("content", self.empty_content)
-                message["content"] = message["content"] or self.empty_content
-                message["tool_calls"] = [self._call(call, numbers, number) for call in made]
-            message.setdefault("content", "")
+            made = message.pop("tool_calls", None)
+            message["content"] = message.get("content") or (self.empty_content if made else "")
             if message["role"] == "tool":
-                given = message.get("tool_call_id", "")
-                message["tool_call_id"] = numbers.get(given, calls.CALL_ID)
+                message["tool_call_id"] = ids.get(message.get("tool_call_id", ""), calls.CALL_ID)
+            if made:
+                message["tool_calls"] = []
+            for call in made or []:
+                given, function = call.get("id", ""), call["function"]
+                ids[given] = f"{next(number):0{len(calls.CALL_ID)}d}"
+                arguments = function["arguments"]
+                if self.arguments_parsed and isinstance(arguments, str):
+                    arguments = json.loads(arguments)
+                function = {"name": function["name"], "arguments": arguments}
+                message["tool_calls"].append({"type": "function", "id": ids[given], "function": function})
             yield message
-
-    def _call(self, call: Any, numbers: dict[str, str], place: Iterator[int]) -> Any:
-        function = call["function"]
-        number = f"{next(place):0{len(calls.CALL_ID)}d}"
-        numbers[call.get("id", number)] = number
-        arguments = function["arguments"]
-        if self.arguments_parsed and isinstance(arguments, str):
-            arguments = json.loads(arguments)
-        return {
-            "type": "function",
-            "id": number,
-            "function": {"name": function["name"], "arguments": arguments},
-        }
 
 
 def hub_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -450,28 +432,23 @@ def schemas(tools: Sequence[Any]) -> dict[str, dict[str, Any]]:
 
 def called(message: Mapping[str, Any]) -> list[ToolCall]:
     """Return the calls of a message in OpenAI's form."""
-    return [
-        ToolCall(
-            call["function"]["name"],
-            json.loads(given) if isinstance(given := call["function"]["arguments"], str) else given,
-        )
-        for call in message.get("tool_calls") or []
-    ]
+    found = []
+    for call in message.get("tool_calls") or []:
+        given = call["function"]["arguments"]
+        arguments = json.loads(given) if isinstance(given, str) else given
+        found.append(ToolCall(call["function"]["name"], arguments))
+    return found
 
 
 def _calling(made: Sequence[ToolCall]) -> Message:
-    return {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [
-            {
-                "id": f"call_{number}",
-                "type": "function",
-                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
-            }
-            for number, call in enumerate(made, 1)
-        ],
-    }
+    functions = [
+        {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)} for call in made
+    ]
+    each = [
+        {"id": f"call_{number}", "type": "function", "function": function}
+        for number, function in enumerate(functions, 1)
+    ]
+    return {"role": "assistant", "content": None, "tool_calls": each}
 
 
 def _line(error: BaseException) -> str:

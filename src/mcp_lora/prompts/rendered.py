@@ -16,20 +16,22 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mcp_lora.errors import McpLoraError
-from mcp_lora.prompts.render import ChatTemplate, Encoded
+from mcp_lora.prompts.render import ChatTemplate, Encoded, called
 from mcp_lora.records import Fault
 
 # The engine's template for what is rendered already. It has no words that end a turn, and must not reach
 # chat and export, which take the model's own.
 TEMPLATE = "empty"
 _BATCH = 32  # rows that a worker renders at a time
+# The columns of a data set, and what is reported of each row while it is made.
+_COLUMNS = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
+_REPORTED = {"lost": "int32", "dropped": "int32", "reason": "string", "error": "string"}
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,7 @@ def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, A
     Raises:
         Fault: it cannot be rendered, or is too long without any distractor. Nothing is ever cut.
     """
-    called = {
-        call["function"]["name"] for message in row["messages"] for call in message.get("tool_calls") or []
-    }
+    gold = {call.name for message in row["messages"] for call in called(message)}
     tools, dropped = list(row.get("tools") or []), 0
     while True:
         fitted = {**row, "tools": tools}
@@ -76,9 +76,9 @@ def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, A
         longest = max(len(sample.input_ids) for sample in samples)
         if longest <= settings["cutoff_len"]:
             return Fitted(samples, fitted, dropped)
-        spare = [place for place, tool in enumerate(tools) if tool["function"]["name"] not in called]
+        spare = [place for place, tool in enumerate(tools) if tool["function"]["name"] not in gold]
         # of a row that calls nothing one tool has to stay, or there is nothing to refuse
-        if len(spare) <= (0 if called else 1):
+        if len(spare) <= (0 if gold else 1):
             limit = f"cutoff_len is {settings['cutoff_len']}"
             raise Fault("too-long", f"{longest} tokens without any distractor, and {limit}")
         del tools[spare[-1]]
@@ -137,16 +137,16 @@ def write(folder: Path, prompts: Sequence[tuple[list[int], list[int]]]) -> None:
 
 
 def _key(template: ChatTemplate, file: Path, chosen: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        digest.update(hashlib.file_digest(stream, "sha256").digest())
     tokenizer = template.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     versions = [importlib.metadata.version(package) for package in ("transformers", "jinja2")]
-    code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.*"))]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     rest = json.dumps([special, template.thinking, chosen, versions])
+    code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.*"))]
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(hashlib.file_digest(stream, "sha256").digest())
     for part in (vocabulary, tokenizer.chat_template, rest, *code):
         digest.update(hashlib.sha256(part.encode(errors="surrogatepass")).digest())
     return digest.hexdigest()[:16]
@@ -172,44 +172,29 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
                 f"mcp-lora train val_size=0.1"
             ) from None
         splits = {"train": halves["train"], "validation": halves["test"]}
-    numbers = datasets.Sequence(datasets.Value("int32"))
-    kept = {
-        "input_ids": numbers,
-        "attention_mask": datasets.Sequence(datasets.Value("int8")),
-        "labels": numbers,
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the processes
+    types = {name: datasets.Value(kind) for name, kind in _REPORTED.items()}
+    types |= {name: datasets.Sequence(datasets.Value(kind)) for name, kind in _COLUMNS.items()}
+    rendered = {
+        name: split.map(
+            _encode,
+            batched=True,
+            batch_size=_BATCH,
+            num_proc=min(workers, os.cpu_count() or 1, -(-len(split) // _BATCH)) or None,
+            remove_columns=["row", "text"],
+            features=datasets.Features(types),
+            fn_kwargs={"template": template, "chosen": dict(chosen)},
+            new_fingerprint=f"{out.name}{name}",
+            desc="rendering",
+        )
+        for name, split in splits.items()
     }
-    told = {
-        "lost": datasets.Value("int32"),
-        "dropped": datasets.Value("int32"),
-        "reason": datasets.Value("string"),
-        "error": datasets.Value("string"),
-    }
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the processes
-    try:
-        rendered = {
-            name: split.map(
-                _encode,
-                batched=True,
-                batch_size=_BATCH,
-                num_proc=min(workers, os.cpu_count() or 1, -(-len(split) // _BATCH)) or None,
-                remove_columns=["row", "text"],
-                features=datasets.Features(kept | told),
-                fn_kwargs={"template": template, "chosen": dict(chosen)},
-                new_fingerprint=f"{out.name}{name}",
-                desc="rendering",
-            )
-            for name, split in splits.items()
-        }
-    finally:
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-    summary = _summary(rendered, chosen)
     good = {
-        name: split.filter(lambda reason: not reason, input_columns="reason").remove_columns([*told])
+        name: split.filter(lambda reason: reason is None, input_columns="reason").select_columns([*_COLUMNS])
         for name, split in rendered.items()
     }
+    summary = _summary(rendered, chosen["cutoff_len"])
+    summary["validation"] = len(good.get("validation", ()))
     if not summary["samples"]:
         shutil.rmtree(new)
         raise McpLoraError(
@@ -233,68 +218,48 @@ def _encode(
     batch: Mapping[str, list[Any]], template: ChatTemplate, chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Render a batch of rows; a row may make several samples, or none and a reason."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("input_ids", "attention_mask", "labels", "lost", "dropped", "reason", "error")
-    }
-
-    def add(ids: list[int], labels: list[int], lost: int, dropped: int, reason: str, error: str) -> None:
-        values = (ids, [1] * len(ids), labels, lost, dropped, reason, error)
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-
+    made: list[dict[str, Any]] = []
     for number, text in zip(batch["row"], batch["text"], strict=True):
         try:
             fitted = fit(template, json.loads(text), chosen)
         except Fault as fault:
-            add([], [], 0, 0, fault.reason, f"row {number}: {fault}")
+            made.append({"reason": fault.reason, "error": f"row {number}: {fault}"})
             continue
         except (ValueError, TypeError, LookupError) as error:
-            add([], [], 0, 0, "damaged", f"row {number}: it is damaged ({error})")
+            made.append({"reason": "damaged", "error": f"row {number}: it is damaged ({error})"})
             continue
-        for place, sample in enumerate(fitted.samples):
-            add(sample.input_ids, sample.labels, sample.lost, 0 if place else fitted.dropped, "", "")
-    return columns
+        for sample in fitted.samples:
+            ids = {"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)}
+            made.append(ids | {"labels": sample.labels, "lost": sample.lost})
+        made[-1]["dropped"] = fitted.dropped  # of the row, counted once
+    return {name: [one.get(name) for one in made] for name in (*_COLUMNS, *_REPORTED)}
 
 
-def _summary(rendered: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(rendered: Mapping[str, Any], cutoff_len: int) -> dict[str, Any]:
     import numpy
+    import pandas
+    import pyarrow.compute
 
-    reasons: Counter[str] = Counter()
-    examples: dict[str, str] = {}  # by reason
-    dropped: list[int] = []
-    lost = 0
-    for split in rendered.values():
-        columns = split.select_columns(["reason", "error", "dropped", "lost"])[:]
-        lost += sum(columns["lost"])
-        reasons.update(filter(None, columns["reason"]))
-        for reason, error in zip(columns["reason"], columns["error"], strict=True):
-            if reason:
-                examples.setdefault(reason, error)
-        dropped += [count for count in columns["dropped"] if count]
-    table = rendered["train"].data.column("input_ids")
-    lengths = numpy.concatenate([numpy.diff(chunk.offsets.to_numpy()) for chunk in table.chunks] or [[]])
-    lengths = lengths[lengths > 0]
-    validation = rendered.get("validation")
+    told = pandas.concat(split.select_columns([*_REPORTED]).to_pandas() for split in rendered.values())
+    column = rendered["train"].data.column("input_ids")
+    lengths = pyarrow.compute.list_value_length(column).drop_null().to_numpy()
     summary: dict[str, Any] = {
         "samples": len(lengths),
-        "validation": sum(not reason for reason in validation["reason"]) if validation else 0,
-        "left_out": dict(reasons),
-        "reasons": list(examples.values()),
-        "shortened": len(dropped),
-        "dropped_tools": sum(dropped),
-        "lost_texts": lost,
+        "left_out": told["reason"].value_counts().to_dict(),
+        "reasons": told.dropna(subset="reason").drop_duplicates("reason")["error"].tolist(),
+        "shortened": int((told["dropped"] > 0).sum()),
+        "dropped_tools": int(told["dropped"].sum()),
+        "lost_texts": int(told["lost"].sum()),
     }
     if len(lengths):
-        counts, edges = numpy.histogram(lengths, bins=min(16, len(set(lengths.tolist()))))
+        counts, edges = numpy.histogram(lengths, bins=min(16, len(numpy.unique(lengths))))
+        bins = zip(edges, edges[1:], counts, strict=False)
         summary["lengths"] = {
             "median": int(numpy.median(lengths)),
             "p95": int(numpy.percentile(lengths, 95)),
             "max": int(lengths.max()),
+            "cutoff_len": cutoff_len,
             "tokens": int(lengths.sum()),
-            "cutoff_len": chosen["cutoff_len"],
-            "histogram": [
-                [round(low), round(high), int(count)]
-                for low, high, count in zip(edges, edges[1:], counts, strict=False)
-            ],
+            "histogram": [[round(low), round(high), int(count)] for low, high, count in bins],
         }
     return summary

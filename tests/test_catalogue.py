@@ -6,12 +6,14 @@ from conftest import SHAPES, SHARED, catalogue_of, write_json
 
 from mcp_lora import catalogue as catalogues
 from mcp_lora import files
-from mcp_lora.catalogue import Catalogue, tool_of
+from mcp_lora.catalogue import Catalogue
 from mcp_lora.records import Fault, Tool
+from mcp_lora.tools import tools_in
 
 
 def tool(schema: Any, name: str = "t", server: str = "s") -> Tool:
-    return tool_of(server, {"name": name, "parameters": schema})
+    (found,) = tools_in({"name": name, "parameters": schema}, server)
+    return found
 
 
 def test_both_kinds_of_file_are_read_and_what_is_no_tool_is_told(tmp_path: Path) -> None:
@@ -30,8 +32,8 @@ def test_both_kinds_of_file_are_read_and_what_is_no_tool_is_told(tmp_path: Path)
     assert catalogue.tools[4].parameters == {"type": "object", "properties": {}}
     assert [note.split("/")[-1] for note in notes] == [
         "web.json: a tool has no name",
-        "braces.json holds no tools",
-        "empty.json holds no tools",
+        "braces.json holds no tools that are new",
+        "empty.json holds no tools that are new",
     ]
 
 
@@ -43,7 +45,7 @@ def test_a_name_that_recurs_belongs_to_the_files_own_server() -> None:
     with pytest.raises(Fault, match="several servers: one, two") as caught:
         catalogue.find("search", "three")
     assert caught.value.reason == "ambiguous-tool"
-    with pytest.raises(Fault, match="in no catalogue"):
+    with pytest.raises(Fault, match="name it with --tools"):
         catalogue.find("other", "one")
 
 

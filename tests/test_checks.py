@@ -2,22 +2,22 @@ from typing import Any
 
 import pytest
 
-from mcp_lora.catalogue import Catalogue, tool_of
+from mcp_lora.catalogue import Catalogue
 from mcp_lora.checks import check
-from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Fault, ToolCall, Turn
+from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, ToolCall, Turn
+from mcp_lora.tools import tools_in
 
-SUM = tool_of("s", {"name": "sum", "parameters": {"properties": {"a": {"type": "integer"}}}})
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+(SUM,) = tools_in({"name": "sum", "parameters": SCHEMA}, "s")
 
 
 def call(*values: Any, name: str = "sum") -> Turn:
     return Turn(CALL, "", tuple(ToolCall(name, {"a": value}) for value in values), ("",) * len(values))
 
 
-def checked(
-    *turns: Turn, whole: bool = True, system: str = "", limit: int = 100
-) -> tuple[list[Turn], list[str]]:
-    content = Content(list(turns), [SUM], system)
-    return check(content, Catalogue(), whole, limit), content.cleaned
+def checked(*turns: Turn, whole: bool = True, **options: bool) -> tuple[list[Turn], list[str]]:
+    content = Content(list(turns), [SUM])
+    return check(content, Catalogue(), whole, 100, **options), content.cleaned
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,74 @@ def test_a_long_result_is_shortened_visibly_and_counted() -> None:
     assert cleaned == ["shortened-result"]
 
 
-def test_a_system_message_that_lists_the_tools_is_not_kept() -> None:
-    for system, kept in [("You are a clerk.", "You are a clerk."), ('… "parameters": …', "")]:
-        content = Content([QUESTION, call(1)], [SUM], system)
-        check(content, Catalogue(), True, 100)
-        assert content.system == kept
+def test_system_messages_stand_where_they_stood() -> None:
+    system, later = Turn(SYSTEM, "Be brief."), Turn(SYSTEM, "It is ten.")
+    turns = [system, QUESTION, call(1), RESULT_3, later, ANSWER_3]
+    assert checked(*turns) == (turns, [])
+    assert checked(*turns, whole=False) == (turns[:3], [])
+    assert checked(system, system, QUESTION, call(1))[0][0].text == "Be brief.\n\nBe brief."
+
+
+def test_results_come_in_the_order_of_their_calls() -> None:
+    calls, four = call(1, 2)._replace(ids=("x", "y")), Turn(RESULT, "4", ids=("y",))
+    three = RESULT_3._replace(ids=("x",))
+    assert checked(QUESTION, calls, four, three, ANSWER_3)[0] == [QUESTION, calls, three, four, ANSWER_3]
+
+
+def test_a_call_that_failed_is_context() -> None:
+    failed, again = RESULT_3._replace(failed=True), call(2)
+    turns, cleaned = checked(QUESTION, call(1), failed, again, whole=False)
+    assert turns == [QUESTION, call(1)._replace(trained=False), failed, again] and cleaned == ["failed-call"]
+    assert checked(QUESTION, call(1), failed, again, keep_failed=True)[0][1].trained
+    with pytest.raises(Fault) as caught:
+        checked(QUESTION, call(1), failed)
+    assert caught.value.reason == "failed-call"
+
+
+def test_what_was_thought_can_be_left_out() -> None:
+    thinking = call(1)._replace(reasoning="Hm.")
+    assert checked(QUESTION, thinking) == ([QUESTION, thinking], [])
+    assert checked(QUESTION, thinking, drop_reasoning=True) == ([QUESTION, call(1)], ["dropped-reasoning"])
+
+
+@pytest.mark.parametrize(
+    ("schema", "given", "kept"),
+    [
+        ({"type": "integer"}, {"a": None}, {}),
+        ({"type": ["integer", "null"]}, {"a": None}, {"a": None}),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, {"a": None}, {"a": None}),
+        ({}, {"a": None}, {"a": None}),
+        ({"type": "object", "properties": {"b": {"type": "string"}}}, {"a": {"b": None}}, {"a": {}}),
+        ({"type": "integer"}, {"a": 1, "z": None}, {"a": 1}),
+    ],
+)
+def test_nulls_that_a_table_has_filled_in_are_no_arguments(
+    schema: dict[str, Any], given: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    parameters = {"type": "object", "properties": {"a": schema}}
+    content = Content([QUESTION, Turn(CALL, "", (ToolCall("t", given),), ("",))])
+    content.tools = list(tools_in({"name": "t", "parameters": parameters}))
+    assert check(content, Catalogue(), False, 100)[1].calls[0].arguments == kept
+    assert content.cleaned == ["null-argument"] * (kept != given)
+
+
+def test_parameters_that_the_schema_does_not_know_are_counted_or_refused() -> None:
+    turn = Turn(CALL, "", (ToolCall("sum", {"a": 1, "z": 2}),), ("",))
+    content = Content([QUESTION, turn], [SUM])
+    check(content, Catalogue(), False, 100)
+    assert content.unknown == ["sum"]
+    with pytest.raises(Fault, match="sum has no z"):
+        checked(QUESTION, turn, strict_schema=True)
+
+
+def test_a_broken_message_later_on_costs_what_comes_after_it() -> None:
+    content = Content([QUESTION, call(1), RESULT_3], [SUM], fault=Fault("bad-json", "x"))
+    assert check(content, Catalogue(), False, 100) == [QUESTION, call(1)] and content.cleaned == []
+    content = Content([QUESTION, call(1), RESULT_3], [SUM], fault=Fault("bad-json", "x"))
+    assert check(content, Catalogue(), True, 100) == [QUESTION, call(1)]
+    assert content.cleaned == ["trailing-result", "ends-at-a-broken-message"]
+    with pytest.raises(Fault, match="x"):
+        check(Content([QUESTION], [SUM], fault=Fault("bad-json", "x")), Catalogue(), False, 100)
 
 
 @pytest.mark.parametrize(

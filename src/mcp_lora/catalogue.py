@@ -1,12 +1,4 @@
-r"""The tools that are known: from catalogues, and from the rows that bring their own.
-
-A catalogue is a JSON file: a list, or {server_info, tools}; the schema is in `parameters` or in
-`inputSchema`. The server is the file's name where it is not said:
-
-    {"server_info": {"name": "calculator", "description": "Evaluates arithmetic"},
-     "tools": [{"name": "calculate", "description": "Evaluates the expression",
-                "inputSchema": {"type": "object", "properties": {"expression": {"type": "string"}}}}]}
-"""
+"""The tools that are known: from catalogues, and from the rows that bring their own."""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +8,7 @@ import msgspec
 
 from mcp_lora import files
 from mcp_lora.records import Fault, Tool, as_json
+from mcp_lora.tools import tools_in
 
 
 class Catalogue:
@@ -61,7 +54,9 @@ class Catalogue:
             return self.tools[number]
         found = self._by_name.get(name)
         if not found:
-            raise Fault("not-in-catalogue", f"{name} is in no catalogue that --tools names")
+            raise Fault(
+                "not-in-catalogue", f"{name} is called, and no tool is on offer: name it with --tools"
+            )
         if any(tool.parameters != found[0].parameters for tool in found):
             servers = ", ".join(tool.server for tool in found[:5])
             raise Fault("ambiguous-tool", f"{name} is in the catalogues of several servers: {servers}")
@@ -84,49 +79,22 @@ class Catalogue:
         return None
 
 
-def tool_of(server: str, item: Any, schema: Any = None) -> Tool:
-    """Read a tool: {name, description, parameters}, MCP's with inputSchema, OpenAI's {type, function}.
-
-    `schema` is that of a tool which says none.
-
-    Raises:
-        Fault: it has no name, or no schema.
-    """
-    if isinstance(item, dict) and isinstance(item.get("function"), dict):
-        item = item["function"]
-    if not isinstance(item, dict):
-        raise Fault("no-tool", "a tool is no object")
-    name, description = item.get("name"), item.get("description")
-    if not isinstance(name, str) or not name:
-        raise Fault("no-tool", "a tool has no name")
-    schema = item.get("parameters", item.get("inputSchema", item.get("input_schema", schema)))
-    if not isinstance(schema, dict) or not isinstance(schema.get("properties", {}), dict):
-        raise Fault("no-schema", f"{name} has no input schema")
-    if "type" not in schema or "properties" not in schema:
-        # LLaMA-Factory's tool formats read parameters["properties"] without asking.
-        schema = {"type": "object", "properties": {}} | schema
-    return Tool(server, name, str(description or ""), schema)
-
-
 def load(found: list[Path], catalogue: Catalogue) -> list[str]:
-    """Add the tools of catalogue files; return what could not be used, in words."""
+    """Add the tools of catalogue files (see mcp_lora.tools); return what could not be used, in words.
+
+    The server is the file's name where it is not said.
+    """
     notes = []
     for file in found:
-        tools = 0
+        before = len(catalogue.tools)
         for record in files.read(file):
-            server, items = file.stem, [record]
-            if isinstance(record, dict) and isinstance(record.get("tools"), list):
-                info = record.get("server_info")
-                named = info.get("name") if isinstance(info, dict) else None
-                server, items = str(named or server), record["tools"]
-            elif not record:
-                continue
-            for item in items:
-                try:
-                    catalogue.number(tool_of(server, item))
-                    tools += 1
-                except Fault as fault:
-                    notes.append(f"{file}: {fault}")
-        if not tools:
-            notes.append(f"{file} holds no tools")
+            try:
+                if isinstance(record, files.Broken):
+                    raise Fault("not-json", record.sentence)
+                for tool in tools_in(record, file.stem):
+                    catalogue.number(tool)
+            except Fault as fault:
+                notes.append(f"{file}: {fault}")
+        if len(catalogue.tools) == before:
+            notes.append(f"{file} holds no tools that are new")
     return notes

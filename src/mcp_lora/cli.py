@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, readers, runs, training
+from mcp_lora import dataset, embedded, engine, launch, runs, training
 from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import render as prompts
 from mcp_lora.prompts import rendered
@@ -35,7 +34,6 @@ app = typer.Typer(
     "export.",
 )
 
-Shape = StrEnum("Shape", list(readers.SHAPES))  # type: ignore[misc]  # the names are known at run time
 Run = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")]
 Checkpoint = Annotated[
     str | None,
@@ -58,12 +56,9 @@ def convert(
         list[str] | None,
         typer.Option(help="A tool catalogue, file or folder; may be repeated.", metavar="PATH"),
     ] = None,
-    format: Annotated[
-        Shape | None, typer.Option(help="The shape of the data, if its keys do not show it.")
-    ] = None,
     turns: Annotated[
-        Literal["call", "all"],
-        typer.Option(help="Up to and with the first call, or the whole conversation."),
+        Literal["call", "all", "each"],
+        typer.Option(help="Up to the first call, the whole conversation, or a sample for each of its calls."),
     ] = "call",
     max_observation: Annotated[
         int, typer.Option(min=1, help="Characters of a tool's result; what is beyond is left out.")
@@ -84,6 +79,15 @@ def convert(
         float, typer.Option(min=0, max=1, help="Share of extra samples without the right tool.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Decides what is held out and draws candidate tools.")] = 42,
+    drop_reasoning: Annotated[
+        bool, typer.Option("--drop-reasoning", help="Leave out what was thought.")
+    ] = False,
+    strict_schema: Annotated[
+        bool, typer.Option("--strict-schema", help="Reject parameters that the schema does not know.")
+    ] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Train on calls of which the result is an error.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="End with 1 if a row is rejected.")] = False,
     max_rejects: Annotated[
         str, typer.Option(help="End with 1 if more are rejected: 5%, or a number of rows.", metavar="N")
@@ -94,7 +98,6 @@ def convert(
     settings = dataset.Settings(
         inputs or [],
         tools or [],
-        format.value if format else None,
         turns,
         max_observation,
         candidates,
@@ -103,6 +106,9 @@ def convert(
         test,
         no_call,
         seed,
+        drop_reasoning,
+        strict_schema,
+        keep_failed,
     )
     with _progress() as progress, dataset.locked(out):
         statistics = dataset.convert(settings, out, progress)
@@ -467,6 +473,14 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
         _say(f"why rows were rejected is in {out / 'rejected.jsonl'}")
     for name, count in statistics["no_call_samples"].items():
         _say(f"{count} extra samples without the right tool in {name}")
+    if statistics["later_calls"]:
+        _say(f"{statistics['later_calls']} later calls are in no sample: --turns each, or all")
+    if unknown := statistics["unknown_parameters"]:
+        worst = ", ".join(f"{count} of {tool}" for tool, count in list(unknown.items())[:3])
+        total = sum(unknown.values())
+        _say(
+            f"warning: {total} calls have parameters that the schema does not know ({worst}): --strict-schema"
+        )
     for what, count in statistics["cleaned"].items():
         _say(f"cleaned: {count} × {what}")
     for broken in statistics["broken_schemas"]:

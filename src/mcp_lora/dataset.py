@@ -14,9 +14,11 @@ rendered/                     token ids, made of train.jsonl for a model (see mc
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from mcp_lora import catalogue as catalogues
 from mcp_lora import files
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.errors import McpLoraError
-from mcp_lora.readers import FILTERED, FILTERED_FOLDER, SAMPLE, newest_filtered
 from mcp_lora.rows import Progress as Progress
 from mcp_lora.rows import Rows
 from mcp_lora.rows import Settings as Settings
@@ -35,6 +36,9 @@ FOLDER = Path("data/llama_factory")
 RENDERED = "rendered"  # the folder of rendered data sets in it
 TRAIN = SPLITS["train"]  # what a recipe calls the data set
 _STATS = "stats.json"
+FILTERED_FOLDER = Path("data/filtered")
+FILTERED = "filtered_*.json"
+SAMPLE = "filtered_sample.json"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,29 @@ class Refreshed:
 
     message: str
     statistics: dict[str, Any] | None = None
+
+
+def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
+    """Return the newest `filtered_*.json` of `folder`.
+
+    The date in the name (`filtered_20251113_175326.json`) counts, and the file's own where the
+    name has none: copying and cloning change the file's. The shipped sample comes last.
+
+    Raises:
+        McpLoraError: the folder holds no such file.
+    """
+
+    def age(file: Path) -> tuple[bool, str, str]:
+        named = re.search(r"\d{8}_\d{6}", file.name)
+        written = datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y%m%d_%H%M%S")
+        return file.name != SAMPLE, named.group() if named else written, file.name
+
+    newest = max(folder.glob(FILTERED), key=age, default=None)
+    if not newest:
+        raise McpLoraError(
+            f"no filtered_*.json in {folder}: put your data there, or name it: mcp-lora convert FILE"
+        )
+    return newest
 
 
 def convert(
@@ -108,6 +135,7 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
         for name, share in shares.items()
         if share and name not in files_of
     ]
+    (new / "rows").unlink()
     info = {SPLITS[name]: {"file_name": file.name} | _COLUMNS for name, file in files_of.items()}
     _dump(info, new / "dataset_info.json")
     written = rows.total("written")
@@ -116,6 +144,9 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
         "written": {name: written[name] for name in SPLITS if name in written},
         "rejected": rejected,
         "cleaned": rows.total("cleaned"),
+        "samples": {name: samples.count[name] for name in SPLITS if name in samples.count},
+        "later_calls": rows.later_calls,
+        "unknown_parameters": dict(rows.unknown.most_common()),
         "no_call_samples": {name: samples.extra[name] for name in SPLITS if name in samples.extra},
         "tools": len(rows.kept),
         "servers": len({server for server, _ in rows.kept if server}),
@@ -141,7 +172,7 @@ def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, sha
         McpLoraError: as convert, or the folder holds another's dataset.
     """
     old = _load(out / _STATS)
-    settings = Settings(**old.get("settings", {}))
+    settings = _settings(old)
     if data:
         settings = replace(settings, inputs=[str(data)])
     if "inputs" in old and file_of(out, "train").is_file():
@@ -162,7 +193,13 @@ def is_up_to_date(folder: Path) -> bool:
         McpLoraError: its description is damaged.
     """
     old = statistics(folder)
-    return old is not None and not _have_changed(Settings(**old["settings"]), old["inputs"])
+    return old is not None and not _have_changed(_settings(old), old["inputs"])
+
+
+def _settings(stats: dict[str, Any]) -> Settings:
+    """Return the settings of a conversion, of an earlier version too."""
+    known = {field.name for field in fields(Settings)}
+    return Settings(**{key: value for key, value in stats.get("settings", {}).items() if key in known})
 
 
 def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
@@ -198,7 +235,7 @@ def statistics(folder: Path) -> dict[str, Any] | None:
         McpLoraError: it is damaged.
     """
     stats = _load(folder / _STATS)
-    return stats if "inputs" in stats else None
+    return stats if {"inputs", "samples"} <= stats.keys() else None
 
 
 def facts(folder: Path) -> int | None:
@@ -209,7 +246,7 @@ def facts(folder: Path) -> int | None:
     """
     if not (stats := statistics(folder)):
         return None
-    return int(stats["written"]["train"] + stats["no_call_samples"].get("train", 0))
+    return int(stats["samples"]["train"])
 
 
 def names(folder: Path) -> set[str]:

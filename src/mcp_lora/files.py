@@ -11,6 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -156,18 +157,20 @@ def _parquet(file: Path, progress: Progress) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(file) as table:
             size, read, count = file.stat().st_size, 0, table.metadata.num_rows
             for batch in table.iter_batches(batch_size=256):
-                yield from map(_without_nulls, batch.to_pylist())
+                yield from map(_plain, batch.to_pylist())
                 read += batch.num_rows
                 progress(size * read // count)
     except pyarrow.ArrowException as error:
         yield _stopped(error)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Leave out the keys without a value: a column gives every row the keys of all rows."""
+def _plain(value: Any) -> Any:
+    """Return a table's value as JSON has it; its decimals are numbers."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return list(map(_without_nulls, value)) if isinstance(value, list) else value
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return list(map(_plain, value)) if isinstance(value, list) else value
 
 
 def _stopped(error: Exception) -> Broken:

@@ -9,7 +9,7 @@ import jsonschema_rs
 import msgspec
 
 # The roles of a turn.
-USER, CALL, RESULT, ANSWER = "user", "call", "result", "answer"
+SYSTEM, USER, CALL, RESULT, ANSWER = "system", "user", "call", "result", "answer"
 
 
 class Tool(msgspec.Struct, frozen=True, dict=True):
@@ -52,11 +52,13 @@ class Turn(NamedTuple):
     """One turn of a conversation.
 
     Attributes:
-        role: USER, CALL, RESULT or ANSWER.
+        role: SYSTEM, USER, CALL, RESULT or ANSWER.
         text: what is said; beside the calls where the role is CALL.
         calls: in parallel, where the role is CALL.
         ids: one of each call, or that of the call that a result belongs to; "" where the data has none.
         reasoning: what was thought before, where the role is CALL or ANSWER.
+        failed: whether the result is an error.
+        trained: whether the data wants a CALL or an ANSWER trained on; it is context otherwise.
     """
 
     role: str
@@ -64,19 +66,25 @@ class Turn(NamedTuple):
     calls: tuple[ToolCall, ...] = ()
     ids: tuple[str, ...] = ()
     reasoning: str = ""
+    failed: bool = False
+    trained: bool = True
 
 
 @dataclass
 class Content:
-    """A row's conversation, the tools that it brings, and its own system message, if any.
+    """A row's conversation, and the tools that it brings.
 
-    `cleaned` names what was normalized in the row.
+    Attributes:
+        cleaned: what was normalized in it.
+        unknown: the tools that it calls with parameters which their schemas do not know.
+        fault: why the conversation ends where it does, if not at its end.
     """
 
     turns: list[Turn]
     tools: list[Tool] = field(default_factory=list)
-    system: str = ""
     cleaned: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    fault: "Fault | None" = None
 
 
 class Fault(Exception):

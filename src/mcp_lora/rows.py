@@ -10,6 +10,7 @@ memory; of the tools, one definition each. A row that cannot be used is a line o
 import contextlib
 import hashlib
 import json
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,13 +21,13 @@ from typing import Any
 
 import msgspec
 
-from mcp_lora import files, readers
+from mcp_lora import files, formats
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.checks import check
-from mcp_lora.records import RESULT, USER, Content, Fault, Tool, Turn, as_json
+from mcp_lora.records import RESULT, SYSTEM, USER, Content, Fault, Tool, Turn, as_json
 
 # Models without a system message of their own are trained, and served, with this one.
-SYSTEM = "You are a helpful assistant. Answer the user by calling the right tool."
+SYSTEM_MESSAGE = "You are a helpful assistant. Answer the user by calling the right tool."
 
 Progress = Callable[[str, float], None]  # receives what is being done, and which share of it is done
 
@@ -38,19 +39,21 @@ class Settings:
     Attributes:
         inputs: files, folders or globs; none means the newest data/filtered/filtered_*.json.
         tools: tool catalogues, files or folders.
-        format: the format of all rows, a name of readers.SHAPES; None goes by each row's keys.
-        turns: "call" goes up to and with the first call, "all" keeps the whole conversation.
+        turns: "call" goes up to and with the first call, "all" keeps the whole conversation, "each" makes a
+            sample of every call in it, with what stands before as context.
         max_observation: characters that a tool's result may have.
         candidates: candidate tools of a sample, the gold tool included.
         holdout_servers, holdout_tools: share of the servers and of the tools that is held out.
         test: share of the other rows that is held out, from 0 to below 1.
         no_call: share of extra samples in which the gold tool is missing.
         seed: decides what is held out, the candidate tools and their order.
+        drop_reasoning: leave out what was thought.
+        strict_schema: reject calls with parameters that the tool's schema does not know.
+        keep_failed: train on calls of which the result is an error.
     """
 
     inputs: list[str] = field(default_factory=list)
     tools: list[str] = field(default_factory=list)
-    format: str | None = None
     turns: str = "call"
     max_observation: int = 4000
     candidates: int = 10
@@ -59,6 +62,9 @@ class Settings:
     test: float = 0.1
     no_call: float = 0.0
     seed: int = 42
+    drop_reasoning: bool = False
+    strict_schema: bool = False
+    keep_failed: bool = False
 
 
 @dataclass
@@ -78,7 +84,7 @@ class Row(msgspec.Struct):
 
     Attributes:
         file, shape: where it comes from, for its account.
-        content, other: two hashes of 64 bits of what it holds.
+        content, other: two hashes of 64 bits of its question, without case, spaces and punctuation.
         own: the tools that it brings, each a number of the catalogue or a definition of its own.
         called: the names of the tools that it calls.
         messages: the conversation, in OpenAI's form.
@@ -100,12 +106,16 @@ class Rows:
         count: how many there are.
         kept: by called tool, (server, name), the highest content hash of its rows.
         accounts: of all rows, by (file, shape).
+        later_calls: calls after the first, which are in no sample.
+        unknown: calls with parameters that the schema does not know, by tool.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, settings: Settings) -> None:
         self.count = 0
         self.kept: dict[tuple[str, str], int] = {}
         self.accounts: dict[tuple[str, str], Account] = {}
+        self.later_calls = 0
+        self.unknown: Counter[str] = Counter()
         self._folder = folder
         self._catalogue = catalogue
         self._settings = settings
@@ -126,24 +136,24 @@ class Rows:
             seen.execute("PRAGMA journal_mode = OFF")
             seen.execute("CREATE TABLE row (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
             for file in found:
-                for number, record in enumerate(files.read(file, advanced), start=1):
+                for number, record in enumerate(formats.records(files.read(file, advanced)), start=1):
                     broken = isinstance(record, files.Broken)
-                    shape = None if broken else self._settings.format or readers.recognise(record)
-                    account = self._account(str(file), shape or "?")
+                    shape = "?" if broken else formats.recognise(record)
+                    account = self._account(str(file), shape)
                     account.read += 1
                     try:
                         if broken:
                             raise Fault("not-json", record.sentence)
-                        content = readers.read(record, shape, partial(self._catalogue.find, server=file.stem))
-                        row = self._row(account, content)
-                        insert = "INSERT OR IGNORE INTO row VALUES (?)"
-                        if not seen.execute(insert, (row.other - 2**63,)).rowcount:
-                            raise Fault("duplicate", "the same question and call as in an earlier row")
+                        content = formats.read(record, partial(self._catalogue.find, server=file.stem))
+                        row, same = self._row(account, content)
+                        if not seen.execute("INSERT OR IGNORE INTO row VALUES (?)", (same,)).rowcount:
+                            raise Fault("duplicate", "all that is trained on and shown is in an earlier row")
                     except Fault as fault:
                         account.rejected[fault.reason] += 1
                         rejected.write(_rejection(account, number, fault, record.text if broken else record))
                         continue
                     account.cleaned.update(content.cleaned)
+                    self.unknown.update(content.unknown)
                     spool.write(msgspec.json.encode(row) + b"\n")
                     self.count += 1
                 before += file.stat().st_size
@@ -153,7 +163,6 @@ class Rows:
         decode = msgspec.json.Decoder(Row).decode
         with (self._folder / "rows").open("rb") as spool:
             yield from map(decode, spool)
-        (self._folder / "rows").unlink()
 
     def total(self, what: str) -> Counter[str]:
         """Return the sum of all accounts' `cleaned`, `rejected` or `written`."""
@@ -164,7 +173,8 @@ class Rows:
             self.accounts[file, shape] = Account(file, shape)
         return self.accounts[file, shape]
 
-    def _row(self, account: Account, content: Content) -> Row:
+    def _row(self, account: Account, content: Content) -> tuple[Row, int]:
+        """Return a row, and the hash of all that is trained on and shown of it."""
         own: list[int | Tool] = []
         for place, tool in enumerate(content.tools):
             number = self._catalogue.number(tool)
@@ -174,18 +184,44 @@ class Rows:
                 own.append(number)
                 content.tools[place] = self._catalogue.tools[number]  # which keeps its validator
         settings = self._settings
-        turns = check(content, self._catalogue, settings.turns == "all", settings.max_observation)
-        system = content.system or SYSTEM
-        said = [(turn.role, turn.text, turn.calls, turn.reasoning) for turn in turns]  # ids say nothing
-        digest = hashlib.blake2b(as_json((settings.seed, system, said)), digest_size=16).digest()
+        turns = check(
+            content,
+            self._catalogue,
+            settings.turns != "call",
+            settings.max_observation,
+            settings.strict_schema,
+            settings.keep_failed,
+            settings.drop_reasoning,
+        )
+        if settings.turns == "call":
+            every, kept = (sum(len(turn.calls) for turn in each) for each in (content.turns, turns))
+            self.later_calls += every - kept
+        if turns[0].role != SYSTEM:
+            turns.insert(0, Turn(SYSTEM, SYSTEM_MESSAGE))
+        said = [
+            (turn.role, turn.text, turn.calls, turn.reasoning, turn.trained) for turn in turns
+        ]  # ids say nothing
+        shown = [tool if isinstance(tool, int) else msgspec.structs.astuple(tool) for tool in own]
+        same = hashlib.blake2b(as_json((said, shown)), digest_size=8).digest()
+        asked = next((turn.text for turn in turns if turn.role == USER), "")
+        for turn in turns:
+            if turn.calls and turn.trained:
+                break
+            asked = turn.text if turn.role == USER else asked
+        digest = hashlib.blake2b(f"{settings.seed}\n{_bare(asked)}".encode(), digest_size=16).digest()
         hashed, other = int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
         called = list({call.name: None for turn in turns for call in turn.calls})
         for tool in content.tools:
             if called and tool.name == called[0]:
                 key = tool.server, tool.name
                 self.kept[key] = max(hashed, self.kept.get(key, -1))
-        messages = [{"role": "system", "content": system}, *messages_of(turns)]
-        return Row(account.file, account.shape, hashed, other, own, called, messages)
+        row = Row(account.file, account.shape, hashed, other, own, called, messages_of(turns))
+        return row, int.from_bytes(same, signed=True)
+
+
+def _bare(question: str) -> str:
+    """Return a question without case, spaces and punctuation: a near copy is the same question."""
+    return re.sub(r"[\W_]+", "", question.casefold()) or question
 
 
 def _rejection(account: Account, number: int, fault: Fault, record: Any) -> bytes:
@@ -210,8 +246,8 @@ def messages_of(turns: list[Turn]) -> list[dict[str, Any]]:
     number = 0
     waiting: list[str] = []  # ids of calls without a result
     for turn in turns:
-        if turn.role == USER:
-            messages.append({"role": "user", "content": turn.text})
+        if turn.role in (USER, SYSTEM):
+            messages.append({"role": turn.role, "content": turn.text})
         elif turn.role == RESULT:
             answered = next((name for name in turn.ids if name in waiting), waiting[0] if waiting else "")
             if waiting:
@@ -221,6 +257,8 @@ def messages_of(turns: list[Turn]) -> list[dict[str, Any]]:
             message: dict[str, Any] = {"role": "assistant", "content": turn.text}
             if turn.reasoning:
                 message["reasoning_content"] = turn.reasoning
+            if not turn.trained:
+                message["weight"] = 0
             if turn.calls:
                 message["content"] = turn.text or None
                 message["tool_calls"] = calls = []

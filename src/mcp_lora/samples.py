@@ -21,7 +21,7 @@ And in LLaMA-Factory's sharegpt form (its data/README.md), for those who train w
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,10 +58,12 @@ class Samples:
 
     Attributes:
         extra: no-call samples that were made, by split.
+        count: samples, by split.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, rows: Rows, settings: Settings) -> None:
         self.extra: Counter[str] = Counter()
+        self.count: Counter[str] = Counter()
         self._folder = folder
         self._tools = catalogue.tools
         self._rows = rows
@@ -69,6 +71,7 @@ class Samples:
         split = Split(settings.holdout_servers, settings.holdout_tools, settings.test, settings.seed)
         self._split = split.within(rows.kept)
         self._pool = Pool(catalogue, self._split)
+        self._kept = {*rows.kept.values()}
         self._open = contextlib.ExitStack()
         self._files: dict[str, list[IO[bytes]]] = {}
 
@@ -79,16 +82,23 @@ class Samples:
             LLaMA-Factory's file of each split that has samples.
         """
         rows = self._rows
+        held_out = {row.content for row in rows if self._held_out(self._gold(row))}
         with self._open:
             for place, row in enumerate(rows):
                 own = [self._tools[tool] if isinstance(tool, int) else tool for tool in row.own]
-                gold = [tool for tool in own if tool.name in row.called]
-                split = self._split_of(row, gold)
+                gold = self._gold(row)
+                split = self._split_of(row, gold, row.content in held_out)
                 count = self._settings.candidates
                 sampled = self._pool.sample(own, row.called, count, row.content, split == "unseen_server")
+                server = next((tool.server for tool in gold), "")
                 # A test asks for the call, and for nothing after it.
-                messages = row.messages if split == "train" else _up_to_the_call(row.messages)
-                self._write(split, messages, sampled, next((tool.server for tool in gold), ""))
+                if split != "train":
+                    self._write(split, _up_to_the_call(row.messages), sampled, server)
+                elif self._settings.turns == "each" and gold:
+                    for messages in _each_call(row.messages):
+                        self._write(split, messages, sampled, server)
+                else:
+                    self._write(split, row.messages, sampled, server)
                 rows.accounts[row.file, row.shape].written[split] += 1
                 if gold and row.other < self._settings.no_call * 2**64:
                     self._write_no_call(split, row, [tool for tool in sampled if tool.name not in row.called])
@@ -100,19 +110,27 @@ class Samples:
             if split in self._files
         }
 
-    def _split_of(self, row: Row, gold: list[Tool]) -> str:
+    def _gold(self, row: Row) -> list[Tool]:
+        own = (self._tools[tool] if isinstance(tool, int) else tool for tool in row.own)
+        return [tool for tool in own if tool.name in row.called]
+
+    def _held_out(self, gold: list[Tool]) -> str | None:
+        """Return the test of held-out servers or tools that a question belongs to."""
         if any(self._split.server(tool.server) for tool in gold):
             return "unseen_server"
         if any(self._split.tool(tool.server, tool.name) for tool in gold):
             return "unseen_tool"
-        if not self._split.row(row.content):
+        return None
+
+    def _split_of(self, row: Row, gold: list[Tool], asked_in_a_test: bool) -> str:
+        """Return a row's split: the same question is never trained on and tested."""
+        if test := self._held_out(gold):
+            return test
+        # One question of a tool is always trained on, or it would not be a seen tool. That it is the
+        # one with the highest hash lets questions move from training into the test, never back.
+        if not asked_in_a_test and (not self._split.row(row.content) or row.content in self._kept):
             return "train"
-        if not gold:
-            return "no_call"
-        # One row of a tool is always trained on, or it would not be a seen tool. That it is the
-        # one with the highest hash lets rows move from training into the test, never back.
-        first = [(tool.server, tool.name) for tool in gold if tool.name == row.called[0]]
-        return "train" if any(self._rows.kept.get(key) == row.content for key in first) else "seen"
+        return "seen" if gold else "no_call"
 
     def _write(self, split: str, messages: list[Any], tools: list[Tool], server: str) -> None:
         sample: dict[str, Any] = {"messages": messages, "tools": [tool.described for tool in tools]}
@@ -121,6 +139,7 @@ class Samples:
         if split not in self._files:
             paths = (self._folder / f"{split}.jsonl", self._folder / f"{stem(split)}.lines")
             self._files[split] = [self._open.enter_context(path.open("wb", _BUFFER)) for path in paths]
+        self.count[split] += 1
         for file, form in zip(self._files[split], (sample, llama_factory(sample)), strict=True):
             file.write(msgspec.json.encode(form) + b"\n")
 
@@ -139,8 +158,8 @@ class Samples:
 def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return a sample in LLaMA-Factory's form.
 
-    That form holds one text or one call, or parallel ones, a turn: text beside a call and reasoning are left
-    out, and the results of parallel calls joined.
+    That form holds one text or one call, or parallel ones, a turn: text beside a call, reasoning, weights and
+    later system messages are left out, and the results of parallel calls joined.
     """
     turns: list[dict[str, str]] = []
     for message in sample["messages"]:
@@ -171,8 +190,20 @@ def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _up_to_the_call(messages: list[Any]) -> list[Any]:
     """Return the messages up to and with the first call; all of them where none calls."""
-    end = next((place for place, message in enumerate(messages) if "tool_calls" in message), len(messages))
-    return messages[: end + 1]
+    calls = (
+        place
+        for place, message in enumerate(messages)
+        if "tool_calls" in message and message.get("weight") != 0
+    )
+    return messages[: next(calls, len(messages)) + 1]
+
+
+def _each_call(messages: list[Any]) -> Iterator[list[Any]]:
+    """Yield the messages up to and with each call that is trained on; those before it are context."""
+    for place, message in enumerate(messages):
+        if "tool_calls" in message and message.get("weight") != 0:
+            before = [one | {"weight": 0} if one["role"] == "assistant" else one for one in messages[:place]]
+            yield [*before, message]
 
 
 def _finished(lines: Path) -> Path:

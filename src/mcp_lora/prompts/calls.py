@@ -327,7 +327,7 @@ def _typed(value: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return _literal(ast.parse(value.strip(), mode="eval").body)
+        return literal(value)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return value
 
@@ -354,6 +354,15 @@ class _Constants(ast.NodeTransformer):
 def _literal(node: ast.expr) -> Any:
     """Return a Python literal's value, JSON's words for true, false and null included."""
     return ast.literal_eval(_Constants().visit(node))
+
+
+def literal(text: str) -> Any:
+    """Return the value of a text in Python's syntax, JSON's words for true, false and null included.
+
+    Raises:
+        ValueError, SyntaxError, RecursionError, MemoryError: it is no literal.
+    """
+    return _literal(ast.parse(text.strip(), mode="eval").body)
 
 
 def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:

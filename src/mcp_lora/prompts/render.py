@@ -256,7 +256,8 @@ class ChatTemplate:
         messages, tools = sample["messages"], sample.get("tools") or []
         turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         found: list[Encoded] = []
-        for place in turns[-1:] if last_only else turns:
+        trained = [place for place in turns if messages[place].get("weight") != 0]
+        for place in trained[-1:] if last_only else trained:
             turn = self.turn(messages[:place], messages[place], tools)
             prompt, target = self.ids(turn[0]), self.ids(turn[1])
             said = (messages[place].get("content") or "").strip()
@@ -366,7 +367,7 @@ class ChatTemplate:
         ids: dict[str, str] = {}
         number = count(1)
         for message in messages:
-            message = {key: value for key, value in message.items() if value is not None}
+            message = {key: value for key, value in message.items() if value is not None and key != "weight"}
             if not self._keeps_thoughts:
                 message.pop("reasoning_content", None)
             made = message.pop("tool_calls", None)

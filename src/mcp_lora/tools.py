@@ -1,0 +1,165 @@
+r"""Read tools of any form: MCP's, OpenAI's, Anthropic's, Gemini's, and lists of servers.
+
+{"name": "calculate", "description": "Evaluates the expression",
+ "inputSchema": {"type": "object", "properties": {"expression": {"type": "string"}}}}
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from mcp_lora.records import Fault, Tool
+
+_SCHEMAS = ("parameters", "inputSchema", "input_schema", "parametersJsonSchema", "schema", "arguments")
+_LISTS = ("function_declarations", "functionDeclarations", "tools", "functions")
+# Python's and Gemini's names of JSON Schema's types.
+_TYPES = {
+    "str": "string",
+    "int": "integer",
+    "float": "number",
+    "double": "number",
+    "bool": "boolean",
+    "list": "array",
+    "tuple": "array",
+    "set": "array",
+    "dict": "object",
+    "map": "object",
+    "none": "null",
+    "nonetype": "null",
+}
+_PLAIN = ("string", "integer", "number", "boolean", "array", "object", "null")
+_VALUES = ("enum", "const", "default", "examples", "example")  # of a schema: what is in them is no schema
+
+
+def tools_in(value: Any, server: str = "", cleaned: list[str] | None = None) -> Iterator[Tool]:
+    """Yield the tools in a value, at whatever depth: a tool, a list, by name, or by server.
+
+    Args:
+        value: as the data has it.
+        server: that they belong to, if they do not say so themselves.
+        cleaned: what was normalized is added to this.
+
+    Raises:
+        Fault: something in it is no tool.
+    """
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Fault("no-tool", f"tools are no JSON: {value[:80]}") from None
+    if isinstance(value, list):
+        for item in value:
+            yield from tools_in(item, server, cleaned)
+    elif isinstance(value, dict):
+        yield from _of_object(value, server, cleaned)
+    elif value:
+        raise Fault("no-tool", f"a tool is no object but {type(value).__name__}")
+
+
+def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) -> Iterator[Tool]:
+    info = value.get("server_info")
+    named = info.get("name") if isinstance(info, dict) else value.get("server_name", value.get("name"))
+    inner = next((value[name] for name in _LISTS if isinstance(value.get(name), list | dict)), None)
+    if inner is not None:
+        yield from tools_in(inner, named if isinstance(named, str) and named else server, cleaned)
+    elif isinstance(value.get("result"), dict):  # a reply to tools/list
+        yield from tools_in(value["result"], server, cleaned)
+    elif isinstance(value.get("function"), dict):
+        yield from tools_in(value["function"], server, cleaned)
+    elif "name" in value or "tool_name" in value:
+        yield _tool(value, server, cleaned)
+    elif (
+        value
+        and not {*_SCHEMAS, "description"} & value.keys()
+        and all(isinstance(item, dict | list) for item in value.values())
+    ):
+        for name, item in value.items():
+            is_tool = isinstance(item, dict) and any(key in item for key in (*_SCHEMAS, "description"))
+            yield from tools_in({"name": name} | item if is_tool else item, name, cleaned)
+    elif value:
+        raise Fault("no-tool", f"a tool has no name, but {', '.join(value)}")
+
+
+def _tool(item: dict[str, Any], server: str, cleaned: list[str] | None) -> Tool:
+    name = item.get("name", item.get("tool_name"))
+    if not isinstance(name, str) or not name:
+        raise Fault("no-tool", "a tool has no name")
+    schema: Any = next((item[key] for key in _SCHEMAS if item.get(key) is not None), {})
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema or "{}")
+        except (ValueError, RecursionError):
+            schema = None
+    if not isinstance(schema, dict):
+        raise Fault("no-schema", f"{name} has no input schema")
+    description = item.get("description", item.get("tool_description"))
+    parameters = schema_of(schema, name)
+    if cleaned is not None and parameters != {"type": "object", "properties": {}} | schema:
+        cleaned.append("schema")
+    return Tool(server, name, str(description or ""), parameters)
+
+
+def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """Return parameters as JSON Schema.
+
+    xLAM and others write a flat map, {"limit": {"type": "int, optional", "default": 10}}; tables fill in
+    nulls; Python and Gemini name types otherwise.
+
+    Raises:
+        Fault: a parameter is no object.
+    """
+    is_flat = not isinstance(parameters.get("properties"), dict) and parameters.get("type") != "object"
+    is_flat = is_flat and all(
+        isinstance(item, dict) for key, item in parameters.items() if not key.startswith("$")
+    )
+    if is_flat and parameters and not {"anyOf", "oneOf", "allOf", "$ref"} & set(parameters):
+        required = [
+            key
+            for key, item in parameters.items()
+            if "optional" not in str(item.get("type")).lower()
+            and "default" not in item
+            and item.get("required") is not False
+        ]
+        parameters = {"type": "object", "properties": parameters, "required": required}
+    schema: dict[str, Any] = _schema(parameters)
+    if not isinstance(schema.get("properties", {}), dict):
+        raise Fault("no-schema", f"the properties of {name} are no object")
+    return {"type": "object", "properties": {}} | schema
+
+
+def _schema(value: Any) -> Any:
+    """Return a schema with JSON Schema's names of types, and without the nulls that a table has filled in."""
+    if isinstance(value, list):
+        return [_schema(item) for item in value if item is not None]
+    if not isinstance(value, dict):
+        return value
+    schema = {
+        key: item if key in _VALUES else _schema(item) for key, item in value.items() if item is not None
+    }
+    if isinstance(properties := schema.get("properties"), dict):
+        required = [
+            key for key, item in properties.items() if isinstance(item, dict) and item.get("required") is True
+        ]
+        if required and not isinstance(schema.get("required"), list):
+            schema["required"] = required
+        schema["properties"] = {
+            key: {k: v for k, v in item.items() if k != "required" or not isinstance(v, bool)}
+            if isinstance(item, dict)
+            else item
+            for key, item in properties.items()
+        }
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        schema["type"] = [_type(item) for item in kind]
+    elif isinstance(kind, str):
+        schema["type"] = _type(kind)
+        if schema["type"] is None:
+            del schema["type"]
+    return schema
+
+
+def _type(kind: Any) -> Any:
+    word = str(kind).split(",")[0].strip().lower()
+    word = word.removeprefix("optional[").split("[")[0].split("(")[0].rstrip("] ").strip()
+    plain = _TYPES.get(word, word)
+    return plain if plain in _PLAIN else None

@@ -7,12 +7,11 @@ The engine writes generated_predictions.jsonl, in the order of the questions; on
 
 import json
 import os
-import queue
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mcp_lora import files, launch, runs
 from mcp_lora.answers import Said
@@ -41,7 +40,7 @@ def by_engine(
     It is given the token ids of each prompt, as in training (see mcp_lora.prompts.rendered).
 
     Args:
-        questions: in any order.
+        questions: rendered, in any order.
         template: the model's.
         settings: its keys: all that shapes the model, adapter, max_new_tokens, batch.
         machine: where it runs.
@@ -50,16 +49,13 @@ def by_engine(
     Raises:
         McpLoraError: the engine fails.
     """
-    prompts = [(question, *template.turn(*question.turn)) for question in questions]
-    encoded = [
-        (question, text, template.ids(text), template.ids(target)) for question, text, target in prompts
-    ]
-    longest_first = sorted(encoded, key=lambda one: -len(one[2]))
+    encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
+    longest_first = sorted(encoded, key=lambda one: -len(one[1]))
     for start in range(0, len(questions), CHUNK):
         chunk = longest_first[start : start + CHUNK]
         with tempfile.TemporaryDirectory(prefix="mcp-lora-") as place:
             folder = Path(place)
-            rendered.write(folder / "prompts", [(ids, target) for _, _, ids, target in chunk])
+            rendered.write(folder / "prompts", [(prompt, target) for _, prompt, target in chunk])
             output = folder / "answers"
             model = template.stopping_model(settings, folder / "model")
             file = runs.write_config(
@@ -87,8 +83,8 @@ def by_engine(
             if outcome.code:
                 raise outcome.error(command)
             rows: list[Any] = list(files.read(output / "generated_predictions.jsonl"))
-        for (question, text, *_), row in zip(chunk, rows, strict=True):
-            yield question, Said(text, template.without_end(row["predict"]), [])
+        for (question, *_), row in zip(chunk, rows, strict=True):
+            yield question, Said(question.prompt, template.without_end(row["predict"]), [])
 
 
 def by_endpoint(
@@ -119,54 +115,35 @@ def by_endpoint(
     thinking = {"enable_thinking": template.thinking}
     switched = {"chat_template_kwargs": thinking} if template.switches_thinking else None
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=_RETRIES)
-    answers: queue.SimpleQueue[tuple[Question, Said] | None] = queue.SimpleQueue()
     failures: list[Exception] = []
-    over = threading.Event()
-    left = iter(questions)
 
-    def ask(question: Question) -> Said:
-        messages, _, tools = cast(Any, question.turn)
-        answer = client.chat.completions.create(
-            model=model,
-            messages=messages,
-            tools=tools,
-            temperature=0,
-            max_tokens=max_tokens,
-            extra_body=switched,
-        )
-        message = answer.choices[0].message
-        calls = [
-            {"name": _whole(call.function.name), "arguments": _whole(call.function.arguments)}
-            for call in message.tool_calls or []
-            if call.type == "function"
-        ]
-        return Said(json.dumps(messages, ensure_ascii=False), _whole(message.content or ""), calls)
-
-    def work() -> None:
-        """Ask one question after another, until there is none left or one has failed."""
+    def ask(question: Question) -> tuple[Question, Said] | None:
+        if failures:  # what the others are asking is waited for, and kept; no more is asked
+            return None
         try:
-            for question in left:
-                if over.is_set():
-                    break
-                answers.put((question, ask(question)))
-        except Exception as error:
+            answer = client.chat.completions.create(
+                model=model,
+                messages=question.messages,
+                tools=question.sample["tools"],
+                temperature=0,
+                max_tokens=max_tokens,
+                extra_body=switched,
+            )
+            message = answer.choices[0].message
+            calls = [
+                {"name": _whole(call.function.name), "arguments": _whole(call.function.arguments)}
+                for call in message.tool_calls or []
+                if call.type == "function"
+            ]
+            prompt = json.dumps(question.messages, ensure_ascii=False)
+            return question, Said(prompt, _whole(message.content or ""), calls)
+        except Exception as error:  # the server may say anything
             failures.append(error)
-            over.set()  # what the others are asking is waited for, and kept
-        finally:
-            answers.put(None)
+            return None
 
-    # Daemons, as nobody who interrupts wants to wait for a server that does not answer.
-    for _ in range(at_once):
-        threading.Thread(target=work, daemon=True).start()
-    working = at_once
-    try:
-        while working:
-            if answer := answers.get():
-                yield answer
-            else:
-                working -= 1
-    finally:
-        over.set()
+    # Its threads are daemons, as nobody who interrupts wants to wait for a server that does not answer.
+    with ThreadPool(at_once) as pool:
+        yield from filter(None, pool.imap_unordered(ask, questions))
     client.close()
     if failures:
         raise McpLoraError(

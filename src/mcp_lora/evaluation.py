@@ -8,13 +8,13 @@ import json
 import operator
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mcp_lora import answering, questions, runs
-from mcp_lora.answers import Answer, Judge, Notebook, Said
+from mcp_lora.answers import Answer, Judge, Notebook
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
 from mcp_lora.figures import Difference, Share, difference, share
@@ -74,15 +74,6 @@ class Endpoint:
     model: str
 
 
-class _Predictor(NamedTuple):
-    """A model that is asked, the file of its answers, and what makes it another model than before."""
-
-    name: str
-    file: str
-    identity: Any
-    ask: Callable[[Sequence[Question]], Iterator[tuple[Question, Said]]]
-
-
 def evaluate(
     run: Path,
     machine: Machine,
@@ -111,8 +102,7 @@ def evaluate(
     """
     config = runs.read_run(run)
     folder = Path(config["dataset_dir"])
-    wanted = questions.chosen(folder, splits)
-    read = questions.read(folder, [])
+    wanted, read = questions.chosen(folder, splits), questions.read(folder, [])
     adapter = runs.adapter(run, checkpoint) if ADAPTER in models and not endpoint else None
     template = render.load(config)
     # of every split, whichever are wanted: what is kept is for answers of one length
@@ -124,52 +114,37 @@ def evaluate(
     if not asked:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise McpLoraError(f"no held-out question can be asked ({reasons}): mcp-lora inspect 1 --split seen")
-    settings = runs.serving_config(run, None) | {
-        "max_new_tokens": longest + 32,  # there are other ways to write it
-        "per_device_eval_batch_size": _BATCH,
-    }
+    length = longest + 32  # there are other ways to write it
+    batch = {"max_new_tokens": length, "per_device_eval_batch_size": _BATCH}
+    common = [runs.serving_config(run, None) | batch, template.tokenizer.chat_template]
     judge = Judge(template)
 
     def notebook(name: str, identity: Any) -> Notebook:
         file = run / "eval" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.jsonl"
-        return Notebook(file, every, [settings, template.tokenizer.chat_template, identity], judge)
+        return Notebook(file, every, [*common, identity], judge)
 
-    def local(name: str) -> _Predictor:
-        loaded = adapter if name == ADAPTER else None
-        serving = settings | runs.serving_config(run, loaded)
-        command = f"mcp-lora eval {run}"
-        return _Predictor(
-            name,
-            name,
-            loaded and _hash(loaded),
-            lambda missing: answering.by_engine(missing, template, serving, machine, command),
-        )
-
-    def served(url: str, name: str) -> _Predictor:
-        length = settings["max_new_tokens"]
-        return _Predictor(
-            name,
-            f"endpoint-{name}",
-            asdict(Endpoint(url, name)),
-            lambda missing: answering.by_endpoint(missing, url, name, length, template),
-        )
-
-    predictors = [served(endpoint.url, endpoint.model)] if endpoint else [*map(local, models)]
     answers = {}
     try:
         if endpoint and not (base := notebook(BASE, None)).missing(asked):
             answers[BASE] = base.answers(asked)
-        for name, file, identity, ask in predictors:
-            book = notebook(file, identity)
-            missing = book.missing(asked)
-            for done, (question, said) in enumerate(ask(missing), 1):
+        for name in [endpoint.model] if endpoint else models:
+            if endpoint:
+                book = notebook(f"endpoint-{name}", asdict(endpoint))
+                missing = book.missing(asked)
+                found = answering.by_endpoint(missing, endpoint.url, name, length, template)
+            else:
+                loaded = adapter if name == ADAPTER else None
+                book = notebook(name, loaded and _hash(loaded))
+                missing = book.missing(asked)
+                settings = runs.serving_config(run, loaded) | batch
+                found = answering.by_engine(missing, template, settings, machine, f"mcp-lora eval {run}")
+            for done, (question, said) in enumerate(found, 1):
                 book.add(question, said)
                 progress(f"asking {name}", done / len(missing))
             answers[name] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=left_out)
-        metrics = asdict(replace(evaluation, answers={}))
-        del metrics["answers"]
-        text = json.dumps(metrics, indent=2, ensure_ascii=False)
+        metrics = {key: value for key, value in vars(evaluation).items() if key != "answers"}
+        text = json.dumps(metrics, default=asdict, indent=2, ensure_ascii=False)
         (run / "eval" / "metrics.json").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise McpLoraError(

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
+from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from mcp_lora import answers, charts, manifest, runs
+from mcp_lora import answers, manifest, runs
 from mcp_lora.answers import Answer
-from mcp_lora.charts import Line
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluation import ADAPTER, BASE, summarise
 from mcp_lora.scoring import ERRORS
@@ -42,21 +42,10 @@ class Run:
     history: list[dict[str, Any]]
     answers: dict[str, list[Answer]]
 
-    def points(self, key: str) -> list[tuple[float, float]]:
+    def curve(self, key: str) -> list[tuple[float, float]]:
         """Return what was logged of a value: (step, value)."""
-        return [(row["step"], row[key]) for row in self.history if key in row and "step" in row]
-
-
-class Example(NamedTuple):
-    """A question, the right calls as text, and of each model its name, its error and its answer in parts.
-
-    `outcome` is that of the last model: right or wrong, and gained or lost if the first is otherwise.
-    """
-
-    answer: Answer
-    outcome: str
-    expected: str
-    said: list[tuple[str, str | None, list[tuple[str, str]]]]
+        logged = ((row["step"], row[key]) for row in self.history if key in row and "step" in row)
+        return [(step, value) for step, value in logged if isfinite(value)]
 
 
 def write(folders: Sequence[Path]) -> Path:
@@ -84,21 +73,19 @@ def write(folders: Sequence[Path]) -> Path:
 def _render(found: Sequence[Run]) -> str:
     """Return the page; of several runs the adapters are compared, with the first."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     several = len(found) > 1
     adapters = {run.name: run.answers[ADAPTER] for run in found if ADAPTER in run.answers}
     said, left_out = _common(adapters if several else found[0].answers)
     base = Path(found[0].config["model_name_or_path"])
-    lines: dict[str, list[Line]] = {"loss": [], "learning rate": []}
-    for colour, run in enumerate(found, 0 if several else 1):  # as the bars of its adapter
-        lines["loss"] += [
-            Line(colour, False, run.points("loss")),
-            Line(colour, True, run.points("eval_loss")),
-        ]
-        lines["learning rate"].append(Line(colour, False, run.points("learning_rate")))
     wrong = {one.verdict.error for each in said.values() for one in each}
-    drawn = {name: [line for line in there if line.points] for name, there in lines.items()}
+    coloured = list(enumerate(found, 0 if several else 1))  # as the bars of its adapter
+    curves = {
+        name: [
+            (colour, key, points) for colour, run in coloured for key in keys if (points := run.curve(key))
+        ]
+        for name, keys in {"loss": ("loss", "eval_loss"), "learning rate": ("learning_rate",)}.items()
+    }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -118,8 +105,8 @@ def _render(found: Sequence[Run]) -> str:
         unasked=[run.folder for run in found if not (ADAPTER in run.answers if several else run.answers)],
         examples=_examples(said),
         errors={error: f"error-{place}" for place, error in enumerate(ERRORS) if error in wrong},
-        curves={name: Markup(charts.curves(there, name)) for name, there in drawn.items() if there},
-        validated=any(line.dashed for line in drawn["loss"]),
+        curves={name: lines for name, lines in curves.items() if lines},
+        validated=any(run.curve("eval_loss") for run in found),
         usage=None if several else _usage(found[0]),
     )
 
@@ -234,8 +221,12 @@ def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[
     return sorted(rows, key=lambda row: not row[2])
 
 
-def _examples(said: Mapping[str, list[Answer]]) -> list[Example]:
-    """Return examples of each split and outcome in turn, so that none hides the others."""
+def _examples(said: Mapping[str, list[Answer]]) -> list[dict[str, Any]]:
+    """Return examples of each split and outcome in turn, so that none hides the others.
+
+    Each is an answer of the last model, the outcome (right or wrong; gained or lost if the first model's is
+    otherwise), the right calls as text, and (name, error, parts; see `compare`) of each model's answer.
+    """
     met: Counter[tuple[int, str]] = Counter()
     ranked = []
     for row in zip(*said.values(), strict=True):
@@ -247,12 +238,12 @@ def _examples(said: Mapping[str, list[Answer]]) -> list[Example]:
     ranked.sort(key=lambda one: one[:3])
     # Compared are those alone that are shown: the time of a comparison grows with the square of a text.
     return [
-        Example(
-            row[-1],
-            _OUTCOMES[outcome],
-            _calls(row[-1].expected) or "no call: no tool on offer fits",
-            [(name, one.verdict.error, _parts(one)) for name, one in zip(said, row, strict=True)],
-        )
+        {
+            "answer": row[-1],
+            "outcome": _OUTCOMES[outcome],
+            "expected": _calls(row[-1].expected) or "no call: no tool on offer fits",
+            "said": [(name, one.verdict.error, _parts(one)) for name, one in zip(said, row, strict=True)],
+        }
         for _, outcome, _, row in ranked[:EXAMPLES]
     ]
 

@@ -25,6 +25,7 @@ from mcp_lora.world import World
 # An engine's start costs up to a minute, and what it has not written down is lost when it is interrupted.
 CHUNK = 1000
 KEY = "OPENAI_API_KEY"
+_AT_ONCE = 8  # questions that a server is asked at a time
 _RETRIES = 5  # of a server that fails for the moment; the pauses grow
 
 
@@ -56,33 +57,28 @@ def by_engine(
         with tempfile.TemporaryDirectory(prefix="mcp-lora-") as place:
             folder = Path(place)
             rendered.write(folder / "prompts", [(prompt, target) for _, prompt, target in chunk])
-            output = folder / "answers"
-            model = template.stopping_model(settings, folder / "model")
-            file = runs.write_config(
-                folder,
-                settings
-                | {
-                    "model_name_or_path": model,
-                    "stage": "sft",
-                    "do_predict": True,
-                    "predict_with_generate": True,
-                    "do_sample": False,  # the engine samples at temperature 0.95 by default
-                    "skip_special_tokens": False,  # or [TOOL_CALLS] and its like vanish from what is read
-                    "template": rendered.TEMPLATE,
-                    "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
-                    "tokenized_path": str(folder / "prompts"),
-                    "use_cpu": not machine.gpus,
-                    "report_to": "none",
-                    "output_dir": str(output),
-                },
-            )
+            config = settings | {
+                "model_name_or_path": template.stopping_model(settings, folder / "model"),
+                "stage": "sft",
+                "do_predict": True,
+                "predict_with_generate": True,
+                "do_sample": False,  # the engine samples at temperature 0.95 by default
+                "skip_special_tokens": False,  # or [TOOL_CALLS] and its like vanish from what is read
+                "template": rendered.TEMPLATE,
+                "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
+                "tokenized_path": str(folder / "prompts"),
+                "use_cpu": not machine.gpus,
+                "report_to": "none",
+                "output_dir": str(folder / "answers"),
+            }
+            file = runs.write_config(folder, config)
             # One process: ranks would share the questions out and put the answers in another order.
             environment = launch.engine_environment(settings, World(), machine.gpus, os.environ)
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are what counts here
             outcome = launch.run(launch.engine_argv("train", file), environment)
             if outcome.code:
                 raise outcome.error(command)
-            rows: list[Any] = list(files.read(output / "generated_predictions.jsonl"))
+            rows: list[Any] = list(files.read(folder / "answers" / "generated_predictions.jsonl"))
         for (question, *_), row in zip(chunk, rows, strict=True):
             yield question, Said(question.prompt, template.without_end(row["predict"]), [])
 
@@ -93,7 +89,6 @@ def by_endpoint(
     model: str,
     max_tokens: int,
     template: ChatTemplate,
-    at_once: int = 8,
 ) -> Iterator[tuple[Question, Said]]:
     """Ask a server that speaks OpenAI's chat protocol, several questions at once, in the order of answers.
 
@@ -105,7 +100,6 @@ def by_endpoint(
         model: its name there.
         max_tokens: that an answer may have.
         template: the model's; where it can switch thinking, the request sets it as in training.
-        at_once: questions under way.
 
     Raises:
         McpLoraError: the server cannot be reached, or refuses.
@@ -120,10 +114,11 @@ def by_endpoint(
     def ask(question: Question) -> tuple[Question, Said] | None:
         if failures:  # what the others are asking is waited for, and kept; no more is asked
             return None
+        messages = question.sample["messages"][:-1]
         try:
             answer = client.chat.completions.create(
                 model=model,
-                messages=question.messages,
+                messages=messages,
                 tools=question.sample["tools"],
                 temperature=0,
                 max_tokens=max_tokens,
@@ -135,14 +130,14 @@ def by_endpoint(
                 for call in message.tool_calls or []
                 if call.type == "function"
             ]
-            prompt = json.dumps(question.messages, ensure_ascii=False)
+            prompt = json.dumps(messages, ensure_ascii=False)
             return question, Said(prompt, _whole(message.content or ""), calls)
         except Exception as error:  # the server may say anything
             failures.append(error)
             return None
 
     # Its threads are daemons, as nobody who interrupts wants to wait for a server that does not answer.
-    with ThreadPool(at_once) as pool:
+    with ThreadPool(_AT_ONCE) as pool:
         yield from filter(None, pool.imap_unordered(ask, questions))
     client.close()
     if failures:

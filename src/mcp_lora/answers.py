@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mcp_lora import files
 from mcp_lora.catalogue import Catalogue
@@ -29,12 +29,8 @@ from mcp_lora.records import ToolCall
 from mcp_lora.scoring import Verdict, judge
 
 
-@dataclass(frozen=True)
-class Said:
-    """What a model said: the prompt, its text, and the calls that a server has read already.
-
-    `tool_calls` are {name, arguments as text}, as OpenAI's protocol has them.
-    """
+class Said(NamedTuple):
+    """What a model said to a prompt: its text, and the calls that a server has read: {name, arguments}."""
 
     prompt: str
     text: str
@@ -111,53 +107,51 @@ class Notebook:
     """
 
     def __init__(self, file: Path, questions: Sequence[Question], identity: Any, judge: Judge) -> None:
-        self._file = file
-        self._judge = judge
+        self._file, self._judge = file, judge
         self._identity = json.dumps(identity, sort_keys=True)
-        self._keys = [self._key(question) for question in questions]
-        asked = dict(zip(self._keys, questions, strict=True))
-        self._answers = {
-            row["key"]: judge(asked[row["key"]], Said(row["prompt"], row["text"], row["tool_calls"]))
-            for row in _rows(file)
-            if row["key"] in asked
-        }
+        asked = {self._key(question): question for question in questions}
+        self._answers: dict[str, Answer | None] = dict.fromkeys(asked)
+        for row in _rows(file):
+            if question := asked.get(row["key"]):
+                said = Said(row["prompt"], row["text"], row["tool_calls"])
+                self._answers[row["key"]] = judge(question, said)
         self._clean = False  # until then the file may end in half a line
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions that have no answer yet."""
-        return [question for question in questions if self._key(question) not in self._answers]
+        return [question for question in questions if not self._answers[self._key(question)]]
 
     def add(self, question: Question, said: Said) -> None:
         """Keep an answer; it is written at once."""
         if not self._clean:
             self._write()
         key = self._key(question)
-        self._answers[key] = self._judge(question, said)
+        answer = self._answers[key] = self._judge(question, said)
         with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(self._line(key))
+            stream.write(_line(key, answer))
 
     def answers(self, questions: Sequence[Question]) -> list[Answer]:
-        """Return the answers to questions that all have one, and put the file in the questions' order."""
+        """Return the answers to questions that all have one, and put the file in the run's order."""
         self._write()
-        return [self._answers[self._key(question)] for question in questions]
+        return [answer for question in questions if (answer := self._answers[self._key(question)])]
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         new = self._file.with_suffix(".new")
         with new.open("w", encoding="utf-8") as stream:
-            stream.writelines(self._line(key) for key in self._keys if key in self._answers)
+            stream.writelines(_line(key, answer) for key, answer in self._answers.items() if answer)
         os.replace(new, self._file)
         self._clean = True
 
     def _key(self, question: Question) -> str:
         return hashlib.sha256(f"{self._identity}\n{question.key}".encode()).hexdigest()[:16]
 
-    def _line(self, key: str) -> str:
-        answer = self._answers[key]
-        row = {"key": key} | vars(answer) | {"verdict": vars(answer.verdict)}
-        for field in ("expected", "calls"):
-            row[field] = [call._asdict() for call in row[field]]
-        return json.dumps(row, ensure_ascii=False) + "\n"
+
+def _line(key: str, answer: Answer) -> str:
+    row = {"key": key} | vars(answer) | {"verdict": vars(answer.verdict)}
+    for field in ("expected", "calls"):
+        row[field] = [call._asdict() for call in row[field]]
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read(file: Path) -> list[Answer]:

@@ -39,15 +39,9 @@ class Question:
         return hashlib.sha256(f"{self.split}\n{sample}".encode()).hexdigest()[:16]
 
     @property
-    def messages(self) -> list[Any]:
-        """What stands before the answer, in OpenAI's form."""
-        messages: list[Any] = self.sample["messages"]
-        return messages[:-1]
-
-    @property
     def instruction(self) -> str:
         """What is asked last."""
-        asked = [message["content"] for message in self.messages if message["role"] == "user"]
+        asked = [message["content"] for message in self.sample["messages"] if message["role"] == "user"]
         return str(asked[-1])
 
     @property
@@ -91,11 +85,8 @@ def read(folder: Path, splits: Sequence[str]) -> list[Question]:
     Raises:
         McpLoraError: there are none, or a split is unknown, not there, or damaged.
     """
-    found = [
-        Question(split, sample)
-        for split in chosen(folder, splits)
-        for sample in dataset.samples(folder, split)
-    ]
+    wanted = chosen(folder, splits)
+    found = [Question(split, sample) for split in wanted for sample in dataset.samples(folder, split)]
     if not found:
         raise McpLoraError(
             f"{folder} holds no held-out questions: mcp-lora convert --test 0.1 --out {folder}"

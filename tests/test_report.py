@@ -87,10 +87,14 @@ def tags(page: str, name: str) -> list[str]:
     return [" ".join(re.sub(r"<[^>]+>", " ", text).split()) for text in found]
 
 
+def gains(page: str) -> str:
+    return page.split('id="gains"')[1].split("</table>")[0]
+
+
 def test_figures_and_gains_are_shown_with_their_intervals(folders: list[Path], page: str) -> None:
     evaluation = summarise({model: answers.read(folders[0] / f"eval/{model}.jsonl") for model in MODELS})
     assert list(evaluation.splits) == ["seen", "unseen_server", "no_call"]
-    rows = iter(tags(page.split('id="gains"')[1].split("</table>")[0], "tr")[1:])
+    rows = iter(tags(gains(page), "tr")[1:])
     for split in evaluation.splits.values():
         for figure, gain in split.gains["adapter"].items():
             row, reach = next(rows), f"({100 * gain.low:+.0f}…{100 * gain.high:+.0f})"
@@ -132,11 +136,8 @@ def test_examples_are_of_every_split_and_outcome(page: str) -> None:
 def test_differences_are_marked_by_words() -> None:
     parts = report.compare('get {"a": 12, "b": "x y"}', 'get {"a": 13, "b": "x y", "c": 1}')
     assert [text for kind, text in parts if kind == "same"] == ['get {"a": ', ', "b": "x y"', "}"]
-    assert [part for part in parts if part[0] != "same"] == [
-        ("missing", "12"),
-        ("extra", "13"),
-        ("extra", ', "c": 1'),
-    ]
+    changed = [part for part in parts if part[0] != "same"]
+    assert changed == [("missing", "12"), ("extra", "13"), ("extra", ', "c": 1')]
 
 
 def test_the_page_needs_nothing_else(page: str) -> None:
@@ -154,29 +155,29 @@ def test_runs_are_compared_on_the_questions_that_both_were_asked(folders: list[P
     assert "two &amp; &lt;i&gt;" in page and "<i>\n" not in page
     differing = tags("".join(re.findall(r'<tr class="differ">.*?</tr>', page, re.S)), "th")
     assert differing == ["learning rate", "learning_rate"]
-    assert len(tags(page.split('id="gains"')[1].split("</thead>")[0], "th")) == 2 + 2 + 2
+    assert len(tags(gains(page), "th")) == 2 + 2 + 2
 
 
 def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
+    def page_of(*places: Path) -> str:
+        return report.write(places).read_text(encoding="utf-8")
+
     bare = tmp_path / "bare"
     runs.write_config(bare, {"model_name_or_path": "m"})
-    (bare / "checkpoint-5").mkdir()
-    (bare / "checkpoint-5/trainer_state.json").write_text('{"log_his')  # where it was killed
-    page = report.write([bare]).read_text(encoding="utf-8")
+    write_json(bare / "checkpoint-5/trainer_state.json", None)  # where it was killed
+    page = page_of(bare)
     for text in ("No answer of its adapter is kept", "Nothing was logged yet", "not in this run's manifest"):
         assert text in page, text
-    page = report.write([bare, folders[0]]).read_text(encoding="utf-8")
-    assert f"is kept: <code>mcp-lora eval {bare}</code>" in page and 'id="gains"' in page
-    (bare / "eval").mkdir()
-    lines = (folders[0] / "eval/adapter.jsonl").read_text(encoding="utf-8").splitlines()
-    other = json.loads(lines[0]) | {"question": "of other data"}
-    write_json(bare / "eval/adapter.jsonl", other)
-    assert "no question in common" in report.write([bare, folders[0]]).read_text(encoding="utf-8")
-    page = report.write([bare]).read_text(encoding="utf-8")  # one model, one question
+    page = page_of(bare, folders[0])
+    assert f"is kept: <code>mcp-lora eval {bare}</code>" in page and gains(page)
+    line = (folders[0] / "eval/adapter.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    write_json(bare / "eval/adapter.jsonl", json.loads(line) | {"question": "of other data"})
+    assert "no question in common" in page_of(bare, folders[0])
+    page = page_of(bare)  # one model, one question
     assert "1 questions" in page and "− adapter" not in page and "No answer" not in page
     (bare / "manifest.json").write_text("{")
     with pytest.raises(McpLoraError, match="manifest.json is damaged: .*mcp-lora report"):
-        report.write([bare])
+        page_of(bare)
 
 
 def test_the_command(folders: list[Path], tmp_path: Path) -> None:

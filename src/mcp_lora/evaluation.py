@@ -200,8 +200,8 @@ def _weaknesses(
             if answer.expected:
                 grouped[place(answer)][name].append(answer.verdict.ast)
     weaknesses = [
-        Weakness(*where, {name: share(sum(hits), len(hits)) for name, hits in models.items()})
-        for where, models in grouped.items()
+        Weakness(*where, {name: share(sum(hits), len(hits)) for name, hits in each.items()})
+        for where, each in grouped.items()
     ]
     last = list(answers)[-1]
     return sorted(weaknesses, key=lambda one: (one.right[last].share, -one.right[last].count))

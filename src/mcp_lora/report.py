@@ -8,7 +8,7 @@ import difflib
 import json
 import re
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -49,10 +49,7 @@ class Run:
 
 
 def write(folders: Sequence[Path]) -> Path:
-    """Write report.html into a run's folder; of several runs comparison.html into the first one's.
-
-    Returns:
-        The page's file.
+    """Write and return report.html in a run's folder; of several runs comparison.html in the first one's.
 
     Raises:
         McpLoraError: a folder holds no run or a damaged one, or the page cannot be written.
@@ -79,13 +76,11 @@ def _render(found: Sequence[Run]) -> str:
     said, left_out = _common(adapters if several else found[0].answers)
     base = Path(found[0].config["model_name_or_path"])
     wrong = {one.verdict.error for each in said.values() for one in each}
-    coloured = list(enumerate(found, 0 if several else 1))  # as the bars of its adapter
-    curves = {
-        name: [
-            (colour, key, points) for colour, run in coloured for key in keys if (points := run.curve(key))
-        ]
-        for name, keys in {"loss": ("loss", "eval_loss"), "learning rate": ("learning_rate",)}.items()
-    }
+    curves: dict[str, list[Any]] = defaultdict(list)
+    for colour, run in enumerate(found, 0 if several else 1):  # as the bars of its adapter
+        for name, key in (("loss", "loss"), ("loss", "eval_loss"), ("learning rate", "learning_rate")):
+            if points := run.curve(key):
+                curves[name].append((colour, key, points))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -105,7 +100,7 @@ def _render(found: Sequence[Run]) -> str:
         unasked=[run.folder for run in found if not (ADAPTER in run.answers if several else run.answers)],
         examples=_examples(said),
         errors={error: f"error-{place}" for place, error in enumerate(ERRORS) if error in wrong},
-        curves={name: lines for name, lines in curves.items() if lines},
+        curves=curves,
         validated=any(run.curve("eval_loss") for run in found),
         usage=None if several else _usage(found[0]),
     )
@@ -132,16 +127,14 @@ def _read(folder: Path, name: str) -> Run:
     states = [folder, *filter(runs.is_complete, runs.checkpoints(folder)[::-1])]
     histories = (_json(place / "trainer_state.json").get("log_history") for place in states)
     kept = {file.stem: answers.read(file) for file in sorted((folder / "eval").glob("*.jsonl"))}
-    models = sorted(
-        (name for name in kept if kept[name]), key=lambda model: (model == ADAPTER, model != BASE)
-    )
+    models = [BASE, *(name for name in kept if name not in (BASE, ADAPTER)), ADAPTER]
     return Run(
         name,
         folder,
         config,
         _json(folder / manifest.NAME),
         next(filter(None, histories), []),
-        {model: kept[model] for model in models},
+        {model: kept[model] for model in models if kept.get(model)},
     )
 
 

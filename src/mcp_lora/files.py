@@ -73,7 +73,7 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
         if file.name.endswith(".parquet"):
             yield from _parquet(file, progress)
         elif file.name.endswith(".json"):
-            with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
+            with file.open(encoding="utf-8", errors="surrogateescape") as stream:
                 yield from _values(stream, progress)
         else:
             yield from _lines(file, progress)
@@ -110,7 +110,7 @@ def _decoded(line: bytes) -> Any:
 def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
     """Yield the elements of the array that a file holds, or the values that follow each other."""
     decode = json.JSONDecoder().raw_decode
-    text, at, size, ended, count = "", 0, CHUNK, False, 0
+    text, at, size, ended, count = stream.read(1).removeprefix("\ufeff"), 0, CHUNK, False, 0
     array: bool | None = None  # not known before the first character
     while True:
         at = _SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too

@@ -126,15 +126,16 @@ class Rows:
             seen.execute("PRAGMA journal_mode = OFF")
             seen.execute("CREATE TABLE row (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
             for file in found:
+                name, find = str(file), partial(self._catalogue.find, server=file.stem)
                 for number, record in enumerate(files.read(file, advanced), start=1):
                     broken = isinstance(record, files.Broken)
                     shape = None if broken else self._settings.format or readers.recognise(record)
-                    account = self._account(str(file), shape or "?")
+                    account = self._account(name, shape or "?")
                     account.read += 1
                     try:
                         if broken:
                             raise Fault("not-json", record.sentence)
-                        content = readers.read(record, shape, partial(self._catalogue.find, server=file.stem))
+                        content = readers.read(record, shape, find)
                         row = self._row(account, content)
                         insert = "INSERT OR IGNORE INTO row VALUES (?)"
                         if not seen.execute(insert, (row.other - 2**63,)).rowcount:
@@ -143,7 +144,8 @@ class Rows:
                         account.rejected[fault.reason] += 1
                         rejected.write(_rejection(account, number, fault, record.text if broken else record))
                         continue
-                    account.cleaned.update(content.cleaned)
+                    for what in content.cleaned:
+                        account.cleaned[what] += 1
                     spool.write(msgspec.json.encode(row) + b"\n")
                     self.count += 1
                 before += file.stat().st_size

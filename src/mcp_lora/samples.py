@@ -42,7 +42,7 @@ SPLITS = {
     "no_call": "mcp_test_no_call",
 }
 LIMIT = 100_000_000  # bytes; a bigger file is JSON Lines, which the engine reads as a stream
-_BUFFER = 1 << 20  # bytes written at once
+_BUFFER = 1 << 16  # bytes written at once
 # Between the results of parallel calls: LLaMA-Factory allows one turn for all of them and joins them so
 # itself (its data/converter.py, OpenAIDatasetConverter).
 _BETWEEN_RESULTS = "\n</tool_response>\n<tool_response>\n"

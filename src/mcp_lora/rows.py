@@ -119,7 +119,7 @@ class Rows:
             progress("reading", (before + done) / total)
 
         with contextlib.ExitStack() as stack:
-            spool = stack.enter_context((self._folder / "rows").open("wb"))
+            spool = stack.enter_context((self._folder / "rows").open("wb", files.BUFFER))
             rejected = stack.enter_context((self._folder / "rejected.jsonl").open("wb"))
             # On disk as soon as it grows: memory would not hold a set of all rows.
             seen = stack.enter_context(contextlib.closing(sqlite3.connect("")))
@@ -153,7 +153,7 @@ class Rows:
     def __iter__(self) -> Iterator[Row]:
         """Yield the rows, in the order of reading."""
         decode = msgspec.json.Decoder(Row).decode
-        with (self._folder / "rows").open("rb") as spool:
+        with (self._folder / "rows").open("rb", files.BUFFER) as spool:
             yield from map(decode, spool)
         (self._folder / "rows").unlink()
 

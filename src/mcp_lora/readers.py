@@ -68,31 +68,21 @@ SAMPLE = "filtered_sample.json"
 Find = Callable[[str], Tool]  # from the catalogue, by name
 
 _SYSTEM = "system"
-_ROLES = {
-    "system": _SYSTEM,
-    "developer": _SYSTEM,
-    "user": USER,
-    "human": USER,
-    "assistant": ANSWER,
-    "gpt": ANSWER,
-    "tool_call": CALL,
-    "function_call": CALL,
-    "tool": RESULT,
-    "function": RESULT,
-    "observation": RESULT,
-    "tool_response": RESULT,
-    "ipython": RESULT,
+_NAMES = {
+    _SYSTEM: ("system", "developer"),
+    USER: ("user", "human"),
+    ANSWER: ("assistant", "gpt"),
+    CALL: ("tool_call", "function_call"),
+    RESULT: ("tool", "function", "observation", "tool_response", "ipython"),
 }
+_ROLES = {name: role for role, names in _NAMES.items() for name in names}
 
 
 def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
-    """Return the newest `filtered_*.json` of `folder`.
+    """Return the newest `filtered_*.json` of `folder`, or raise McpLoraError.
 
     The date in the name (`filtered_20251113_175326.json`) counts, and the file's own where the
     name has none: copying and cloning change the file's. The shipped sample comes last.
-
-    Raises:
-        McpLoraError: the folder holds no such file.
     """
 
     def age(file: Path) -> tuple[bool, str, str]:
@@ -156,19 +146,9 @@ def _filtered(row: Any, find: Find) -> Content:
     if not isinstance(info, dict):
         raise Fault("no-tool", "tool_info is missing")
     name = (server.get("server_name") if isinstance(server, dict) else None) or ""
-    tool = tool_of(
-        str(name),
-        {
-            "name": info.get("tool_name"),
-            "description": info.get("tool_description"),
-            "parameters": info.get("input_schema"),
-        },
-    )
+    item = {"name": info.get("tool_name"), "description": info.get("tool_description")}
+    tool = tool_of(str(name), item | {"parameters": info.get("input_schema")})
     return _asked(row, "instruction", row.get("function_call"), [tool])
-
-
-def _function_call(row: Any, find: Find) -> Content:
-    return _with_tools(_asked(row, "source_instruction", row.get("function_call"), []), find)
 
 
 def _trajectory(record: Any, find: Find) -> Content:
@@ -185,18 +165,6 @@ def _mcp_flow_test(row: Any, find: Find) -> Content:
     return _asked(row, "instruction", _json(row.get("function_call")), tools)
 
 
-def _openai(row: Any, find: Find) -> Content:
-    return _chat(row.get("messages"), row)
-
-
-def _sharegpt(row: Any, find: Find) -> Content:
-    return _chat(row.get("conversations"), row)
-
-
-def _toucan(row: Any, find: Find) -> Content:
-    return _chat(_json(row.get("messages")), row)
-
-
 def _xlam(row: Any, find: Find) -> Content:
     tools = [
         tool | {"parameters": _flat_schema(tool["parameters"])}
@@ -209,23 +177,25 @@ def _xlam(row: Any, find: Find) -> Content:
 
 SHAPES: dict[str, Callable[[Any, Find], Content]] = {
     "filtered": _filtered,
-    "function_call": _function_call,
+    "function_call": lambda row, find: _with_tools(
+        _asked(row, "source_instruction", row.get("function_call")), find
+    ),
     "trajectory": _trajectory,
     "mcp_flow_test": _mcp_flow_test,
-    "openai": _openai,
-    "sharegpt": _sharegpt,
+    "openai": lambda row, find: _chat(row.get("messages"), row),
+    "sharegpt": lambda row, find: _chat(row.get("conversations"), row),
     "xlam": _xlam,
-    "toucan": _toucan,
-    "toolmind": _sharegpt,
+    "toucan": lambda row, find: _chat(_json(row.get("messages")), row),
+    "toolmind": lambda row, find: _chat(row.get("conversations"), row),
 }
 
 
-def _asked(row: dict[str, Any], question: str, calls: Any, tools: list[Tool]) -> Content:
+def _asked(row: dict[str, Any], question: str, calls: Any, tools: list[Tool] | None = None) -> Content:
     """Read a question and the call, or the parallel calls, that answer it."""
     text = row.get(question)
     if not isinstance(text, str):
         raise Fault("no-instruction", f"{question} is missing, or no text")
-    return Content([Turn(USER, text), _call(calls)], tools)
+    return Content([Turn(USER, text), _call(calls)], tools or [])
 
 
 def _chat(messages: Any, row: dict[str, Any]) -> Content:
@@ -327,16 +297,8 @@ def _tools(value: Any, server: str = "") -> list[Tool]:
 
 
 # xLAM's parameter types are Python's.
-_PYTHON_TYPES = {
-    "str": "string",
-    "int": "integer",
-    "float": "number",
-    "bool": "boolean",
-    "list": "array",
-    "tuple": "array",
-    "set": "array",
-    "dict": "object",
-}
+_PYTHON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object"}
+_PYTHON_TYPES |= dict.fromkeys(("list", "tuple", "set"), "array")
 
 
 def _flat_schema(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ And in LLaMA-Factory's sharegpt form (its data/README.md), for those who train w
 """
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,6 @@ from typing import IO, Any
 
 import msgspec
 
-from mcp_lora import languages
 from mcp_lora.candidates import Pool, Split
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.files import BUFFER
@@ -46,6 +46,19 @@ LIMIT = 100_000_000  # bytes; a bigger file is JSON Lines, which the engine read
 # Between the results of parallel calls: LLaMA-Factory allows one turn for all of them and joins them so
 # itself (its data/converter.py, OpenAIDatasetConverter).
 _BETWEEN_RESULTS = "\n</tool_response>\n<tool_response>\n"
+# The answer where no tool fits. Kana before Han: Japanese is written in both.
+_ENGLISH = "None of the available tools can do this."
+_BY_SCRIPT = (
+    (r"[\u3040-\u30ff]", "利用できるツールでは、この依頼に対応できません。"),
+    (r"[\uac00-\ud7af]", "사용할 수 있는 도구로는 이 요청을 처리할 수 없습니다."),
+    (r"[\u4e00-\u9fff]", "现有的工具都无法完成这个请求。"),
+    (r"[\u0400-\u04ff]", "Ни один из доступных инструментов не может этого сделать."),
+)
+
+
+def refusal(question: str) -> str:
+    """Say that no candidate tool can do what is asked, in the question's language or else in English."""
+    return next((answer for script, answer in _BY_SCRIPT if re.search(script, question)), _ENGLISH)
 
 
 def stem(split: str) -> str:
@@ -130,7 +143,7 @@ class Samples:
             return
         asked = _up_to_the_call(row.messages)[:-1]
         question = next(message["content"] for message in reversed(asked) if message["role"] == "user")
-        answer = {"role": "assistant", "content": languages.refusal(question)}
+        answer = {"role": "assistant", "content": refusal(question)}
         split = "train" if split == "train" else "no_call"
         self._write(split, [*asked, answer], distractors, "")
         self.extra[split] += 1

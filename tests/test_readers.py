@@ -6,17 +6,24 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import SHAPES, SHARED, catalogue_of, record, write_json
+from conftest import SAMPLE, SHAPES, SHARED, catalogue_of, record, write_json
 
-from mcp_lora import readers
-from mcp_lora.catalogue import Catalogue
+from mcp_lora import files, readers
 from mcp_lora.errors import McpLoraError
 from mcp_lora.readers import newest_filtered
-from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Rejected, Tool, ToolCall, Turn
+from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Fault, Tool, ToolCall, Turn
 
 
-def contents(file: Path, shape: str | None = None) -> list[Content | Rejected]:
-    return [content for _, content in readers.read(file, catalogue_of(SHAPES / "tools"), shape)]
+def content(row: Any, shape: str | None = None, server: str = "") -> Content | Fault:
+    catalogue = catalogue_of(SHAPES / "tools")
+    try:
+        return readers.read(row, shape or readers.recognise(row), lambda name: catalogue.find(name, server))
+    except Fault as fault:
+        return fault
+
+
+def contents(file: Path) -> list[Content | Fault]:
+    return [content(row, server=file.stem) for row in files.read(file)]
 
 
 def of(shape: str) -> list[Any]:
@@ -27,7 +34,7 @@ def of(shape: str) -> list[Any]:
 @pytest.mark.parametrize("shape", readers.SHAPES)
 def test_a_shape_is_known_by_its_keys(shape: str) -> None:
     (file,) = (SHAPES / "rows").glob(f"{shape}.*")
-    assert {origin.shape for origin, _ in readers.read(file, Catalogue())} == {shape}
+    assert {readers.recognise(row) for row in files.read(file)} == {shape}
 
 
 def test_filtered() -> None:
@@ -44,7 +51,7 @@ def test_a_row_without_a_schema_gets_it_from_the_catalogue() -> None:
     search, clock, missing = of("function_call")
     assert [tool.server for tool in search.tools + clock.tools] == ["web", "office"]
     assert clock.turns[0].text == ": What time is it in Lima?"  # cleaned later
-    assert missing.reason == "not-in-catalogue" and "translate" in missing.sentence
+    assert missing.reason == "not-in-catalogue" and "translate" in str(missing)
 
 
 def test_trajectory_results_are_their_text() -> None:
@@ -73,7 +80,7 @@ def test_openai_with_parallel_calls_and_without_any() -> None:
     assert broken.reason == "bad-json"
 
 
-def test_reasoning_text_and_ids_are_kept(tmp_path: Path) -> None:
+def test_reasoning_text_and_ids_are_kept() -> None:
     function = {"name": "calculate", "arguments": {}}
     calls = [{"id": given, "function": function} for given in ("x", 7, "half a pair: \ud83d")]
     row = {
@@ -83,10 +90,8 @@ def test_reasoning_text_and_ids_are_kept(tmp_path: Path) -> None:
             {"role": "assistant", "content": "Done.", "reasoning_content": None},
         ]
     }
-    (tmp_path / "row.json").write_text(json.dumps(row))
-    (found,) = contents(tmp_path / "row.json")
-    assert isinstance(found, Content)
-    assert found.turns == [
+    found = content(row)
+    assert isinstance(found, Content) and found.turns == [
         Turn(CALL, "So:", (ToolCall("calculate", {}),) * 3, ("x", "", ""), "Hm."),
         Turn(RESULT, "3"),
         Turn(ANSWER, "Done."),
@@ -133,7 +138,7 @@ def test_a_python_type_becomes_a_schemas(written: str | None, kind: str | None) 
     assert schema["properties"]["p"].get("type") == kind
 
 
-def test_toucan_calls_are_python_literals() -> None:
+def test_toucan_calls_are_python_literals_which_are_never_run() -> None:
     parallel, irrelevant, broken = of("toucan")
     assert [call.arguments["query"] for turn in parallel.turns for call in turn.calls] == [
         "tides Brest",
@@ -141,16 +146,9 @@ def test_toucan_calls_are_python_literals() -> None:
     ]
     assert [turn.role for turn in irrelevant.turns] == [USER, ANSWER]
     assert broken.reason == "bad-json"
-
-
-def test_a_literal_is_never_run() -> None:
-    row = {
-        "question": "q",
-        "tools": "[]",
-        "messages": json.dumps([{"role": "tool_call", "content": "__import__('os').abort()"}]),
-    }
-    with pytest.raises(readers.Fault, match="neither JSON nor a Python literal"):
-        readers.SHAPES["toucan"](row, lambda name: pytest.fail(name))
+    messages = json.dumps([{"role": "tool_call", "content": "__import__('os').abort()"}])
+    found = content({"question": "q", "tools": "[]", "messages": messages})
+    assert isinstance(found, Fault) and "neither JSON nor a Python literal" in str(found)
 
 
 def test_toolmind_arguments_are_a_string_or_an_object() -> None:
@@ -166,10 +164,9 @@ def test_the_same_rows_from_parquet(tmp_path: Path) -> None:
     assert good == of("toucan")[:2]
 
 
-def test_a_shape_can_be_forced(tmp_path: Path) -> None:
-    file = write_json(tmp_path / "rows.json", {"query": "q", "answers": [], "messages": [], "tools": []})
-    (found,) = contents(file, "openai")
-    assert isinstance(found, Content)
+def test_a_shape_can_be_forced() -> None:
+    row = {"query": "q", "answers": [], "messages": [], "tools": []}
+    assert isinstance(content(row, "openai"), Content)
 
 
 @pytest.mark.parametrize(
@@ -192,26 +189,26 @@ def test_a_shape_can_be_forced(tmp_path: Path) -> None:
         ({"query": "q", "answers": "[]", "tools": "[]"}, "no-call"),
     ],
 )
-def test_a_faulty_row_is_rejected_where_it_stands(tmp_path: Path, row: object, reason: str) -> None:
-    file = write_json(tmp_path / "rows.json", [record(), row])
-    _, (origin, rejected) = readers.read(file, Catalogue())
-    assert isinstance(rejected, Rejected) and rejected.reason == reason and rejected.sentence
-    assert (origin.file, origin.row, origin.record) == (str(file), 2, row)
+def test_a_faulty_row_has_a_reason_and_a_sentence(row: object, reason: str) -> None:
+    found = content(row)
+    assert isinstance(found, Fault) and found.reason == reason and str(found)
 
 
 def test_a_catalogue_among_the_data_is_pointed_at() -> None:
     (found,) = contents(SHAPES / "tools/office.json")
-    assert isinstance(found, Rejected) and "--tools" in found.sentence
+    assert "--tools" in str(found)
 
 
-def test_a_tool_without_properties_gets_an_empty_set(tmp_path: Path) -> None:
-    info = {"tool_name": "get-sum", "tool_description": None, "input_schema": {}}
-    (found,) = contents(write_json(tmp_path / "row.json", record(tool_info=info)))
+def test_a_tool_without_properties_gets_an_empty_set() -> None:
+    found = content(record(tool_info={"tool_name": "t", "tool_description": None, "input_schema": {}}))
     assert isinstance(found, Content)
-    assert found.tools == [Tool("everything", "get-sum", "", {"type": "object", "properties": {}})]
+    assert found.tools == [Tool("everything", "t", "", {"type": "object", "properties": {}})]
 
 
 def test_the_newest_file_goes_by_the_date_in_its_name(tmp_path: Path) -> None:
+    with pytest.raises(McpLoraError, match="mcp-lora convert FILE"):
+        newest_filtered(tmp_path)
+    assert newest_filtered(SAMPLE.parent) == SAMPLE
     names = ["filtered_20250101_000000.json", "filtered_20251113_175326.json", "filtered_sample.json"]
     for age, name in enumerate(names):
         write_json(tmp_path / name, [])
@@ -219,13 +216,6 @@ def test_the_newest_file_goes_by_the_date_in_its_name(tmp_path: Path) -> None:
     assert newest_filtered(tmp_path).name == names[1]
     undated = write_json(tmp_path / "filtered_mine.json", [])  # written today
     assert newest_filtered(tmp_path) == undated
-
-
-def test_the_sample_is_used_when_nothing_else_is_there(tmp_path: Path) -> None:
-    with pytest.raises(McpLoraError, match="mcp-lora convert FILE"):
-        newest_filtered(tmp_path)
-    sample = write_json(tmp_path / "filtered_sample.json", [])
-    assert newest_filtered(tmp_path) == sample
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the third-party data is not here")

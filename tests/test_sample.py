@@ -5,28 +5,22 @@ import json
 import re
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import ROOT, SAMPLE
 
-from mcp_lora import readers
-from mcp_lora.catalogue import Catalogue
-from mcp_lora.checks import check
-from mcp_lora.records import Content
+from mcp_lora.dataset import Settings, convert
 
 RECORDS: list[dict[str, Any]] = json.loads(SAMPLE.read_text(encoding="utf-8"))
 
 
-def test_every_record_is_usable() -> None:
-    catalogue = Catalogue()
-    rows = [content for _, content in readers.read(SAMPLE, catalogue)]
-    for row in rows:
-        assert isinstance(row, Content)
-        check(row, catalogue, whole=False, max_observation=1)
-        assert not row.cleaned
-    assert 270 <= len(rows) <= 330 and not catalogue.broken
+def test_every_record_is_usable(tmp_path: Path) -> None:
+    stats = convert(Settings([str(SAMPLE)]), tmp_path)
+    assert 270 <= stats["read"] <= 330
+    assert not stats["rejected"] and not stats["cleaned"] and not stats["broken_schemas"]
 
 
 def test_servers_tools_and_languages() -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.records import Tool
 
-Offer = int | Tool  # a tool of the catalogue by its number, or a row's own definition
-
 
 @dataclass(frozen=True)
 class Split:
@@ -59,15 +57,24 @@ class Pool:
     """The tools of a catalogue, to sample candidates from."""
 
     def __init__(self, catalogue: Catalogue, split: Split) -> None:
-        self._tools = catalogue.tools
+        self._random = random.Random()
         self._by_server = catalogue.by_server
-        self._split = split
-        self._held_out = {number for number, tool in enumerate(self._tools) if self._is_held_out(tool)}
-        self._seen = [number for number in range(len(self._tools)) if number not in self._held_out]
+        # A row's own definition of a tool is known by the same names.
+        self._held_out = {
+            (tool.server, tool.name)
+            for tool in catalogue.tools
+            if split.server(tool.server) or split.tool(tool.server, tool.name)
+        }
+        self._seen = [tool for tool in catalogue.tools if (tool.server, tool.name) not in self._held_out]
 
     def sample(
-        self, own: Sequence[Offer], called: set[str], count: int, content: int, unseen_server: bool = False
-    ) -> list[Offer]:
+        self,
+        own: Sequence[Tool],
+        called: Collection[str],
+        count: int,
+        content: int,
+        unseen_server: bool = False,
+    ) -> list[Tool]:
         """Sample the candidate tools of one question, the gold tools among them, in random order.
 
         A row that brings more tools than it calls has these as distractors first. Otherwise half of the
@@ -80,47 +87,35 @@ class Pool:
             content: a hash of the row, which seeds: other rows may come and go.
             unseen_server: this tests a held-out server, whose tools may then be distractors.
         """
-        random_ = random.Random(content)
-        gold = [offer for offer in own if self._of(offer).name in called]
-        near = [offer for offer in own if self._of(offer).name not in called]
-        wanted = share = max(count - len(gold), 0)
+        self._random.seed(content)
+        gold = [tool for tool in own if tool.name in called]
+        near: Sequence[Tool] = [tool for tool in own if tool.name not in called]
+        offered = {tool.name: tool for tool in gold}
+        first = size = max(count, len(offered))
         if gold and not near:
-            server = self._of(gold[0]).server
-            near = list(self._by_server.get(server, [])) if server else []
-            share = (wanted + 1) // 2
-        taken = set(called)
-        distractors = self._take(random_, near, share, taken, unseen_server)
+            near = self._by_server.get(gold[0].server, []) if gold[0].server else []
+            first = (len(offered) + size + 1) // 2
+        barred = set() if unseen_server else self._held_out
+        self._fill(offered, first, near, barred)
         if gold:
-            distractors += self._take(random_, self._seen, wanted - len(distractors), taken, True)
-        distractors += self._take(random_, near, wanted - len(distractors), taken, unseen_server)
-        offered = gold + distractors
-        return sorted(offered, key=lambda offer: random_.random())
+            self._fill(offered, size, self._seen, set())
+        self._fill(offered, size, near, barred)
+        return sorted(offered.values(), key=lambda tool: self._random.random())
 
-    def _take(
-        self, random_: random.Random, offers: Sequence[Offer], count: int, taken: set[str], all_may: bool
-    ) -> list[Offer]:
-        """Take up to `count` tools that may be distractors, of names that are not taken yet."""
-        found: list[Offer] = []
-        for offer in _shuffled(random_, offers, count) if count > 0 else ():
-            tool = self._of(offer)
-            if tool.name not in taken and (all_may or not self._is_held_out(offer)):
-                taken.add(tool.name)
-                found.append(offer)
-                if len(found) == count:
-                    break
-        return found
+    def _fill(
+        self, offered: dict[str, Tool], size: int, tools: Sequence[Tool], barred: set[tuple[str, str]]
+    ) -> None:
+        """Offer more tools, up to a size: of names that are not on offer yet, and none that is barred."""
+        if len(offered) >= size:
+            return
+        for tool in self._shuffled(tools, size - len(offered)):
+            if tool.name not in offered and (tool.server, tool.name) not in barred:
+                offered[tool.name] = tool
+                if len(offered) == size:
+                    return
 
-    def _is_held_out(self, offer: Offer) -> bool:
-        if isinstance(offer, int):
-            return offer in self._held_out
-        return self._split.server(offer.server) or self._split.tool(offer.server, offer.name)
-
-    def _of(self, offer: Offer) -> Tool:
-        return self._tools[offer] if isinstance(offer, int) else offer
-
-
-def _shuffled(random_: random.Random, offers: Sequence[Offer], count: int) -> Iterator[Offer]:
-    """Yield all in random order; some twice, as all are shuffled only where a few draws do not suffice."""
-    if len(offers) > count:
-        yield from random_.choices(offers, k=2 * count)
-    yield from random_.sample(offers, len(offers))
+    def _shuffled(self, tools: Sequence[Tool], count: int) -> Iterator[Tool]:
+        """Yield all in random order; some twice, as all are shuffled only where a few draws do not do."""
+        if len(tools) > count:
+            yield from self._random.choices(tools, k=2 * count)
+        yield from self._random.sample(tools, len(tools))

@@ -5,7 +5,8 @@ import re
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Fault, Turn
 
-_OPENS = (USER, RESULT)  # what an assistant's turn answers
+# What each role may follow.
+_FOLLOWS = {USER: ("", CALL, ANSWER), RESULT: (CALL, RESULT), CALL: (USER, RESULT), ANSWER: (USER, RESULT)}
 
 
 def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: int) -> list[Turn]:
@@ -26,16 +27,16 @@ def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: 
     """
     cleaned = content.cleaned
     turns = content.turns if whole else _up_to_the_call(content.turns)
-    turns = [_clean(turn, max_observation, cleaned) for turn in turns]
-    in_order = [turn.role for turn in turns] == [USER, CALL]  # as most rows are
-    if not in_order:
-        turns = _in_turn(turns, cleaned)
-        while turns and turns[-1].role in _OPENS:
-            cleaned.append(f"trailing-{turns.pop().role}")
+    turns = _joined([_clean(turn, max_observation, cleaned) for turn in turns])
+    while turns and turns[-1].role in (USER, RESULT):
+        cleaned.append(f"trailing-{turns.pop().role}")
     if not turns or (turns[0].role == USER and not turns[0].text):
         raise Fault("no-instruction", "there is no question with an answer")
-    if not in_order:
-        _check_order(turns)
+    before = ""
+    for place, turn in enumerate(turns, start=1):
+        if before not in _FOLLOWS[turn.role]:
+            raise Fault("bad-order", f"turn {place} is a {turn.role}, after {before or 'nothing'}")
+        before = turn.role
     calls = [call for turn in turns for call in turn.calls]
     if not calls and not content.tools:
         raise Fault("no-tool", "no tool is called and none is on offer")
@@ -45,11 +46,10 @@ def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: 
             raise Fault("unknown-tool", f"{call.name} is called, but not among the tools")
         if problem := catalogue.problem(tools[call.name], call.arguments):
             raise Fault("schema", f"the arguments of {call.name} break its schema: {problem}")
-    if content.system:
-        content.system = content.system.strip()
-        if '"parameters"' in content.system or "<tools>" in content.system:
-            content.system = ""  # it lists the tools, and the template does that itself
-            cleaned.append("system-with-tools")
+    content.system = content.system.strip()
+    if '"parameters"' in content.system or "<tools>" in content.system:
+        content.system = ""  # it lists the tools, and the template does that itself
+        cleaned.append("system-with-tools")
     return turns
 
 
@@ -70,7 +70,7 @@ def _clean(turn: Turn, max_observation: int, cleaned: list[str]) -> Turn:
     text = turn.text
     if turn.role == USER:
         text = text.strip()
-        if text.startswith(":") and (bare := re.match(r":\s+", text)):
+        if bare := re.match(r":\s+", text):
             text = text[bare.end() :]
             cleaned.append("leading-colon")
         elif text != turn.text:
@@ -82,30 +82,22 @@ def _clean(turn: Turn, max_observation: int, cleaned: list[str]) -> Turn:
     return turn if text == turn.text else turn._replace(text=text)
 
 
-def _in_turn(turns: list[Turn], cleaned: list[str]) -> list[Turn]:
+def _joined(turns: list[Turn]) -> list[Turn]:
     """Join what stands one after another in one role: parallel calls, a text and the call after it, texts."""
     joined: list[Turn] = []
     for turn in turns:
         if turn.role == ANSWER and not turn.text.strip():
             continue
-        last = joined[-1] if joined else None
-        beside = last and last.role == ANSWER and turn.role == CALL
-        if last and (beside or (last.role == turn.role and turn.role != RESULT)):
+        last = joined[-1] if joined else Turn("")
+        beside = last.role == ANSWER and turn.role == CALL
+        if beside or (last.role == turn.role and turn.role != RESULT):
             joined[-1] = Turn(
                 turn.role,
                 "\n\n".join(filter(None, (last.text, turn.text))),
                 last.calls + turn.calls,
-                (last.ids or ("",) * len(last.calls)) + turn.ids,
+                last.ids + turn.ids,
                 "\n\n".join(filter(None, (last.reasoning, turn.reasoning))),
             )
         else:
             joined.append(turn)
     return joined
-
-
-def _check_order(turns: list[Turn]) -> None:
-    for place, turn in enumerate(turns):
-        before = turns[place - 1].role if place else ""
-        follows = {USER: ("", CALL, ANSWER), RESULT: (CALL, RESULT)}.get(turn.role, _OPENS)
-        if before not in follows:
-            raise Fault("bad-order", f"turn {place + 1} is a {turn.role}, after {before or 'nothing'}")

@@ -14,7 +14,6 @@ rendered/                     token ids, made of train.jsonl for a model (see mc
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,35 +22,19 @@ from typing import Any
 
 from mcp_lora import catalogue as catalogues
 from mcp_lora import files
-from mcp_lora.accounts import Accounts
-from mcp_lora.candidates import Split
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.errors import McpLoraError
 from mcp_lora.readers import FILTERED, FILTERED_FOLDER, SAMPLE, newest_filtered
-from mcp_lora.rows import Progress, Rows, Settings
-from mcp_lora.samples import SPLITS, Samples
-
-__all__ = [
-    "FOLDER",
-    "SPLITS",
-    "TRAIN",
-    "Progress",
-    "Refreshed",
-    "Settings",
-    "convert",
-    "facts",
-    "file_of",
-    "is_up_to_date",
-    "locked",
-    "names",
-    "refresh",
-    "samples",
-    "statistics",
-]
+from mcp_lora.rows import Progress as Progress
+from mcp_lora.rows import Rows
+from mcp_lora.rows import Settings as Settings
+from mcp_lora.samples import SPLITS as SPLITS
+from mcp_lora.samples import Samples, stem
 
 FOLDER = Path("data/llama_factory")
 RENDERED = "rendered"  # the folder of rendered data sets in it
 TRAIN = SPLITS["train"]  # what a recipe calls the data set
+_STATS = "stats.json"
 
 
 @dataclass(frozen=True)
@@ -63,48 +46,36 @@ class Refreshed:
 
 
 def convert(
-    settings: Settings,
-    out: Path = FOLDER,
-    progress: Progress = lambda doing, share: None,
+    settings: Settings, out: Path = FOLDER, progress: Progress = lambda doing, share: None
 ) -> dict[str, Any]:
     """Convert tool-call data and return the statistics that are also in `out`/stats.json.
 
     Every row ends in one place: `read` is the sum of `written` and of `rejected`. The same inputs,
-    settings and seed give the same bytes. `out` holds the old conversion until the new one is whole.
-
-    Args:
-        settings: what and how.
-        out: the folder to write.
-        progress: receives how far it is.
+    settings and seed give the same bytes. `out` holds the old conversion until the new one is whole;
+    others' files in it are never touched.
 
     Raises:
         McpLoraError: there is no usable row, or `out` cannot be written; nothing has been written
             over then.
     """
-    out = Path(os.path.realpath(out))
-    if out.exists() and not out.is_dir():
-        raise McpLoraError(f"{out} is no folder: mcp-lora convert --out OTHER_FOLDER")
-    if (out / "dataset_info.json").is_file() and not (out / "stats.json").is_file():
+    if (out / "dataset_info.json").is_file() and not (out / _STATS).is_file():
         raise McpLoraError(
             f"{out} holds a dataset that mcp-lora did not make: mcp-lora convert --out OTHER_FOLDER, "
             f"and mcp-lora train dataset_dir=OTHER_FOLDER"
         )
     found = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
-    new = out.parent / f".{out.name}.new"
-    try:
-        _recover(out)
+    new = out / ".new"
+    with _writing(out):
         shutil.rmtree(new, ignore_errors=True)  # what a conversion that was killed has left
         new.mkdir(parents=True)
         try:
             stats = _convert(settings, found, new, progress)
-            _dump(stats, new / "stats.json")
-            _put(new, out)
+            _dump(stats, new / _STATS)
+            _replace(out, new, settings)
         finally:
-            shutil.rmtree(new, ignore_errors=True)
-    except OSError as error:
-        raise McpLoraError(
-            f"{out} cannot be written ({error.strerror}): mcp-lora convert --out OTHER_FOLDER"
-        ) from None
+            shutil.rmtree(new)
+            with contextlib.suppress(OSError):
+                out.rmdir()  # if nothing has come into it
     return stats
 
 
@@ -112,18 +83,17 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
     catalogue = Catalogue()
     tool_files = files.find([Path(name) for name in settings.tools])
     notes = catalogues.load(tool_files, catalogue)
-    rows = Rows(new / "rows", catalogue, settings)
-    with Accounts(new / "rejected.jsonl") as accounts:
-        rows.read(found, accounts, progress)
+    rows = Rows(new, catalogue, settings)
+    rows.read(found, progress)
+    rejected = rows.total("rejected")
     if not rows.count:
-        raise _unusable(accounts, found)
-    split = Split(settings.holdout_servers, settings.holdout_tools, settings.test, settings.seed)
-    split = split.within(rows.kept)
-    writer = Samples(new, catalogue, split, settings.candidates, settings.no_call)
-    writer.write(rows, accounts, progress)
-    (new / "rows").unlink()
-    written = writer.finish()
-    if "train" not in written:
+        names = ", ".join(map(str, found[:3])) + (" …" if len(found) > 3 else "")
+        what = ", ".join(f"{count} × {reason}" for reason, count in rejected.most_common()) or "it is empty"
+        advice = "--tools CATALOGUE" if "not-in-catalogue" in rejected else "OTHER_FILE"
+        raise McpLoraError(f"no usable row in {names} ({what}): mcp-lora convert {advice}")
+    samples = Samples(new, catalogue, rows, settings)
+    files_of = samples.write(progress)
+    if "train" not in files_of:
         raise McpLoraError(
             f"of {rows.count} usable rows none is left to train on: hold out less, with mcp-lora "
             f"convert --test, --holdout-tools and --holdout-servers"
@@ -132,26 +102,27 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
     notes += [
         f"too little data for {name}, it is left out"
         for name, share in zip(("seen", "unseen_tool", "unseen_server"), shares, strict=True)
-        if share and name not in written
+        if share and name not in files_of
     ]
-    _dump({SPLITS[name]: _description(file) for name, file in written.items()}, new / "dataset_info.json")
-    totals = {what: dict(accounts.total(what)) for what in ("written", "rejected", "cleaned")}
+    info = {SPLITS[name]: {"file_name": file.name} | _COLUMNS for name, file in files_of.items()}
+    _dump(info, new / "dataset_info.json")
+    written = rows.total("written")
     return {
-        "read": sum(account.read for account in accounts.all()),
-        "written": {name: totals["written"][name] for name in SPLITS if name in totals["written"]},
-        "rejected": totals["rejected"],
-        "cleaned": totals["cleaned"],
-        "no_call_samples": {name: writer.extra[name] for name in SPLITS if name in writer.extra},
+        "read": sum(account.read for account in rows.accounts.values()),
+        "written": {name: written[name] for name in SPLITS if name in written},
+        "rejected": rejected,
+        "cleaned": rows.total("cleaned"),
+        "no_call_samples": {name: samples.extra[name] for name in SPLITS if name in samples.extra},
         "tools": len(rows.kept),
         "servers": len({server for server, _ in rows.kept if server}),
-        "sources": [vars(account) for account in accounts.all()],
+        "sources": [vars(account) for account in rows.accounts.values()],
         "broken_schemas": [
             {"server": server, "tool": tool, "problem": problem}
             for (server, tool), problem in catalogue.broken.items()
         ],
         "notes": notes,
         "settings": asdict(settings),
-        "inputs": _hashes(found, tool_files),
+        "inputs": _hashes(found + tool_files),
     }
 
 
@@ -165,16 +136,15 @@ def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, sha
     Raises:
         McpLoraError: as convert, or the folder holds another's dataset.
     """
-    _recover(out)
-    old = statistics(out)
-    settings = Settings(**old["settings"]) if old else Settings()
+    old = _load(out / _STATS)
+    settings = Settings(**old.get("settings", {}))
     if data:
         settings = replace(settings, inputs=[str(data)])
-    if old and file_of(out, "train").is_file():
-        now = _now(settings, old)
-        if now is None and not data:
+    if "inputs" in old and file_of(out, "train").is_file():
+        changed = _have_changed(settings, old["inputs"])
+        if changed is None and not data:
             return Refreshed(f"the data in {out} is used; what it was made of is not here")
-        if _same(now, old):
+        if changed is False:
             return Refreshed(f"the data in {out} is up to date")
     chosen = {key: value for key, value in asdict(settings).items() if value != getattr(Settings(), key)}
     words = ", ".join(f"{key}={value}" for key, value in chosen.items()) or "the defaults"
@@ -188,51 +158,43 @@ def is_up_to_date(folder: Path) -> bool:
         McpLoraError: its description is damaged.
     """
     old = statistics(folder)
-    if old is None:
-        return False
-    now = _now(Settings(**old["settings"]), old)
-    return now is None or _same(now, old)
+    return old is not None and not _have_changed(Settings(**old["settings"]), old["inputs"])
 
 
-def _same(now: dict[str, str] | None, old: dict[str, Any]) -> bool:
-    """Tell whether inputs hold what a conversion was made of, wherever they lie now."""
-    return now is not None and [*now.values()] == [*old.get("inputs", {}).values()]
-
-
-def _now(settings: Settings, old: dict[str, Any]) -> dict[str, str] | None:
-    """Return the hashes of what would be read now; None where any of it is gone.
+def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
+    """Tell whether inputs hold other contents than those known, wherever they lie; None where any is gone.
 
     The shipped sample, which is on every machine, stands in for nothing that is gone.
     """
     inputs = [Path(name) for name in settings.inputs]
     if not inputs and any(FILTERED_FOLDER.glob(FILTERED)):
         inputs = [newest_filtered()]
-        known = old.get("inputs")
         if known and inputs[0].name == SAMPLE and str(inputs[0].absolute()) not in known:
             return None
     try:
-        tool_files = files.find([Path(name) for name in settings.tools])
-        return _hashes(files.find(inputs), tool_files) if inputs else None
+        now = _hashes(files.find(inputs) + files.find([Path(name) for name in settings.tools]))
     except (McpLoraError, OSError):
         return None
+    return list(now.values()) != list(known.values()) if inputs else None
 
 
-def _hashes(*groups: list[Path]) -> dict[str, str]:
+def _hashes(found: list[Path]) -> dict[str, str]:
     """Return the SHA-256 of each file, by its absolute path."""
     hashes = {}
-    for file in (file for group in groups for file in group):
+    for file in found:
         with file.open("rb") as stream:
             hashes[str(file.absolute())] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
 
 
 def statistics(folder: Path) -> dict[str, Any] | None:
-    """Return the account of a conversion, None where there is none.
+    """Return the account of a conversion, None where there is no whole one.
 
     Raises:
         McpLoraError: it is damaged.
     """
-    return _load(folder / "stats.json") or None
+    stats = _load(folder / _STATS)
+    return stats if "inputs" in stats else None
 
 
 def facts(folder: Path) -> int | None:
@@ -241,8 +203,7 @@ def facts(folder: Path) -> int | None:
     Raises:
         McpLoraError: its description is damaged.
     """
-    stats = statistics(folder)
-    if not stats or "inputs" not in stats:  # of an earlier version of mcp-lora
+    if not (stats := statistics(folder)):
         return None
     return int(stats["written"]["train"] + stats["no_call_samples"].get("train", 0))
 
@@ -263,15 +224,14 @@ def samples(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     Raises:
         McpLoraError: the folder has no such split, or a damaged one.
     """
+    if split not in (there := names(folder)):
+        what = ", ".join(name for name in SPLITS if name in there) or "no data"
+        raise McpLoraError(f"{folder} holds {what}, not {split}: mcp-lora convert --out {folder}")
     file = file_of(folder, split)
-    if split not in SPLITS or not file.is_file():
-        there = ", ".join(name for name in SPLITS if name in names(folder)) or "no data"
-        raise McpLoraError(f"{folder} holds {there}, not {split}: mcp-lora convert --out {folder}")
     for sample in files.read(file):
         if not isinstance(sample, dict) or not {"messages", "tools"} <= set(sample):
-            what = (
-                sample.sentence if isinstance(sample, files.Broken) else "a row has no messages, or no tools"
-            )
+            broken = isinstance(sample, files.Broken)
+            what = sample.sentence if broken else "a row has no messages, or no tools"
             raise McpLoraError(f"{file} cannot be used ({what}): mcp-lora convert --out {folder}")
         yield sample
 
@@ -285,40 +245,36 @@ def locked(folder: Path) -> Iterator[None]:
     """
     import filelock
 
-    try:
+    with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.parent / f".{folder.name}.lock"):
             yield
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise McpLoraError(
-            f"{folder} cannot be written ({error.strerror}): mcp-lora convert --out OTHER_FOLDER"
+            f"{out} cannot be written ({error.strerror}): mcp-lora convert --out OTHER_FOLDER"
         ) from None
 
 
-def _unusable(accounts: Accounts, found: list[Path]) -> McpLoraError:
-    reasons = accounts.total("rejected")
-    names = ", ".join(map(str, found[:3])) + (" …" if len(found) > 3 else "")
-    what = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common()) or "it is empty"
-    advice = "--tools CATALOGUE" if "not-in-catalogue" in reasons else "OTHER_FILE"
-    return McpLoraError(f"no usable row in {names} ({what}): mcp-lora convert {advice}")
-
-
-def _description(file: Path) -> dict[str, Any]:
-    """Describe a file for LLaMA-Factory; any name left out would fall back to none at all."""
-    return {
-        "file_name": file.name,
-        "formatting": "sharegpt",
-        "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
-        "tags": {
-            "role_tag": "from",
-            "content_tag": "value",
-            "user_tag": "human",
-            "assistant_tag": "gpt",
-            "observation_tag": "observation",
-            "function_tag": "function_call",
-            "system_tag": "system",
-        },
-    }
+# Any name that LLaMA-Factory is not given would fall back to none at all.
+_COLUMNS = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
+    "tags": {
+        "role_tag": "from",
+        "content_tag": "value",
+        "user_tag": "human",
+        "assistant_tag": "gpt",
+        "observation_tag": "observation",
+        "function_tag": "function_call",
+        "system_tag": "system",
+    },
+}
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -336,46 +292,19 @@ def _dump(content: Any, file: Path) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _put(new: Path, out: Path) -> None:
-    """Put a whole new folder in the place of the old one.
+def _replace(out: Path, new: Path, settings: Settings) -> None:
+    """Put a new conversion's files in the place of the old one's.
 
-    Where `out` holds others' files, which are never moved, or is a mount point, our files are replaced one
-    after another, stats.json last.
+    Until all are there stats.json holds the settings alone: should this be killed, no rows of the old
+    conversion stand beside new ones, and `refresh` makes the new one again.
     """
-    old = _old(out)
-    if out.exists() and all(map(_is_ours, out.iterdir())):
-        with contextlib.suppress(OSError):  # a mount point cannot be renamed
-            out.rename(old)
-    if not out.exists():
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-        return
-    files_now = sorted(new.iterdir(), key=lambda file: file.name == "stats.json")
-    for file in files_now:
-        shutil.move(file, out / file.name)  # a mount point may be another device
-    for left in out.iterdir():
-        if _is_ours(left) and left.name not in {file.name for file in files_now}:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def _recover(out: Path) -> None:
-    """Bring back, or remove, the old folder that a conversion which was killed has left."""
-    out = Path(os.path.realpath(out))
-    old = _old(out)
-    if old.exists():
-        if out.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(out)
-
-
-def _old(out: Path) -> Path:
-    return out.with_name(f".{out.name}.old")
-
-
-def _is_ours(file: Path) -> bool:
-    names = {"dataset_info.json", "rejected.jsonl", "stats.json", RENDERED}
-    names |= {f"{split}.jsonl" for split in SPLITS}
-    return file.name in names or (
-        file.name.startswith(("mcp_train_data.", "mcp_test_")) and file.suffix in (".json", ".jsonl")
-    )
+    _dump({"settings": asdict(settings)}, new / "unfinished")
+    (new / "unfinished").replace(out / _STATS)
+    shutil.rmtree(out / RENDERED, ignore_errors=True)
+    old = {"dataset_info.json", "rejected.jsonl"}
+    for split in SPLITS:
+        old |= {f"{split}.jsonl", f"{stem(split)}.json", f"{stem(split)}.jsonl"}
+    for name in old:
+        (out / name).unlink(missing_ok=True)
+    for file in sorted(new.iterdir(), key=lambda file: file.name == _STATS):
+        file.replace(out / file.name)

@@ -10,20 +10,21 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from glob import glob
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import msgspec
 
 from mcp_lora.errors import McpLoraError
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
-CHUNK = 1 << 17  # read at once
+CHUNK = 1 << 17  # characters that are decoded at once
+BUFFER = 1 << 20  # bytes read, or written, at once
 _SEPARATORS = re.compile(r"[\s,]*")
 
-Progress = Callable[[int], None]  # told how many bytes of a file have been read
+Progress = Callable[[int], None]  # receives how many bytes of a file have been read
 
 
 class Broken(NamedTuple):
@@ -38,28 +39,23 @@ def find(places: list[Path]) -> list[Path]:
 
     Raises:
         McpLoraError: a place holds no file of a kind that can be read; all such are named. Or a
-            name is no UTF-8, and could not be told of.
+            name is no UTF-8, and could not be printed.
     """
     found: list[Path] = []
     missing = []
     for place in places:
         if place.is_dir():
             files = sorted(file for file in place.rglob("*") if file.name.endswith(SUFFIXES))
-        elif place.exists():
-            files = [place]
         else:
-            files = sorted(Path(name) for name in glob(str(place), recursive=True))
+            files = [place] if place.exists() else sorted(map(Path, glob(str(place), recursive=True)))
         if not files:
             missing.append(str(place))
         found += files
+    kinds = ", ".join(SUFFIXES)
     if missing:
-        kinds = ", ".join(SUFFIXES)
         raise McpLoraError(f"no data in {', '.join(missing)} ({kinds}): mcp-lora convert OTHER_FILE")
-    unknown = [str(file) for file in found if not file.name.endswith(SUFFIXES)]
-    if unknown:
-        raise McpLoraError(
-            f"{', '.join(unknown)}: not one of {', '.join(SUFFIXES)}: mcp-lora convert OTHER_FILE"
-        )
+    if unknown := [str(file) for file in found if not file.name.endswith(SUFFIXES)]:
+        raise McpLoraError(f"{', '.join(unknown)}: not one of {kinds}: mcp-lora convert OTHER_FILE")
     for file in found:
         try:
             str(file).encode()
@@ -78,26 +74,25 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
         if file.name.endswith(".parquet"):
             yield from _parquet(file, progress)
         elif file.name.endswith(".json"):
-            with file.open(encoding="utf-8", errors="surrogateescape") as stream:
+            with file.open(buffering=BUFFER, encoding="utf-8", errors="surrogateescape") as stream:
                 yield from _values(stream, progress)
         else:
-            with file.open("rb") as raw:
-                lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
-                yield from _lines(lines, raw, progress)
+            yield from _lines(file, progress)
     except (OSError, EOFError, zlib.error) as error:
-        yield Broken(f"the file cannot be read any further: {_one_line(error)}")
+        yield _stopped(error)
 
 
-def _lines(lines: Iterable[bytes], raw: IO[bytes], progress: Progress) -> Iterator[Any]:
+def _lines(file: Path, progress: Progress) -> Iterator[Any]:
     # Of the bytes, not of the text: str.splitlines also breaks at characters that JSON may hold.
-    for number, line in enumerate(lines):
-        line = line.strip()
-        if number == 0:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line:
-            yield _decoded(line)
-        if number % 256 == 0:  # to ask takes as long as to read a line
-            progress(raw.tell())
+    with file.open("rb", BUFFER) as raw:
+        for number, line in enumerate(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw):
+            line = line.strip()
+            if number == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line:
+                yield _decoded(line)
+            if number % 256 == 0:  # to ask takes as long as to read a line
+                progress(raw.tell())
 
 
 def _decoded(line: bytes) -> Any:
@@ -135,23 +130,19 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
             except (ValueError, RecursionError) as error:
                 problem = getattr(error, "msg", None) or _one_line(error)
                 # Near its end the text that we have may just break off where a chunk ends.
-                position = getattr(error, "pos", -1)
-                cut = problem.startswith("Unterminated string") or position > len(text) - 16
+                near = getattr(error, "pos", -1) > len(text) - 16
+                ended = ended or not (near or problem.startswith("Unterminated string"))
             else:
-                cut = text[end - 1] not in '}]"'  # a number may go on
-                if ended or not cut or end < len(text):
+                if ended or end < len(text) or text[end - 1] in '}]"':  # a number may go on
                     yield value
                     count += 1
                     at, size = end, CHUNK
                     continue
-        elif ended:
-            if array:
+        if ended:
+            if problem:
+                yield Broken(f"not JSON after {count} records, the rest is not read: {problem}")
+            elif array:
                 yield Broken(f"the array is not closed: the file breaks off after {count} records")
-            return
-        else:
-            cut = True
-        if ended or not cut:
-            yield Broken(f"not JSON after {count} records, the rest is not read: {problem}")
             return
         more = stream.read(size)
         progress(stream.buffer.tell())
@@ -170,7 +161,7 @@ def _parquet(file: Path, progress: Progress) -> Iterator[Any]:
                 read += batch.num_rows
                 progress(size * read // count)
     except pyarrow.ArrowException as error:
-        yield Broken(f"the file cannot be read any further: {_one_line(error)}")
+        yield _stopped(error)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -180,5 +171,9 @@ def _without_nulls(value: Any) -> Any:
     return list(map(_without_nulls, value)) if isinstance(value, list) else value
 
 
-def _one_line(error: BaseException) -> str:
+def _stopped(error: Exception) -> Broken:
+    return Broken(f"the file cannot be read any further: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())

@@ -49,159 +49,106 @@ toolmind (arguments are a string or an object):
 """
 
 import ast
+import contextlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import files
-from mcp_lora.catalogue import Catalogue, new_tool, tool_of
+from mcp_lora.catalogue import tool_of
 from mcp_lora.errors import McpLoraError
-from mcp_lora.records import (
-    ANSWER,
-    CALL,
-    RESULT,
-    USER,
-    Content,
-    Fault,
-    Origin,
-    Rejected,
-    Tool,
-    ToolCall,
-    Turn,
-)
+from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Fault, Tool, ToolCall, Turn
 
 FILTERED_FOLDER = Path("data/filtered")
 FILTERED = "filtered_*.json"
 SAMPLE = "filtered_sample.json"
 
-_ROLES = {
-    "user": USER,
-    "human": USER,
-    "assistant": ANSWER,
-    "gpt": ANSWER,
-    "tool_call": CALL,
-    "function_call": CALL,
-    "tool": RESULT,
-    "function": RESULT,
-    "observation": RESULT,
-    "tool_response": RESULT,
-    "ipython": RESULT,
+Find = Callable[[str], Tool]  # from the catalogue, by name
+
+_SYSTEM = "system"
+_NAMES = {
+    _SYSTEM: ("system", "developer"),
+    USER: ("user", "human"),
+    ANSWER: ("assistant", "gpt"),
+    CALL: ("tool_call", "function_call"),
+    RESULT: ("tool", "function", "observation", "tool_response", "ipython"),
 }
+_ROLES = {name: role for role, names in _NAMES.items() for name in names}
 
 
 def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
-    """Return the newest `filtered_*.json` of `folder`.
+    """Return the newest `filtered_*.json` of `folder`, or raise McpLoraError.
 
     The date in the name (`filtered_20251113_175326.json`) counts, and the file's own where the
     name has none: copying and cloning change the file's. The shipped sample comes last.
-
-    Raises:
-        McpLoraError: the folder holds no such file.
     """
-    found = list(folder.glob(FILTERED))
-    if not found:
-        raise McpLoraError(
-            f"no filtered_*.json in {folder}: put your data there, or name it: mcp-lora convert FILE"
-        )
 
     def age(file: Path) -> tuple[bool, str, str]:
         named = re.search(r"\d{8}_\d{6}", file.name)
         written = datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y%m%d_%H%M%S")
         return file.name != SAMPLE, named.group() if named else written, file.name
 
-    return max(found, key=age)
+    newest = max(folder.glob(FILTERED), key=age, default=None)
+    if not newest:
+        raise McpLoraError(
+            f"no filtered_*.json in {folder}: put your data there, or name it: mcp-lora convert FILE"
+        )
+    return newest
 
 
-def read(
-    file: Path,
-    catalogue: Catalogue,
-    shape: str | None = None,
-    progress: files.Progress = lambda done: None,
-) -> Iterator[tuple[Origin, Content | Rejected]]:
-    """Yield every row of a file with what it holds, or with what is wrong.
-
-    Args:
-        file: see `mcp_lora.files`.
-        catalogue: where the tools are whose schemas the rows lack.
-        shape: a name of SHAPES; none means the one that each row's keys show.
-        progress: told how many bytes have been read.
-    """
-    path = str(file)
-
-    def find(tool: str) -> Tool:
-        return catalogue.find(tool, file.stem)
-
-    for number, record in enumerate(files.read(file, progress), start=1):
-        if isinstance(record, files.Broken):
-            origin = Origin(path, number, "?", record.text)
-            yield origin, Rejected(origin, "not-json", record.sentence)
-            continue
-        name = shape or recognise(record)
-        origin = Origin(path, number, name or "?", record)
-        try:
-            if not name:
-                raise Fault("unknown-shape", _what_it_looks_like(record))
-            yield origin, SHAPES[name](record, find)
-        except Fault as fault:
-            yield origin, Rejected(origin, fault.reason, fault.sentence)
+# A record is of the first shape whose keys it has.
+_KEYS: list[tuple[set[str], str]] = [
+    ({"tool_info"}, "filtered"),
+    ({"instruction", "server_info"}, "filtered"),
+    ({"source_instruction"}, "function_call"),
+    ({"instruction", "tool_name", "tools"}, "mcp_flow_test"),
+    ({"query", "answers"}, "xlam"),
+    ({"messages", "question"}, "toucan"),
+    ({"messages"}, "openai"),
+    ({"conversations"}, "sharegpt"),
+    ({"instruction", "function_call"}, "filtered"),
+]
 
 
 def recognise(record: Any) -> str | None:
     """Return the name of a record's shape by its keys, None for none that we know."""
-    if isinstance(record, list):
-        return "trajectory"
-    keys = set(record) if isinstance(record, dict) else set()
-    if "tool_info" in keys or {"instruction", "server_info"} <= keys:
-        return "filtered"
-    if "source_instruction" in keys:
-        return "function_call"
-    if {"instruction", "tool_name", "tools"} <= keys:
-        return "mcp_flow_test"
-    if {"query", "answers"} <= keys:
-        return "xlam"
-    if "messages" in keys:
-        return "toucan" if "question" in keys else "openai"
-    if "conversations" in keys:
+    if not isinstance(record, dict):
+        return "trajectory" if isinstance(record, list) else None
+    shape = next((shape for keys, shape in _KEYS if keys <= record.keys()), None)
+    if shape == "sharegpt":
         turns = record["conversations"]
         first = turns[0] if isinstance(turns, list) and turns else None
-        return "toolmind" if isinstance(first, dict) and "role" in first else "sharegpt"
-    return "filtered" if {"instruction", "function_call"} <= keys else None
+        return "toolmind" if isinstance(first, dict) and "role" in first else shape
+    return shape
 
 
-def _what_it_looks_like(record: Any) -> str:
+def read(record: Any, shape: str | None, find: Find) -> Content:
+    """Return what a record of a shape, a name of SHAPES or None, holds.
+
+    Raises:
+        Fault: it cannot be used.
+    """
+    if shape == "trajectory" or (shape and isinstance(record, dict)):
+        return SHAPES[shape](record, find)
     if not isinstance(record, dict):
-        return f"a row is an object or a list of messages, not {type(record).__name__}"
-    if "tools" in record or {"name", "description"} <= set(record):
-        return "a tool catalogue, which holds no call: give it with --tools"
-    return f"no known shape has these keys: {', '.join(map(str, record)) or 'none'}"
+        what = f"a row is an object or a list of messages, not {type(record).__name__}"
+    elif "tools" in record or {"name", "description"} <= record.keys():
+        what = "a tool catalogue, which holds no call: give it with --tools"
+    else:
+        what = f"no known shape has these keys: {', '.join(map(str, record)) or 'none'}"
+    raise Fault("unknown-shape", what)
 
 
-Find = Callable[[str], Tool]
-
-
-def _filtered(record: Any, find: Find) -> Content:
-    row = _object(record)
+def _filtered(row: Any, find: Find) -> Content:
     info, server = row.get("tool_info"), row.get("server_info")
     if not isinstance(info, dict):
         raise Fault("no-tool", "tool_info is missing")
-    tool = new_tool(
-        (server.get("server_name") if isinstance(server, dict) else None) or "",
-        info.get("tool_name"),
-        info.get("tool_description"),
-        info.get("input_schema"),
-    )
-    turns = [Turn(USER, _text(row.get("instruction"), "instruction"))]
-    return Content([*turns, _call(row.get("function_call"))], [tool])
-
-
-def _function_call(record: Any, find: Find) -> Content:
-    row = _object(record)
-    call = _call(row.get("function_call"))
-    turns = [Turn(USER, _text(row.get("source_instruction"), "source_instruction")), call]
-    return Content(turns, [find(item.name) for item in call.calls])
+    name = (server.get("server_name") if isinstance(server, dict) else None) or ""
+    item = {"name": info.get("tool_name"), "description": info.get("tool_description")}
+    tool = tool_of(str(name), item | {"parameters": info.get("input_schema")})
+    return _asked(row, "instruction", row.get("function_call"), [tool])
 
 
 def _trajectory(record: Any, find: Find) -> Content:
@@ -209,6 +156,58 @@ def _trajectory(record: Any, find: Find) -> Content:
     content.turns = [
         turn._replace(text=_mcp_text(turn.text)) if turn.role == RESULT else turn for turn in content.turns
     ]
+    return _with_tools(content, find)
+
+
+def _mcp_flow_test(row: Any, find: Find) -> Content:
+    server = row.get("server_name")
+    tools = _tools(row.get("tools"), server if isinstance(server, str) else "")
+    return _asked(row, "instruction", _json(row.get("function_call")), tools)
+
+
+def _xlam(row: Any, find: Find) -> Content:
+    tools = [
+        tool | {"parameters": _flat_schema(tool["parameters"])}
+        if isinstance(tool, dict) and isinstance(tool.get("parameters"), dict)
+        else tool
+        for tool in _list(row.get("tools"), "tools")
+    ]
+    return _asked(row, "query", _list(row.get("answers"), "answers"), _tools(tools))
+
+
+SHAPES: dict[str, Callable[[Any, Find], Content]] = {
+    "filtered": _filtered,
+    "function_call": lambda row, find: _with_tools(
+        _asked(row, "source_instruction", row.get("function_call")), find
+    ),
+    "trajectory": _trajectory,
+    "mcp_flow_test": _mcp_flow_test,
+    "openai": lambda row, find: _chat(row.get("messages"), row),
+    "sharegpt": lambda row, find: _chat(row.get("conversations"), row),
+    "xlam": _xlam,
+    "toucan": lambda row, find: _chat(_json(row.get("messages")), row),
+    "toolmind": lambda row, find: _chat(row.get("conversations"), row),
+}
+
+
+def _asked(row: dict[str, Any], question: str, calls: Any, tools: list[Tool] | None = None) -> Content:
+    """Read a question and the call, or the parallel calls, that answer it."""
+    text = row.get(question)
+    if not isinstance(text, str):
+        raise Fault("no-instruction", f"{question} is missing, or no text")
+    return Content([Turn(USER, text), _call(calls)], tools or [])
+
+
+def _chat(messages: Any, row: dict[str, Any]) -> Content:
+    """Read a conversation, and the tools and the system message that stand beside it."""
+    content = _messages(messages)
+    content.tools = _tools(row.get("tools") or row.get("functions"))
+    if isinstance(row.get("system"), str):
+        content.system = row["system"] or content.system
+    return content
+
+
+def _with_tools(content: Content, find: Find) -> Content:
     names = dict.fromkeys(call.name for turn in content.turns for call in turn.calls)
     if not names:
         raise Fault("no-call", "the conversation calls no tool, and names none")
@@ -216,101 +215,51 @@ def _trajectory(record: Any, find: Find) -> Content:
     return content
 
 
-def _mcp_flow_test(record: Any, find: Find) -> Content:
-    row = _object(record)
-    server = row.get("server_name")
-    tools = _tools(row.get("tools"), server if isinstance(server, str) else "")
-    turns = [Turn(USER, _text(row.get("instruction"), "instruction"))]
-    return Content([*turns, _call(_json(row.get("function_call")))], tools)
-
-
-def _openai(record: Any, find: Find) -> Content:
-    row = _object(record)
-    content = _messages(row.get("messages"))
-    content.tools = _tools(row.get("tools") or row.get("functions"))
-    return content
-
-
-def _sharegpt(record: Any, find: Find) -> Content:
-    row = _object(record)
-    content = _messages(row.get("conversations"))
-    content.tools = _tools(row.get("tools"))
-    if isinstance(row.get("system"), str) and row["system"]:
-        content.system = row["system"]
-    return content
-
-
-def _xlam(record: Any, find: Find) -> Content:
-    row = _object(record)
-    tools = []
-    for tool in _list(_json(row.get("tools")), "tools"):
-        if isinstance(tool, dict) and isinstance(tool.get("parameters"), dict):
-            tool = tool | {"parameters": _flat_schema(tool["parameters"])}
-        tools.append(tool)
-    answers = _list(_json(row.get("answers")), "answers")
-    turns = [Turn(USER, _text(row.get("query"), "query")), _call(answers)]
-    return Content(turns, _tools(tools))
-
-
-def _toucan(record: Any, find: Find) -> Content:
-    row = _object(record)
-    content = _messages(_json(row.get("messages")))
-    content.tools = _tools(row.get("tools"))
-    return content
-
-
-# The shapes and what reads each; toolmind is sharegpt under other keys, which _messages knows.
-SHAPES: dict[str, Callable[[Any, Find], Content]] = {
-    "filtered": _filtered,
-    "function_call": _function_call,
-    "trajectory": _trajectory,
-    "mcp_flow_test": _mcp_flow_test,
-    "openai": _openai,
-    "sharegpt": _sharegpt,
-    "xlam": _xlam,
-    "toucan": _toucan,
-    "toolmind": _sharegpt,
-}
-
-
 def _messages(value: Any) -> Content:
-    """Read a list of messages, {role, content, tool_calls} or {from, value}, into turns."""
-    content = Content([], [])
-    for message in _list(value, "messages"):
+    """Read a list of messages, {role, content, tool_calls} or {from, value}."""
+    if not isinstance(value, list):
+        raise Fault("bad-message", "messages is no list")
+    content = Content([])
+    for message in value:
         if not isinstance(message, dict):
             raise Fault("bad-message", "a message is no object")
         role = message.get("role", message.get("from"))
         text = _plain(message.get("content", message.get("value")))
-        if role in ("system", "developer"):
-            content.system = text
-            continue
         kind = _ROLES.get(role) if isinstance(role, str) else None
         if kind is None:
             raise Fault("bad-message", f"a message has the role {role!r}, which is not known")
-        calls = message.get("tool_calls") or message.get("function_call")
-        if kind == ANSWER and not calls and "<tool_call>" in text:
-            calls = [_literal(found) for found in _TOOL_CALL.findall(text)]
-            text = _TOOL_CALL.sub("", text)
-        reasoning = message.get("reasoning_content")
-        reasoning = reasoning if isinstance(reasoning, str) else ""
-        if kind == CALL:
-            content.turns.append(_call(_literal(text))._replace(reasoning=reasoning))
-        elif kind == ANSWER and calls:
-            content.turns.append(_call(calls)._replace(text=text.strip(), reasoning=reasoning))
-        elif kind == ANSWER and "<functioncall>" in text:
-            raise Fault("no-call", "the calls are written as <functioncall> text, which cannot be read")
+        if kind == _SYSTEM:
+            content.system = text
+        elif kind == USER:
+            content.turns.append(Turn(USER, text))
         elif kind == RESULT:
             given = _id(message.get("tool_call_id"))
-            ids = (given,) if given else ()
-            parts = _TOOL_RESPONSE.findall(text)
-            content.turns += [Turn(RESULT, part, ids=ids) for part in parts or [text]]
+            parts = _TOOL_RESPONSE.findall(text) or [text]
+            content.turns += [Turn(RESULT, part, ids=(given,) if given else ()) for part in parts]
         else:
-            content.turns.append(Turn(kind, text, reasoning=reasoning if kind == ANSWER else ""))
+            content.turns.append(_answer(message, text, kind))
     return content
 
 
 _TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _TOOL_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+
+
+def _answer(message: dict[str, Any], text: str, kind: str) -> Turn:
+    """Read what an assistant says, calls, or both."""
+    calls = message.get("tool_calls") or message.get("function_call")
+    if kind == CALL:
+        calls, text = _literal(text), ""
+    elif not calls and "<tool_call>" in text:
+        calls = [_literal(found) for found in _TOOL_CALL.findall(text)]
+        text = _TOOL_CALL.sub("", text)
+    reasoning = message.get("reasoning_content")
+    reasoning = reasoning if isinstance(reasoning, str) else ""
+    if calls or kind == CALL:
+        return _call(calls)._replace(text=text.strip(), reasoning=reasoning)
+    if "<functioncall>" in text:
+        raise Fault("no-call", "the calls are written as <functioncall> text, which cannot be read")
+    return Turn(ANSWER, text, reasoning=reasoning)
 
 
 def _call(value: Any) -> Turn:
@@ -339,29 +288,17 @@ def _id(value: Any) -> str:
 
 
 def _tools(value: Any, server: str = "") -> list[Tool]:
-    """Read a list of tools, or the JSON of one: OpenAI's {type, function} or MCP's."""
+    """Read a list of tools, or the JSON of one; the first of a name counts."""
     found: dict[str, Tool] = {}
-    for item in _list(_json(value) if value else [], "tools"):
-        if isinstance(item, dict) and isinstance(item.get("function"), dict):
-            item = item["function"]
-        if isinstance(item, dict) and not {"parameters", "inputSchema", "input_schema"} & set(item):
-            item = item | {"parameters": {}}  # OpenAI lets a tool without parameters leave them out
-        tool = tool_of(server, item)
+    for item in _list(value or [], "tools"):
+        tool = tool_of(server, item, {})  # OpenAI lets a tool without parameters leave them out
         found.setdefault(tool.name, tool)
     return list(found.values())
 
 
 # xLAM's parameter types are Python's.
-_PYTHON_TYPES = {
-    "str": "string",
-    "int": "integer",
-    "float": "number",
-    "bool": "boolean",
-    "list": "array",
-    "tuple": "array",
-    "set": "array",
-    "dict": "object",
-}
+_PYTHON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object"}
+_PYTHON_TYPES |= dict.fromkeys(("list", "tuple", "set"), "array")
 
 
 def _flat_schema(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -372,13 +309,13 @@ def _flat_schema(parameters: dict[str, Any]) -> dict[str, Any]:
     for name, parameter in parameters.items():
         if not isinstance(parameter, dict):
             raise Fault("no-schema", f"the parameter {name} is no object")
-        kind = parameter.get("type")
-        words = kind if isinstance(kind, str) else ""
+        words = parameter["type"] if isinstance(parameter.get("type"), str) else ""
         base = re.sub(r"^Optional\[(.*)\]$", r"\1", words.split(",")[0].strip())
-        plain = _PYTHON_TYPES.get(re.split(r"[\[ (]", base)[0].lower())
-        properties[name] = {key: item for key, item in parameter.items() if key != "type"}
-        if plain or kind in ("string", "integer", "number", "boolean", "array", "object"):
-            properties[name] = {"type": plain or kind} | properties[name]
+        kind = _PYTHON_TYPES.get(re.split(r"[\[ (]", base)[0].lower())
+        if words in _PYTHON_TYPES.values():
+            kind = words
+        rest = {key: item for key, item in parameter.items() if key != "type"}
+        properties[name] = {"type": kind} | rest if kind else rest
         if "optional" not in words.lower() and "default" not in parameter:
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}
@@ -387,29 +324,10 @@ def _flat_schema(parameters: dict[str, Any]) -> dict[str, Any]:
 def _mcp_text(text: str) -> str:
     """Return the text of an MCP result, {"content": [{"type": "text", "text": "5888"}]}."""
     try:
-        parts = json.loads(text)["content"]
-        texts = [part["text"] for part in parts if part["type"] == "text"]
+        texts = [part["text"] for part in json.loads(text)["content"] if part["type"] == "text"]
         return "\n".join(texts) if texts else text
     except (ValueError, TypeError, LookupError, RecursionError):
         return text
-
-
-def _object(record: Any) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise Fault("unknown-shape", f"the row is no object but {type(record).__name__}")
-    return record
-
-
-def _list(value: Any, what: str) -> Iterable[Any]:
-    if not isinstance(value, list):
-        raise Fault("bad-message" if what == "messages" else f"no-{what}", f"{what} is no list")
-    return value
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise Fault("no-instruction", f"{what} is missing, or no text")
-    return value
 
 
 def _plain(value: Any) -> str:
@@ -423,22 +341,25 @@ def _plain(value: Any) -> str:
     return value or ""
 
 
+def _list(value: Any, what: str) -> list[Any]:
+    value = _json(value)
+    if not isinstance(value, list):
+        raise Fault(f"no-{what}", f"{what} is no list")
+    return value
+
+
 def _json(value: Any) -> Any:
     """Return what a string of JSON holds, and anything else as it is."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            raise Fault("bad-json", f"a field is no JSON: {value[:80]}") from None
-    return value
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise Fault("bad-json", f"a field is no JSON: {value[:80]}") from None
 
 
 def _literal(text: str) -> Any:
     """Return what JSON, or a Python literal as Toucan writes it, holds."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):

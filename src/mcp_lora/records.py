@@ -1,16 +1,18 @@
-"""The shapes that every reader yields and every writer takes."""
+"""What readers yield and the rest of a conversion takes."""
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
+import jsonschema_rs
 import msgspec
 
 # The roles of a turn.
 USER, CALL, RESULT, ANSWER = "user", "call", "result", "answer"
 
 
-class Tool(NamedTuple):
+class Tool(msgspec.Struct, frozen=True, dict=True):
     """A tool that a server offers; known by (server, name), as names recur across servers.
 
     `parameters` is the JSON Schema that MCP calls `inputSchema`, with `properties`. `server` is
@@ -21,6 +23,22 @@ class Tool(NamedTuple):
     name: str
     description: str
     parameters: dict[str, Any]
+
+    @cached_property
+    def validator(self) -> jsonschema_rs.Validator | str:
+        """What checks arguments, or why `parameters` is no schema. Nothing is fetched for it."""
+        try:
+            return jsonschema_rs.validator_for(self.parameters, validate_formats=False, offline=True)
+        except ValueError as error:
+            return str(error).split("\n")[0]
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """The tool in OpenAI's form, encoded: most tools are candidates many times."""
+        # The schema's own dialect tells a model nothing; hosts leave it out too.
+        parameters = {key: value for key, value in self.parameters.items() if key != "$schema"}
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": msgspec.Raw(msgspec.json.encode(function))}
 
 
 class ToolCall(NamedTuple):
@@ -37,7 +55,7 @@ class Turn(NamedTuple):
         role: USER, CALL, RESULT or ANSWER.
         text: what is said; beside the calls where the role is CALL.
         calls: in parallel, where the role is CALL.
-        ids: of the calls, or of the call that a result belongs to; empty where the data has none.
+        ids: one of each call, or that of the call that a result belongs to; "" where the data has none.
         reasoning: what was thought before, where the role is CALL or ANSWER.
     """
 
@@ -48,43 +66,25 @@ class Turn(NamedTuple):
     reasoning: str = ""
 
 
-class Origin(NamedTuple):
-    """Where a row stands: `row` counts from 1; `record` holds it as it stood there."""
-
-    file: str
-    row: int
-    shape: str
-    record: Any
-
-
 @dataclass
 class Content:
-    """What a row holds: a conversation and the tools that it brings, the called ones among them.
+    """A row's conversation, the tools that it brings, and its own system message, if any.
 
-    `system` is the row's own system message, if any; `cleaned` names what was normalized in the row.
+    `cleaned` names what was normalized in the row.
     """
 
     turns: list[Turn]
-    tools: list[Tool]
+    tools: list[Tool] = field(default_factory=list)
     system: str = ""
     cleaned: list[str] = field(default_factory=list)
 
 
-class Rejected(NamedTuple):
-    """A row that cannot be used: a code, the same for all rows with this fault, and a sentence."""
-
-    origin: Origin
-    reason: str
-    sentence: str
-
-
 class Fault(Exception):
-    """What makes a row unusable, where it is found; it becomes a Rejected."""
+    """Why a row cannot be used: a code, the same for all rows with this fault, and a sentence."""
 
     def __init__(self, reason: str, sentence: str) -> None:
         super().__init__(sentence)
         self.reason = reason
-        self.sentence = sentence
 
 
 def as_json(value: Any) -> bytes:

@@ -1,24 +1,29 @@
-"""The first pass of a conversion: rows are read, checked and put into a temporary file.
+r"""The first pass of a conversion: rows are read, checked and put into a temporary file.
 
 Which tools can be candidates is known when all rows have been read, not before. Of a row nothing stays in
-memory; of the tools, one definition each.
+memory; of the tools, one definition each. A row that cannot be used is a line of rejected.jsonl:
+
+    {"file": "data/rows.json", "row": 3, "reason": "no-call", "sentence": "a call has no name, …",
+     "record": {"instruction": "…", "function_call": {}}}
 """
 
 import contextlib
 import hashlib
+import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from mcp_lora import readers
-from mcp_lora.accounts import Accounts
+from mcp_lora import files, readers
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.checks import check
-from mcp_lora.records import ANSWER, RESULT, USER, Content, Fault, Origin, Rejected, Tool, Turn, as_json
+from mcp_lora.records import RESULT, USER, Content, Fault, Tool, Turn, as_json
 
 # Models without a system message of their own are trained, and served, with this one.
 SYSTEM = "You are a helpful assistant. Answer the user by calling the right tool."
@@ -56,6 +61,18 @@ class Settings:
     seed: int = 42
 
 
+@dataclass
+class Account:
+    """Of one shape in one file: `read` is the sum of `written`, by split, and of `rejected`."""
+
+    file: str
+    shape: str
+    read: int = 0
+    cleaned: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    written: Counter[str] = field(default_factory=Counter)
+
+
 class Row(msgspec.Struct):
     """A row that can be used.
 
@@ -82,46 +99,53 @@ class Rows:
     Attributes:
         count: how many there are.
         kept: by called tool, (server, name), the highest content hash of its rows.
+        accounts: of all rows, by (file, shape).
     """
 
-    def __init__(self, spool: Path, catalogue: Catalogue, settings: Settings) -> None:
+    def __init__(self, folder: Path, catalogue: Catalogue, settings: Settings) -> None:
         self.count = 0
         self.kept: dict[tuple[str, str], int] = {}
-        self._spool = spool
+        self.accounts: dict[tuple[str, str], Account] = {}
+        self._folder = folder
         self._catalogue = catalogue
         self._settings = settings
 
-    def read(self, found: Sequence[Path], accounts: Accounts, progress: Progress) -> None:
+    def read(self, found: list[Path], progress: Progress) -> None:
         """Read files: a row is stored, or rejected."""
         total = sum(file.stat().st_size for file in found) or 1
         before = 0
-        # On disk as soon as it grows: memory would not hold a set of all rows.
-        with contextlib.closing(sqlite3.connect("")) as seen, self._spool.open("wb") as spool:
+
+        def advanced(done: int) -> None:
+            progress("reading", (before + done) / total)
+
+        with contextlib.ExitStack() as stack:
+            spool = stack.enter_context((self._folder / "rows").open("wb", files.BUFFER))
+            rejected = stack.enter_context((self._folder / "rejected.jsonl").open("wb"))
+            # On disk as soon as it grows: memory would not hold a set of all rows.
+            seen = stack.enter_context(contextlib.closing(sqlite3.connect("")))
             seen.execute("PRAGMA journal_mode = OFF")
             seen.execute("CREATE TABLE row (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
             for file in found:
-                read = readers.read(
-                    file,
-                    self._catalogue,
-                    self._settings.format,
-                    lambda done, before=before: progress("reading", (before + done) / total),  # type: ignore[misc]
-                )
-                for origin, content in read:
-                    account = accounts.of(origin.file, origin.shape)
+                name, find = str(file), partial(self._catalogue.find, server=file.stem)
+                for number, record in enumerate(files.read(file, advanced), start=1):
+                    broken = isinstance(record, files.Broken)
+                    shape = None if broken else self._settings.format or readers.recognise(record)
+                    account = self._account(name, shape or "?")
                     account.read += 1
                     try:
-                        if isinstance(content, Rejected):
-                            raise Fault(content.reason, content.sentence)
-                        row = self._row(origin, content)
-                        new = seen.execute(
-                            "INSERT OR IGNORE INTO row VALUES (?)", (row.other - 2**63,)
-                        ).rowcount
-                        if not new:
+                        if broken:
+                            raise Fault("not-json", record.sentence)
+                        content = readers.read(record, shape, find)
+                        row = self._row(account, content)
+                        insert = "INSERT OR IGNORE INTO row VALUES (?)"
+                        if not seen.execute(insert, (row.other - 2**63,)).rowcount:
                             raise Fault("duplicate", "the same question and call as in an earlier row")
                     except Fault as fault:
-                        accounts.reject(Rejected(origin, fault.reason, fault.sentence))
+                        account.rejected[fault.reason] += 1
+                        rejected.write(_rejection(account, number, fault, record.text if broken else record))
                         continue
-                    account.cleaned.update(content.cleaned)
+                    for what in content.cleaned:
+                        account.cleaned[what] += 1
                     spool.write(msgspec.json.encode(row) + b"\n")
                     self.count += 1
                 before += file.stat().st_size
@@ -129,35 +153,60 @@ class Rows:
     def __iter__(self) -> Iterator[Row]:
         """Yield the rows, in the order of reading."""
         decode = msgspec.json.Decoder(Row).decode
-        with self._spool.open("rb") as spool:
+        with (self._folder / "rows").open("rb", files.BUFFER) as spool:
             yield from map(decode, spool)
+        (self._folder / "rows").unlink()
 
-    def _row(self, origin: Origin, content: Content) -> Row:
-        settings, tools = self._settings, content.tools
+    def total(self, what: str) -> Counter[str]:
+        """Return the sum of all accounts' `cleaned`, `rejected` or `written`."""
+        return sum((getattr(account, what) for account in self.accounts.values()), Counter())
+
+    def _account(self, file: str, shape: str) -> Account:
+        if (file, shape) not in self.accounts:
+            self.accounts[file, shape] = Account(file, shape)
+        return self.accounts[file, shape]
+
+    def _row(self, account: Account, content: Content) -> Row:
         own: list[int | Tool] = []
-        for place, tool in enumerate(tools):
+        for place, tool in enumerate(content.tools):
             number = self._catalogue.number(tool)
             if number is None:
-                as_json(tool)
                 own.append(tool)
             else:
                 own.append(number)
-                tools[place] = self._catalogue.tools[number]
+                content.tools[place] = self._catalogue.tools[number]  # which keeps its validator
+        settings = self._settings
         turns = check(content, self._catalogue, settings.turns == "all", settings.max_observation)
         system = content.system or SYSTEM
         said = [(turn.role, turn.text, turn.calls, turn.reasoning) for turn in turns]  # ids say nothing
         digest = hashlib.blake2b(as_json((settings.seed, system, said)), digest_size=16).digest()
         hashed, other = int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
         called = list({call.name: None for turn in turns for call in turn.calls})
-        for tool in tools:
+        for tool in content.tools:
             if called and tool.name == called[0]:
                 key = tool.server, tool.name
                 self.kept[key] = max(hashed, self.kept.get(key, -1))
         messages = [{"role": "system", "content": system}, *messages_of(turns)]
-        return Row(origin.file, origin.shape, hashed, other, own, called, messages)
+        return Row(account.file, account.shape, hashed, other, own, called, messages)
 
 
-def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+def _rejection(account: Account, number: int, fault: Fault, record: Any) -> bytes:
+    line = {
+        "file": account.file,
+        "row": number,
+        "reason": fault.reason,
+        "sentence": str(fault),
+        "record": record,
+    }
+    try:
+        text = json.dumps(line, ensure_ascii=False, default=str)
+    except (RecursionError, ValueError, TypeError):  # what it holds has no end, or no JSON keys
+        text = json.dumps(line | {"record": None})
+    # half a surrogate pair becomes its JSON escape
+    return text.encode(errors="backslashreplace") + b"\n"
+
+
+def messages_of(turns: list[Turn]) -> list[dict[str, Any]]:
     """Return turns as OpenAI's messages; calls without an id get call_1, call_2, results one in order."""
     messages: list[dict[str, Any]] = []
     number = 0
@@ -166,25 +215,23 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
         if turn.role == USER:
             messages.append({"role": "user", "content": turn.text})
         elif turn.role == RESULT:
-            given = next((name for name in turn.ids if name in waiting), None)
-            answered = given or (waiting[0] if waiting else "")
-            if answered in waiting:
+            answered = next((name for name in turn.ids if name in waiting), waiting[0] if waiting else "")
+            if waiting:
                 waiting.remove(answered)
             messages.append({"role": "tool", "tool_call_id": answered, "content": turn.text})
         else:
             message: dict[str, Any] = {"role": "assistant", "content": turn.text}
             if turn.reasoning:
                 message["reasoning_content"] = turn.reasoning
-            if turn.role != ANSWER:
+            if turn.calls:
                 message["content"] = turn.text or None
                 message["tool_calls"] = calls = []
                 waiting = []
-                for place, call in enumerate(turn.calls):
-                    number += 1
-                    name = (turn.ids[place] if place < len(turn.ids) else "") or f"call_{number}"
-                    waiting.append(name)
-                    arguments = as_json(call.arguments).decode()
-                    function = {"name": call.name, "arguments": arguments}
-                    calls.append({"id": name, "type": "function", "function": function})
+            for call, given in zip(turn.calls, turn.ids, strict=True):
+                number += 1
+                waiting.append(given or f"call_{number}")
+                arguments = msgspec.json.encode(call.arguments).decode()
+                function = {"name": call.name, "arguments": arguments}
+                calls.append({"id": waiting[-1], "type": "function", "function": function})
             messages.append(message)
     return messages

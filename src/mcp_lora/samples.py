@@ -20,6 +20,7 @@ And in LLaMA-Factory's sharegpt form (its data/README.md), for those who train w
 """
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,12 +28,11 @@ from typing import IO, Any
 
 import msgspec
 
-from mcp_lora import languages
-from mcp_lora.accounts import Accounts
-from mcp_lora.candidates import Offer, Pool, Split
+from mcp_lora.candidates import Pool, Split
 from mcp_lora.catalogue import Catalogue
+from mcp_lora.files import BUFFER
 from mcp_lora.records import Tool
-from mcp_lora.rows import Progress, Row, Rows
+from mcp_lora.rows import Progress, Row, Rows, Settings
 
 # The splits, and what LLaMA-Factory's form of each is named.
 SPLITS = {
@@ -43,11 +43,27 @@ SPLITS = {
     "no_call": "mcp_test_no_call",
 }
 LIMIT = 100_000_000  # bytes; a bigger file is JSON Lines, which the engine reads as a stream
-_BUFFER = 1 << 20  # bytes written at once
-_TOLD = 1000  # rows between two reports of progress
 # Between the results of parallel calls: LLaMA-Factory allows one turn for all of them and joins them so
 # itself (its data/converter.py, OpenAIDatasetConverter).
 _BETWEEN_RESULTS = "\n</tool_response>\n<tool_response>\n"
+# The answer where no tool fits. Kana before Han: Japanese is written in both.
+_ENGLISH = "None of the available tools can do this."
+_BY_SCRIPT = (
+    (r"[\u3040-\u30ff]", "利用できるツールでは、この依頼に対応できません。"),
+    (r"[\uac00-\ud7af]", "사용할 수 있는 도구로는 이 요청을 처리할 수 없습니다."),
+    (r"[\u4e00-\u9fff]", "现有的工具都无法完成这个请求。"),
+    (r"[\u0400-\u04ff]", "Ни один из доступных инструментов не может этого сделать."),
+)
+
+
+def refusal(question: str) -> str:
+    """Say that no candidate tool can do what is asked, in the question's language or else in English."""
+    return next((answer for script, answer in _BY_SCRIPT if re.search(script, question)), _ENGLISH)
+
+
+def stem(split: str) -> str:
+    """Return the name, less its ending, of LLaMA-Factory's file of a split."""
+    return "mcp_train_data" if split == "train" else SPLITS[split]
 
 
 class Samples:
@@ -57,57 +73,47 @@ class Samples:
         extra: no-call samples that were made, by split.
     """
 
-    def __init__(
-        self, folder: Path, catalogue: Catalogue, split: Split, candidates: int, no_call: float
-    ) -> None:
+    def __init__(self, folder: Path, catalogue: Catalogue, rows: Rows, settings: Settings) -> None:
         self.extra: Counter[str] = Counter()
         self._folder = folder
-        self._catalogue = catalogue
-        self._split = split
-        self._candidates = candidates
-        self._no_call = no_call
-        self._pool = Pool(catalogue, split)
+        self._tools = catalogue.tools
+        self._rows = rows
+        self._settings = settings
+        split = Split(settings.holdout_servers, settings.holdout_tools, settings.test, settings.seed)
+        self._split = split.within(rows.kept)
+        self._pool = Pool(catalogue, self._split)
         self._open = contextlib.ExitStack()
         self._files: dict[str, list[IO[bytes]]] = {}
-        self._encoded: dict[int, dict[str, Any]] = {}
 
-    def write(self, rows: Rows, accounts: Accounts, progress: Progress) -> None:
-        """Write a sample for every row, and no-call samples of some."""
+    def write(self, progress: Progress) -> dict[str, Path]:
+        """Write a sample for every row, and no-call samples of some.
+
+        Returns:
+            LLaMA-Factory's file of each split that has samples.
+        """
+        rows = self._rows
         with self._open:
             for place, row in enumerate(rows):
-                gold = [tool for offer in row.own if (tool := self._tool(offer)).name in row.called]
-                split = self._split_of(row, gold, rows)
-                sampled = self._pool.sample(
-                    row.own, set(row.called), self._candidates, row.content, split == "unseen_server"
-                )
-                server = next((tool.server for tool in gold), "")
+                own = [self._tools[tool] if isinstance(tool, int) else tool for tool in row.own]
+                gold = [tool for tool in own if tool.name in row.called]
+                split = self._split_of(row, gold)
+                count = self._settings.candidates
+                sampled = self._pool.sample(own, row.called, count, row.content, split == "unseen_server")
                 # A test asks for the call, and for nothing after it.
                 messages = row.messages if split == "train" else _up_to_the_call(row.messages)
-                self._write(split, messages, sampled, server)
-                accounts.of(row.file, row.shape).written[split] += 1
-                if row.called and row.other < self._no_call * 2**64:
-                    distractors = [offer for offer in sampled if self._tool(offer).name not in row.called]
-                    if distractors:
-                        self._write_no_call(split, row, distractors)
-                if place % _TOLD == 0:
+                self._write(split, messages, sampled, next((tool.server for tool in gold), ""))
+                rows.accounts[row.file, row.shape].written[split] += 1
+                if gold and row.other < self._settings.no_call * 2**64:
+                    self._write_no_call(split, row, [tool for tool in sampled if tool.name not in row.called])
+                if place % 1000 == 0:
                     progress("writing", place / rows.count)
+        return {
+            split: _finished(self._folder / f"{stem(split)}.lines")
+            for split in SPLITS
+            if split in self._files
+        }
 
-    def finish(self) -> dict[str, Path]:
-        """Return LLaMA-Factory's file of each split that has samples, in its final form."""
-        final = {}
-        for split, name in SPLITS.items():
-            lines = self._folder / f"{name}.lines"
-            if lines.is_file():
-                stem = f"{name}_data" if split == "train" else name
-                if lines.stat().st_size > LIMIT:
-                    final[split] = lines.rename(self._folder / f"{stem}.jsonl")
-                else:
-                    final[split] = self._folder / f"{stem}.json"
-                    _as_array(lines, final[split])
-                    lines.unlink()
-        return final
-
-    def _split_of(self, row: Row, gold: list[Tool], rows: Rows) -> str:
+    def _split_of(self, row: Row, gold: list[Tool]) -> str:
         if any(self._split.server(tool.server) for tool in gold):
             return "unseen_server"
         if any(self._split.tool(tool.server, tool.name) for tool in gold):
@@ -118,44 +124,29 @@ class Samples:
             return "no_call"
         # One row of a tool is always trained on, or it would not be a seen tool. That it is the
         # one with the highest hash lets rows move from training into the test, never back.
-        first = [tool for tool in gold if tool.name == row.called[0]]
-        last = any(rows.kept.get((tool.server, tool.name)) == row.content for tool in first)
-        return "train" if last else "seen"
+        first = [(tool.server, tool.name) for tool in gold if tool.name == row.called[0]]
+        return "train" if any(self._rows.kept.get(key) == row.content for key in first) else "seen"
 
-    def _write(self, split: str, messages: list[Any], offers: list[Offer], server: str) -> None:
-        sample: dict[str, Any] = {"messages": messages, "tools": list(map(self._described, offers))}
+    def _write(self, split: str, messages: list[Any], tools: list[Tool], server: str) -> None:
+        sample: dict[str, Any] = {"messages": messages, "tools": [tool.described for tool in tools]}
         if split != "train":
             sample["server"] = server
         if split not in self._files:
-            paths = (self._folder / f"{split}.jsonl", self._folder / f"{SPLITS[split]}.lines")
-            self._files[split] = [self._open.enter_context(path.open("wb", _BUFFER)) for path in paths]
+            paths = (self._folder / f"{split}.jsonl", self._folder / f"{stem(split)}.lines")
+            self._files[split] = [self._open.enter_context(path.open("wb", BUFFER)) for path in paths]
         for file, form in zip(self._files[split], (sample, llama_factory(sample)), strict=True):
             file.write(msgspec.json.encode(form) + b"\n")
 
-    def _write_no_call(self, split: str, row: Row, distractors: list[Offer]) -> None:
+    def _write_no_call(self, split: str, row: Row, distractors: list[Tool]) -> None:
         """Write the row's question once more, without the gold tool and with the answer that says so."""
+        if not distractors:
+            return
         asked = _up_to_the_call(row.messages)[:-1]
         question = next(message["content"] for message in reversed(asked) if message["role"] == "user")
-        answer = {"role": "assistant", "content": languages.refusal(question)}
+        answer = {"role": "assistant", "content": refusal(question)}
         split = "train" if split == "train" else "no_call"
         self._write(split, [*asked, answer], distractors, "")
         self.extra[split] += 1
-
-    def _tool(self, offer: Offer) -> Tool:
-        return self._catalogue.tools[offer] if isinstance(offer, int) else offer
-
-    def _described(self, offer: Offer) -> dict[str, Any]:
-        """Return a tool in OpenAI's form; the catalogue's, which recur, are encoded once."""
-        if isinstance(offer, int) and offer in self._encoded:
-            return self._encoded[offer]
-        tool = self._tool(offer)
-        # The schema's own dialect tells a model nothing; hosts leave it out too.
-        parameters = {key: value for key, value in tool.parameters.items() if key != "$schema"}
-        function = {"name": tool.name, "description": tool.description, "parameters": parameters}
-        described = {"type": "function", "function": msgspec.Raw(msgspec.json.encode(function))}
-        if isinstance(offer, int):
-            self._encoded[offer] = described
-        return described
 
 
 def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,15 +184,20 @@ def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _up_to_the_call(messages: list[Any]) -> list[Any]:
     """Return the messages up to and with the first call; all of them where none calls."""
-    calls = [place for place, message in enumerate(messages) if message.get("tool_calls")]
-    return messages[: calls[0] + 1] if calls else messages
+    end = next((place for place, message in enumerate(messages) if "tool_calls" in message), len(messages))
+    return messages[: end + 1]
 
 
-def _as_array(lines: Path, file: Path) -> None:
-    """Write JSON Lines as an array, a line each."""
-    with lines.open("rb") as source, file.open("wb") as target:
+def _finished(lines: Path) -> Path:
+    """Turn JSON Lines into a file that LLaMA-Factory reads, an array with a line each unless it is big."""
+    if lines.stat().st_size > LIMIT:
+        return lines.rename(lines.with_suffix(".jsonl"))
+    file = lines.with_suffix(".json")
+    with lines.open("rb", BUFFER) as source, file.open("wb", BUFFER) as target:
         before = b"[\n"
         for line in source:
             target.write(before + line.rstrip(b"\n"))
             before = b",\n"
         target.write(b"\n]\n")
+    lines.unlink()
+    return file

@@ -1,7 +1,6 @@
 """From a preset, the environment, overrides and flags to the configuration that is run.
 
-The keys are LLaMA-Factory's own and none is listed here: the engine knows them
-(`mcp_lora.engine.problems`). A preset is a YAML file in train_configs/:
+The keys are LLaMA-Factory's own (see mcp_lora.engine.problems). A preset is a YAML file in train_configs/:
 
     model_name_or_path: Qwen/Qwen2.5-7B-Instruct
     template: qwen
@@ -9,10 +8,9 @@ The keys are LLaMA-Factory's own and none is listed here: the engine knows them
     learning_rate: 2.0e-4
 """
 
-import json
-import os
+import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, explained
 
 RECIPE = Path("train_configs/lora_config.yaml")
 ZERO = Path("train_configs/ds_z0_config.json")  # its neighbours are the other stages
@@ -47,14 +45,12 @@ class Machine:
 def detect_machine(imagined: int | None = None) -> Machine:
     """Look at this machine. On a CPU bf16 counts only where the processor computes in it.
 
-    Args:
-        imagined: GPUs that a plan is made for; where there are fewer, they are taken to know bf16.
-
     PyTorch emulates it elsewhere: on two AVX2 cores `a @ b.T`, (2048, 576) by (1536, 576), ran at
     20 GFLOP/s in bf16 and at 143 in fp32.
-    """
-    import importlib.util
 
+    Args:
+        imagined: GPUs that a plan is made for; where there are fewer, they are taken to know bf16.
+    """
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -65,8 +61,7 @@ def detect_machine(imagined: int | None = None) -> Machine:
     else:
         bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     packages = ("deepspeed", "flash_attn", "liger_kernel")
-    deepspeed, flash, liger = (importlib.util.find_spec(package) is not None for package in packages)
-    return Machine(gpus, bf16, deepspeed, flash, liger)
+    return Machine(gpus, bf16, *(importlib.util.find_spec(package) is not None for package in packages))
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -75,19 +70,11 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         McpLoraError: it is missing, unreadable or no mapping.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise McpLoraError(
-            f"{file} cannot be read ({error.strerror}): go to the project's folder, "
-            f"or name a file: mcp-lora train --config FILE"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise McpLoraError(f"{file} is not YAML ({reason}): fix it and run again") from None
+    with explained(f"{file} cannot be read", "go to the project's folder, or mcp-lora train --config FILE"):
+        content = _yaml(file.read_bytes(), f"{file} is not YAML", "fix it and run again")
     if not isinstance(content, dict):
         raise McpLoraError(f"{file} holds no `key: value` lines: fix it and run again")
-    return {key: _from_yaml(key, value) for key, value in content.items()}
+    return {str(key): _from_yaml(str(key), value) for key, value in content.items()}
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -102,13 +89,8 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
             f"not of the form key=value: {' '.join(wrong)}. For example: mcp-lora train lora_rank=32"
         )
     pairs = (word.split("=", 1) for word in words)
-    try:
-        return {key: _from_yaml(key, yaml.safe_load(value)) for key, value in pairs}
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise McpLoraError(
-            f"a value is not YAML ({reason}): quote it, as in mcp-lora train 'key=\"value\"'"
-        ) from None
+    quoted = "quote it, as in mcp-lora train 'key=\"value\"'"
+    return {key: _from_yaml(key, _yaml(value, "a value is not YAML", quoted)) for key, value in pairs}
 
 
 def resolve(
@@ -132,22 +114,18 @@ def resolve(
     config = read_config(file)
     if environment.get("MODEL_PATH"):
         config["model_name_or_path"] = environment["MODEL_PATH"]
-    config |= parse_overrides(overrides)
-    config |= {key: value for key, value in flags.items() if value is not None}
+    given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
+    config |= given
 
     notes = []
     if config.get("bf16") and not machine.bf16:
-        config["bf16"] = False
-        if machine.gpus:
-            config["fp16"] = True
+        config |= {"bf16": False} | ({"fp16": True} if machine.gpus else {})
         notes.append(f"no bf16 on this machine: training in {'fp16' if machine.gpus else 'fp32'}")
-    if not machine.gpus:
-        config |= {"use_cpu": True, "fp16": False}
-        notes.append("no CUDA device: training on the CPU")
-        given = {word.split("=")[0] for word in overrides}
-        notes += _suit_a_cpu(config, given | {key for key, value in flags.items() if value is not None})
-    else:
+    if machine.gpus:
         notes += _use_what_is_there(config, machine)
+    else:
+        config |= {"use_cpu": True, "fp16": False}
+        notes += ["no CUDA device: training on the CPU", *_suit_a_cpu(config, given.keys())]
     if config.get("deepspeed") and not machine.deepspeed:
         del config["deepspeed"]
         notes.append(
@@ -162,12 +140,9 @@ def resolve(
 
 
 def _use_what_is_there(config: dict[str, Any], machine: Machine) -> list[str]:
-    """Switch on what makes a GPU faster, if it is installed and not spoken of; return that in words.
-
-    The engine chooses neither by itself.
-    """
+    """Switch on what makes a GPU faster, which the engine does not by itself; return that in words."""
     notes = []
-    # Flash attention wants a GPU of Ampere or later, as bf16 does.
+    # Flash attention requires a GPU of Ampere or later, as bf16 does.
     if machine.flash_attention and machine.bf16 and "flash_attn" not in config:
         config["flash_attn"] = "fa2"
         notes.append("flash attention (flash_attn=auto: without)")
@@ -177,13 +152,13 @@ def _use_what_is_there(config: dict[str, Any], machine: Machine) -> list[str]:
     return notes
 
 
-def _suit_a_cpu(config: dict[str, Any], given: set[str]) -> list[str]:
+def _suit_a_cpu(config: dict[str, Any], given: Collection[str]) -> list[str]:
     """Leave out what costs a CPU time and gains nothing there, unless it is given; return that in words.
 
-    One sample at a time fills a CPU's cores, and needs no padding; the batch of a step stays. PyTorch draws
-    dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at the recipe's 0.1. DeepSpeed's stage
-    0 divides nothing, and learns less in bf16, where it casts the adapter and begins with an empty step of
-    AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298 with it and
+    One sample at a time fills a CPU's cores, and needs no padding; the global batch size stays. PyTorch
+    draws dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at the recipe's 0.1. DeepSpeed's
+    stage 0 divides nothing, and learns less in bf16, where it casts the adapter and begins with an empty step
+    of AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298 with it and
     0.282 without (tests/bench/test_train.py). Gradient checkpointing computes activations twice to save GPU
     memory, which is 20 to 30 % of the time.
     """
@@ -196,7 +171,7 @@ def _suit_a_cpu(config: dict[str, Any], given: set[str]) -> list[str]:
         )
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
     size = number(config, sizes[0], 8)
-    if size > 1 and not given & set(sizes):
+    if size > 1 and not set(sizes) & set(given):
         config |= {sizes[0]: 1, sizes[1]: int(size * number(config, sizes[1], 1))}
         notes.append(f"one sample at a time, without padding ({sizes[0]}={size}: as on a GPU)")
     if (dropout := config.get("lora_dropout")) and "lora_dropout" not in given:
@@ -235,12 +210,13 @@ def missing_model(model: str, shape_only: bool = False) -> str | None:
         shape_only: its config.json will do.
     """
     folder = Path(model).expanduser()
-    looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or "\\" in model
-    looks_like_path = looks_like_path or model.count("/") > 1 or folder.exists()
-    if looks_like_path and not (folder / "config.json").is_file():
+    looks_like_path = model.startswith((".", "~")) or "\\" in model or model.count("/") > 1
+    if not (looks_like_path or folder.is_absolute() or folder.exists()):
+        return None
+    if not (folder / "config.json").is_file():
         return f"there is no model in {model} (no config.json)"
     # transformers makes an empty tokenizer of a config.json alone, and says nothing.
-    if looks_like_path and not shape_only and not any(any(folder.glob(name)) for name in _TOKENIZERS):
+    if not shape_only and not any(any(folder.glob(name)) for name in _TOKENIZERS):
         return f"there is no tokenizer in {model} ({', '.join(_TOKENIZERS)})"
     return None
 
@@ -257,40 +233,25 @@ def too_big(model: str, machine: Machine) -> str | None:
 
 
 def parameters(model: str) -> float | None:
-    """Return a model's number of parameters: from its safetensors headers, else from its name.
+    """Return a model's number of parameters: from its safetensors files, else from its name."""
+    from safetensors import SafetensorError, safe_open
 
-    The header of a safetensors file is 8 bytes of length (little endian) and then JSON,
-    `{"tensor": {"dtype": "F32", "shape": [49152, 576], "data_offsets": [0, …]}}`.
-    """
-    files = list(Path(model).expanduser().glob("*.safetensors"))
-    if files:
-        return float(sum(map(_parameters_in, files)))
-    named = re.search(r"(\d+(?:\.\d+)?)b\b", os.path.basename(model.rstrip("/\\")).lower())
-    return float(named.group(1)) * 1e9 if named else None
-
-
-def safetensors_size(file: Path) -> int:
-    """Return the bytes that a safetensors file has by its header, when it is whole.
-
-    Raises:
-        ValueError: the header is not whole.
-    """
-    length, header = _safetensors_header(file)
-    return 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    folder, count = Path(model).expanduser(), 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise McpLoraError(f"{file} is damaged ({error}): copy the model again") from None
+    named = re.search(r"(\d+(?:\.\d+)?)b\b", folder.name.lower())
+    return count or (float(named[1]) * 1e9 if named else None)
 
 
-def _parameters_in(file: Path) -> int:
-    return sum(prod(entry["shape"]) for entry in _safetensors_header(file)[1].values())
-
-
-def _safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > file.stat().st_size:
-            raise ValueError("the header is not whole")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return length, header
+def _yaml(text: str | bytes, problem: str, command: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2025-13-01
+        raise McpLoraError(f"{problem} ({' '.join(str(error).split())}): {command}") from None
 
 
 def _from_yaml(key: str, value: Any) -> Any:
@@ -300,6 +261,4 @@ def _from_yaml(key: str, value: Any) -> Any:
     """
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
         return float(value)
-    if value is False and key.endswith("_strategy"):
-        return "no"
-    return value
+    return "no" if value is False and key.endswith("_strategy") else value

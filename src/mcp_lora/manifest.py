@@ -14,8 +14,7 @@
      "config": {"lora_rank": 64, …}}
 
 `conversion` is the dataset's stats.json, which the next conversion replaces, `rendered` the rendered data
-set's rendered.json. `ended` and `exit` are null
-while it trains, and stay so where it was killed.
+set's rendered.json. `ended` and `exit` are null while it trains, and stay so where it was killed.
 """
 
 import hashlib
@@ -23,14 +22,16 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mcp_lora import dataset
+from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.prompts.render import hub_arguments
 
 NAME = "manifest.json"
 PACKAGES = (
@@ -60,7 +61,7 @@ def describe(
 
     folder = Path(str(config.get("dataset_dir")))
     return {
-        "started": now(),
+        "started": _now(),
         "ended": None,
         "exit": None,
         "retries": [],
@@ -69,20 +70,15 @@ def describe(
         "processes": processes,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": _versions(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "git_commit": _git_commit(),
         "seed": config.get("seed", _SEED),
         "data": _hashed(dataset.file_of(folder, "train")),
         "conversion": dataset.statistics(folder),
-        "base": _hashed(_config_of(str(config.get("model_name_or_path")))),
+        "base": _hashed(cached(config, "config.json")),
         "config": dict(config),
     }
-
-
-def now() -> str:
-    """Return the time, in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write(run: Path, manifest: Mapping[str, Any]) -> None:
@@ -96,32 +92,57 @@ def write(run: Path, manifest: Mapping[str, Any]) -> None:
     os.replace(new, run / NAME)
 
 
-def _version(package: str) -> str | None:
+@contextmanager
+def recorded(run: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Write a manifest now, and once more with how what is done meanwhile has ended.
+
+    Raises:
+        McpLoraError: the folder cannot be written.
+    """
+    with explained(f"{run} cannot be written", "mcp-lora train --output OTHER_FOLDER"):
+        write(run, record)
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        yield
+        record["exit"] = 0
+    except BaseException as error:
+        record["exit"] = error.code if isinstance(error, McpLoraError) else 1
+        raise
+    finally:
+        record["ended"] = _now()
+        with suppress(OSError):  # the engine reports a full disk
+            write(run, record)
+
+
+def cached(config: Mapping[str, Any], name: str) -> Path | None:
+    """Return a file of the base model: in its folder, or where the hub's cache has it; nothing is fetched."""
+    from transformers.utils import cached_file
+
+    places = hub_arguments(config)
+    del places["trust_remote_code"]
+    try:
+        return Path(cached_file(str(config.get("model_name_or_path")), name, local_files_only=True, **places))
+    except (OSError, ValueError):
         return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _git_commit() -> str | None:
     """Return the commit of the folder that the command was given in, if git knows one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _config_of(model: str) -> Path | None:
-    """Return a base model's config.json: in its folder, or where the hub's cache has it."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder / "config.json"
-    from huggingface_hub import try_to_load_from_cache
-
-    known = re.fullmatch(r"[\w.-]+/[\w.-]+", model)
-    found = try_to_load_from_cache(model, "config.json") if known else None
-    return Path(found) if isinstance(found, str) else None
+    with suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    return None
 
 
 def _hashed(file: Path | None) -> dict[str, str] | None:

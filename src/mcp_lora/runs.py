@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora import engine
-from mcp_lora.config import dump, read_config, safetensors_size
-from mcp_lora.errors import McpLoraError
+from mcp_lora.config import dump, read_config
+from mcp_lora.errors import McpLoraError, explained
 
 DEFAULT = Path("outputs/mcp_lora")
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for a tokenizer's
+_ELSEWHERE = "mcp-lora train --output OTHER_FOLDER"
+# Of a resumed run they must be those of the checkpoint.
+_KEPT = ("model_name_or_path", "enable_thinking", "lora_rank", "lora_alpha", "lora_target")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -34,39 +37,34 @@ def is_complete(checkpoint: Path) -> bool:
     """Tell whether a checkpoint can be resumed from: a run can be killed while it writes one.
 
     The trainer's state is written last (transformers, Trainer._save_checkpoint), but after a power cut
-    a file may be there and not what is in it; the end of each shows that. What torch saves is a zip
-    file, with its directory at the end; a safetensors file says in its header how long it is.
+    a file may be there and not what is in it. What torch saves is a zip file, with its directory at the end.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        for file in (tensors := list(checkpoint.glob("*.safetensors"))):
+            with safe_open(file, framework="np"):  # compares the file's length with its header
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
+    there = {file.name for file in checkpoint.iterdir()}
     saved = [file for file in checkpoint.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
-    tensors = list(checkpoint.glob("*.safetensors"))
-    optimizer = (checkpoint / "optimizer.pt").is_file() or (checkpoint / "latest").is_file()  # DeepSpeed's
     return (
         isinstance(state, dict)
         and checkpoint.name == f"checkpoint-{state.get('global_step')}"
-        and (checkpoint / "adapter_config.json").is_file()
-        and optimizer
+        and "adapter_config.json" in there
+        and bool({"optimizer.pt", "latest"} & there)  # `latest` is DeepSpeed's
         and bool(tensors)
         and all(map(zipfile.is_zipfile, saved))
-        and all(map(_is_whole, tensors))
     )
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        return file.stat().st_size == safetensors_size(file)
-    except ValueError:
-        return False
 
 
 def put_aside_incomplete(run: Path) -> list[Path]:
     """Rename the checkpoints that are not complete, so that no engine resumes from one.
 
-    Of the new name transformers takes no notice; all that begins with `checkpoint-` it counts among those
-    to keep (save_total_limit), and would remove a good one for it.
+    Whatever is named `checkpoint-…` transformers counts among those to keep (save_total_limit), and would
+    remove a good one for it.
 
     Returns:
         Where they are now.
@@ -78,15 +76,11 @@ def put_aside_incomplete(run: Path) -> list[Path]:
     for checkpoint in checkpoints(run):
         if not is_complete(checkpoint):
             target = checkpoint.with_name(f"incomplete-{checkpoint.name}")
-            try:
+            problem = f"{checkpoint} is incomplete and cannot be renamed"
+            with explained(problem, "remove it, and mcp-lora train --resume"):
                 if target.exists():
                     shutil.rmtree(target)
                 aside.append(checkpoint.rename(target))
-            except OSError as error:
-                raise McpLoraError(
-                    f"{checkpoint} is incomplete and cannot be renamed ({error.strerror}): remove it, and "
-                    f"mcp-lora train --resume"
-                ) from None
     return aside
 
 
@@ -123,23 +117,49 @@ def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool)
         McpLoraError: the folder holds a run and neither was asked for, there is nothing to
             resume, or the checkpoint is another model's.
     """
-    saved = checkpoints(run)
     if resume:
-        saved = [checkpoint for checkpoint in saved if is_complete(checkpoint)]
+        saved = [checkpoint for checkpoint in checkpoints(run) if is_complete(checkpoint)]
         if not saved:
             raise McpLoraError(
                 f"{run} holds no complete checkpoint to resume from: mcp-lora train{how_to_go_on(run)}"
             )
-        _check_same_run(run, config)
-        _check_unfinished(run, config)
+        _check_resumable(run, config)
         return saved[-1]
     if holds_a_run(run) and not overwrite:
-        what = "a finished run" if is_finished(run) else f"a run's {saved[-1].name if saved else 'adapter'}"
+        newest = checkpoints(run)[-1:]
+        what = "a finished run" if is_finished(run) else f"a run's {newest[0].name if newest else 'adapter'}"
         raise McpLoraError(
             f"{run} holds {what}: go on with it (mcp-lora train --resume), replace it "
             f"(--overwrite) or write elsewhere (--output FOLDER)"
         )
     return None
+
+
+def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
+    """Refuse another model, another shape of adapter, and a run that is finished."""
+    old = read_run(run)
+    changed = [
+        f"{key} {old.get(key)} → {config.get(key)}" for key in _KEPT if old.get(key) != config.get(key)
+    ]
+    if changed:
+        raise McpLoraError(
+            f"{run} holds another run's checkpoint ({', '.join(changed)}): take that run's settings, "
+            f"or start anew: mcp-lora train --overwrite"
+        )
+    if not is_finished(run):
+        return
+    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
+    steps = config.get("max_steps", -1)  # wins over the epochs where it is positive
+    if steps > 0:
+        done, more = state["global_step"] >= steps, f"max_steps={2 * steps}"
+    else:
+        done = state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6
+        more = f"num_train_epochs={state['epoch'] + 1:g}"
+    if done:
+        raise McpLoraError(
+            f"{run} holds a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), there "
+            f"is nothing to resume: mcp-lora train --resume {more}, or --overwrite"
+        )
 
 
 def put_aside(run: Path) -> Path | None:
@@ -157,15 +177,11 @@ def put_aside(run: Path) -> Path | None:
         return None
     previous = run.with_name(run.name + ".previous")
     if previous.exists() and not holds_a_run(previous):
-        raise McpLoraError(f"{previous} is no run, and in the way: mcp-lora train --output OTHER_FOLDER")
-    try:
+        raise McpLoraError(f"{previous} is no run, and in the way: {_ELSEWHERE}")
+    with explained(f"{run} cannot be moved", _ELSEWHERE):
         if previous.exists():
             shutil.rmtree(previous)
         return run.rename(previous)
-    except OSError as error:
-        raise McpLoraError(
-            f"{run} cannot be moved ({error.strerror}): mcp-lora train --output OTHER_FOLDER"
-        ) from None
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> Path:
@@ -175,13 +191,9 @@ def write_config(run: Path, config: Mapping[str, Any]) -> Path:
         McpLoraError: the folder cannot be written.
     """
     file = run / "run.yaml"
-    try:
+    with explained(f"{run} cannot be written", _ELSEWHERE):
         run.mkdir(parents=True, exist_ok=True)
         file.write_text(dump(config), encoding="utf-8")
-    except OSError as error:
-        raise McpLoraError(
-            f"{run} cannot be written ({error.strerror}): mcp-lora train --output OTHER_FOLDER"
-        ) from None
     return file
 
 
@@ -197,18 +209,13 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def adapter(run: Path, checkpoint: str | None = None) -> Path:
-    """Return the folder of a run's adapter: `checkpoint`, or else the newest.
-
-    Args:
-        run: the run's folder.
-        checkpoint: its name (checkpoint-300), its number (300), or None.
+    """Return the folder of a run's adapter: `checkpoint` (checkpoint-300 or 300), or else the newest.
 
     Raises:
         McpLoraError: there is none.
     """
     if checkpoint:
-        name = f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint
-        choices = [run / name]
+        choices = [run / (f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint)]
     else:
         choices = [*checkpoints(run)[::-1], run]
     for folder in choices:
@@ -274,38 +281,3 @@ def is_quantised(run: Path) -> bool:
     file = Path(config["model_name_or_path"]) / "config.json"
     shape = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return bool(config.get("quantization_bit") or shape.get("quantization_config"))
-
-
-def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
-    """Refuse to load a checkpoint into another model or another shape of adapter."""
-    old = read_run(run)
-    keys = (
-        "model_name_or_path",
-        "enable_thinking",
-        "lora_rank",
-        "lora_alpha",
-        "lora_target",
-    )
-    changed = [f"{key} {old.get(key)} → {config.get(key)}" for key in keys if old.get(key) != config.get(key)]
-    if changed:
-        raise McpLoraError(
-            f"{run} holds another run's checkpoint ({', '.join(changed)}): take that run's settings, "
-            f"or start anew: mcp-lora train --overwrite"
-        )
-
-
-def _check_unfinished(run: Path, config: Mapping[str, Any]) -> None:
-    if not is_finished(run):
-        return
-    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
-    steps = config.get("max_steps", -1)  # wins over the epochs where it is positive
-    if steps > 0:
-        done, more = state["global_step"] >= steps, f"max_steps={2 * steps}"
-    else:
-        done = state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6
-        more = f"num_train_epochs={state['epoch'] + 1:g}"
-    if done:
-        raise McpLoraError(
-            f"{run} holds a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), there "
-            f"is nothing to resume: mcp-lora train --resume {more}, or --overwrite"
-        )

@@ -1,9 +1,8 @@
 """How many optimizer steps a run makes, and what of a configuration depends on it.
 
 With 128 samples a step, 5 rows make 1 step and 10,000 rows 79. transformers rounds a share of warm-up up
-(TrainingArguments.get_warmup_steps), and its schedules begin a warm-up at a learning rate of 0 (step i of a
-warm-up of w has i / w of the rate, from i = 0). So a run of one step with `warmup_steps: 0.1` would be all
-warm-up, at a rate of 0, and learn nothing; without warm-up the first step has the full rate.
+(TrainingArguments.get_warmup_steps), and step i of a warm-up of w has i / w of the learning rate, from i = 0.
+So a run of one step with `warmup_steps: 0.1` would be all warm-up, at a rate of 0, and learn nothing.
 """
 
 import math
@@ -19,7 +18,7 @@ _EVALUATIONS = 5  # of a run too short for the recipe's eval_steps
 
 
 def count(config: Mapping[str, Any], samples: int | None, processes: int) -> int | None:
-    """Return the optimizer steps of a run.
+    """Return the optimizer steps of a run; None where neither max_steps nor `samples` is known.
 
     They are max_steps where that is not negative, else
 
@@ -33,9 +32,6 @@ def count(config: Mapping[str, Any], samples: int | None, processes: int) -> int
         config: LLaMA-Factory's keys.
         samples: what is trained on, without validation; None is not known.
         processes: how many train.
-
-    Returns:
-        The steps; None where neither max_steps nor `samples` is known.
 
     Raises:
         McpLoraError: a value is no number.
@@ -59,7 +55,7 @@ def global_batch(config: Mapping[str, Any], processes: int) -> int:
 
 
 def fit(config: Mapping[str, Any], steps: int, given: Collection[str]) -> dict[str, Any]:
-    """Return a configuration that suits a run of so many steps.
+    """Return a configuration that suits a run of so many optimizer steps.
 
     - Warm-up becomes a number of steps, floor(share × steps), never all of them.
     - logging_steps is lowered for a loss curve of 20 points, or as many as there are steps.
@@ -67,7 +63,7 @@ def fit(config: Mapping[str, Any], steps: int, given: Collection[str]) -> dict[s
 
     Args:
         config: LLaMA-Factory's keys.
-        steps: optimizer steps of the run.
+        steps: of the run.
         given: keys that were set on the command line; the intervals among them stay.
 
     Raises:

@@ -64,7 +64,7 @@ def find(
     per_node = gpus or _number(environment, "NPROC_PER_NODE") or visible or 1
     nodes = nodes or _number(environment, "NNODES") or 1
     if node_rank is None:
-        node_rank = _number(environment, "NODE_RANK") or 0
+        node_rank = _number(environment, "NODE_RANK")
     host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", _PORT)
     if master:
         before, _, after = master.rpartition(":")
@@ -93,8 +93,8 @@ def share_batch(
 ) -> tuple[dict[str, Any], str]:
     """Divide the batch of one optimizer step among processes.
 
-    A configuration's `per_device_train_batch_size` × `gradient_accumulation_steps` is the batch of
-    the recipe on one GPU. It stays the same on any number, as the learning rate belongs to it:
+    A recipe's per_device_train_batch_size × gradient_accumulation_steps is its global batch size, which
+    stays the same on any number of processes, as the learning rate belongs to it:
 
         per device × accumulation × processes = batch
 
@@ -113,14 +113,8 @@ def share_batch(
     most = _size(config, "per_device_train_batch_size", 8)
     batch = wanted or most * _size(config, "gradient_accumulation_steps", 1)
     most = min(most, max(1, batch // processes))
-
-    def rounded(per_device: int) -> int:
-        return max(1, round(batch / (per_device * processes)))
-
-    per_device = min(
-        range(most, (most - 1) // 2, -1), key=lambda size: abs(size * rounded(size) * processes - batch)
-    )
-    steps = rounded(per_device)
+    sizes = [(size, max(1, round(batch / (size * processes)))) for size in range(most, (most - 1) // 2, -1)]
+    per_device, steps = min(sizes, key=lambda pair: abs(pair[0] * pair[1] * processes - batch))
     found = per_device * steps * processes
     words = f"batch {found} = {per_device} per device × {steps} accumulated × {processes} processes"
     if found != batch:
@@ -135,10 +129,8 @@ def _size(config: Mapping[str, Any], key: str, default: int) -> int:
     return int(value)
 
 
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    value = environment.get(name)
-    if value is None:
-        return None
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "0")
     if not value.isdigit():
         raise McpLoraError(f"{name}={value} in the environment is no number: unset {name}")
     return int(value)

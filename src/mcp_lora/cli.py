@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from typer import Argument, Option
 
 from mcp_lora import config as configuration
 from mcp_lora import dataset, embedded, engine, launch, readers, runs, training
@@ -29,77 +34,57 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Tune a language model to call MCP tools: doctor, convert, inspect, train, eval, report, chat, "
-    "export.",
+    help="Tune a language model to call MCP tools.",
 )
 
 Shape = StrEnum("Shape", list(readers.SHAPES))  # type: ignore[misc]  # the names are known at run time
-Model = Annotated[str | None, typer.Option(help="Base model: a folder, a hub id, or `embedded`.")]
-Recipe = Annotated[Path, typer.Option(help="The recipe.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
-Run = Annotated[Path, typer.Argument(help="A run's folder.", metavar="RUN")]
-Checkpoint = Annotated[
-    str | None,
-    typer.Option(help="A checkpoint of the run (300 or checkpoint-300), not the newest."),
-]
+Model = Annotated[str | None, Option(help="Base model: a folder, a hub id, or `embedded`.")]
+Recipe = Annotated[Path, Option(help="The recipe.")]
+Run = Annotated[Path, Argument(help="A run's folder.", metavar="RUN")]
+Checkpoint = Annotated[str | None, Option(help="A checkpoint (300 or checkpoint-300), not the newest.")]
+
+_SPLITS = "seen, unseen_tool, unseen_server or no_call"
+_INPUTS = (
+    "Tool-call data: files (.json, .jsonl, .jsonl.gz, .parquet), folders, globs; "
+    "by default the newest data/filtered/filtered_*.json."
+)
+_OVERRIDES = "Settings in LLaMA-Factory's names."
+_REQUIRE = "End with 1 where it does not hold."
+_RUNS = f"A run's folder, by default {DEFAULT}; several are compared."
 
 
 @app.command()
 def convert(
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[INPUT]...",
-            help="Tool-call data: files (.json, .jsonl, .jsonl.gz, .parquet), folders, globs. "
-            "[default: the newest data/filtered/filtered_*.json]",
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = dataset.FOLDER,
-    tools: Annotated[
-        list[str] | None,
-        typer.Option(help="A tool catalogue, file or folder; may be repeated.", metavar="PATH"),
-    ] = None,
-    format: Annotated[Shape | None, typer.Option(help="The shape of the data, if not by its keys.")] = None,
-    turns: Annotated[
-        Literal["call", "all"],
-        typer.Option(help="Up to and with the first call, or the whole conversation."),
-    ] = "call",
-    max_observation: Annotated[int, typer.Option(min=1, help="Characters kept of a tool's result.")] = 4000,
-    candidates: Annotated[int, typer.Option(min=1, help="Tools per sample, the gold tool included.")] = 10,
-    holdout_servers: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the servers that is held out for testing.")
-    ] = 0.0,
-    holdout_tools: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the tools that is held out for testing.")
-    ] = 0.0,
-    test: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the other rows that is held out for testing.")
-    ] = 0.1,
-    no_call: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of extra samples without the gold tool.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Decides what is held out, and samples candidates.")] = 42,
-    strict: Annotated[bool, typer.Option("--strict", help="End with 1 if a row is rejected.")] = False,
-    max_rejects: Annotated[
-        str, typer.Option(help="End with 1 if more are rejected: 5%, or a number of rows.", metavar="N")
-    ] = "100%",
+    inputs: Annotated[list[str] | None, Argument(metavar="[INPUT]...", help=_INPUTS)] = None,
+    out: Annotated[Path, Option(help="Folder to write.")] = dataset.FOLDER,
+    tools: Annotated[list[str] | None, Option(metavar="PATH", help="A tool catalogue; repeatable.")] = None,
+    format: Annotated[Shape | None, Option(help="The shape of the data, if its keys do not show it.")] = None,
+    turns: Annotated[Literal["call", "all"], Option(help="Up to the first call, or the whole.")] = "call",
+    max_observation: Annotated[int, Option(min=1, help="Characters kept of a tool's result.")] = 4000,
+    candidates: Annotated[int, Option(min=1, help="Tools per sample, the gold tool included.")] = 10,
+    holdout_servers: Annotated[float, Option(min=0, max=0.9, help="Share of servers held out.")] = 0.0,
+    holdout_tools: Annotated[float, Option(min=0, max=0.9, help="Share of tools held out.")] = 0.0,
+    test: Annotated[float, Option(min=0, max=0.9, help="Share of the other rows held out.")] = 0.1,
+    no_call: Annotated[float, Option(min=0, max=1, help="Share of extra rows without gold tool.")] = 0.0,
+    seed: Annotated[int, Option(help="Decides what is held out, and the candidates.")] = 42,
+    strict: Annotated[bool, Option("--strict", help="End with 1 if a row is rejected.")] = False,
+    max_rejects: Annotated[str, Option(metavar="N", help="End with 1 if more: 5%, or a count.")] = "100%",
 ) -> None:
     """Turn tool-call data into LLaMA-Factory's dataset format."""
     bound = "0" if strict else max_rejects
     if not re.fullmatch(r"\d+(\.\d+)?%?", bound):
         raise McpLoraError(f"--max-rejects {bound}: neither a share nor a number: --max-rejects 5%")
+    held_out = (holdout_servers, holdout_tools, test)
     settings = dataset.Settings(
-        inputs=inputs or [],
-        tools=tools or [],
-        format=format.value if format else None,
-        turns=turns,
-        max_observation=max_observation,
-        candidates=candidates,
-        holdout_servers=holdout_servers,
-        holdout_tools=holdout_tools,
-        test=test,
-        no_call=no_call,
-        seed=seed,
+        inputs or [],
+        tools or [],
+        format,
+        turns,
+        max_observation,
+        candidates,
+        *held_out,
+        no_call,
+        seed,
     )
     with _progress() as progress, dataset.locked(out):
         statistics = dataset.convert(settings, out, progress)
@@ -107,28 +92,19 @@ def convert(
     rejected, read = sum(statistics["rejected"].values()), statistics["read"]
     allowed = int(float(bound.rstrip("%")) * (read / 100 if bound.endswith("%") else 1))
     if rejected > allowed:
-        raise McpLoraError(
-            f"{rejected} of {read} rows were rejected, and {allowed} may be: "
-            f"see why in {out / 'rejected.jsonl'}",
-            code=1,
-        )
+        why = f"see why in {out / 'rejected.jsonl'}"
+        raise McpLoraError(f"{rejected} of {read} rows were rejected, and {allowed} may be: {why}", code=1)
 
 
 @app.command()
 def inspect(
-    row: Annotated[int, typer.Argument(min=1, help="Which row, from 1.")] = 1,
-    split: Annotated[
-        str, typer.Option(help="train, seen, unseen_tool, unseen_server or no_call.", metavar="NAME")
-    ] = "train",
+    row: Annotated[int, Argument(min=1, help="Which row, from 1.")] = 1,
+    split: Annotated[str, Option(metavar="NAME", help=f"train, {_SPLITS}.")] = "train",
     model: Model = None,
     config: Recipe = configuration.RECIPE,
-    data: Annotated[
-        Path | None, typer.Option("--from", help="The dataset's folder, if not the recipe's.")
-    ] = None,
-    ids: Annotated[bool, typer.Option("--ids", help="Show the token ids.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="For machines: input_ids, labels, prompt, target; a line a sample.")
-    ] = False,
+    data: Annotated[Path | None, Option("--from", help="The dataset's folder, if not the recipe's.")] = None,
+    ids: Annotated[bool, Option("--ids", help="Show the token ids.")] = False,
+    as_json: Annotated[bool, Option("--json", help="A line a sample: ids, labels, prompt, target.")] = False,
 ) -> None:
     """Show a row as the model is trained on it, what is trained on in another colour."""
     recipe = _resolved(config, model)
@@ -144,9 +120,7 @@ def inspect(
     try:
         fitted = rendered.fit(template, found, settings)
     except Fault as fault:
-        raise McpLoraError(
-            f"row {row} of {split} is left out: {fault}. See another: mcp-lora inspect"
-        ) from None
+        raise McpLoraError(f"row {row} of {split} is left out: {fault}: mcp-lora inspect") from None
     for sample in fitted.samples:
         if as_json:
             shown = ("input_ids", "labels", "prompt", "target")
@@ -160,36 +134,21 @@ def inspect(
 
 @app.command()
 def train(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings in LLaMA-Factory's names."),
-    ] = None,
+    overrides: Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help=_OVERRIDES)] = None,
     config: Recipe = configuration.RECIPE,
     model: Model = None,
-    data: Annotated[Path | None, typer.Option(help="Tool-call data to train on.")] = None,
-    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
-    gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of this machine.", show_default="all visible")
-    ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Machines.", show_default="1")] = None,
-    node_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
-    master: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the first is met.")] = None,
-    zero: Annotated[
-        Literal["0", "2", "3"] | None,
-        typer.Option(help="DeepSpeed's ZeRO stage.", show_default="the recipe's"),
-    ] = None,
-    global_batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Samples of a step, on all GPUs together.", show_default="the recipe's"),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be run.")] = False,
-    no_retry: Annotated[
-        bool, typer.Option("--no-retry", help="Out of memory, do not start again with a smaller batch.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew; the old run moves to RUN.previous.")
-    ] = False,
+    data: Annotated[Path | None, Option(help="Tool-call data to train on.")] = None,
+    output: Annotated[Path | None, Option(help="The run's folder.")] = None,
+    gpus: Annotated[int | None, Option(min=1, help="GPUs of this machine; all by default.")] = None,
+    nodes: Annotated[int | None, Option(min=1, help="Machines; 1 by default.")] = None,
+    node_rank: Annotated[int | None, Option(min=0, help="Which of them this is, from 0.")] = None,
+    master: Annotated[str | None, Option(metavar="HOST:PORT", help="Where the first is met.")] = None,
+    zero: Annotated[Literal["0", "2", "3"] | None, Option(help="DeepSpeed's ZeRO stage.")] = None,
+    global_batch: Annotated[int | None, Option(min=1, help="Samples of a step, on all GPUs.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be run.")] = False,
+    no_retry: Annotated[bool, Option("--no-retry", help="Out of memory, do not halve the batch.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Start anew; the old run is put aside.")] = False,
 ) -> None:
     """Train the LoRA recipe with LLaMA-Factory."""
     engine.require()
@@ -208,7 +167,7 @@ def train(
     plan = training.plan(
         config, overrides or [], flags, machine, world, global_batch, resume, overwrite, dry_run
     )
-    say = _silent if world.rank else _say
+    say = (lambda text: None) if world.rank else _say  # of several ranks the first one speaks
     for note in plan.notes:
         say(note)
     if dry_run:
@@ -226,7 +185,11 @@ def train(
 
 
 @app.command()
-def doctor(model: Model = None, config: Recipe = configuration.RECIPE, as_json: AsJson = False) -> None:
+def doctor(
+    model: Model = None,
+    config: Recipe = configuration.RECIPE,
+    as_json: Annotated[bool, Option("--json", help="For machines.")] = False,
+) -> None:
     """Look whether this machine, the packages, the model and the data are fit for a training."""
     settings = _resolved(config, model)
     from mcp_lora.doctor import examine
@@ -249,32 +212,20 @@ def doctor(model: Model = None, config: Recipe = configuration.RECIPE, as_json: 
 def evaluate(
     run: Run = DEFAULT,
     checkpoint: Checkpoint = None,
-    split: Annotated[
-        list[str] | None,
-        typer.Option(help="seen, unseen_tool, unseen_server or no_call.", show_default="all"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions of each split.", show_default="all")
-    ] = None,
-    base_only: Annotated[bool, typer.Option("--base-only", help="Ask the base model alone.")] = False,
-    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Ask the adapter alone.")] = False,
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="Ask a server of OpenAI's protocol instead.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The model's name on that server.")] = None,
-    require: Annotated[
-        list[str] | None,
-        typer.Option(metavar="SPLIT.FIGURE>=SHARE", help="Exit code 1 where it does not hold."),
-    ] = None,
+    split: Annotated[list[str] | None, Option(help=f"{_SPLITS}; all by default.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Questions of each split; all by default.")] = None,
+    base_only: Annotated[bool, Option("--base-only", help="Ask the base model alone.")] = False,
+    adapter_only: Annotated[bool, Option("--adapter-only", help="Ask the adapter alone.")] = False,
+    endpoint: Annotated[str | None, Option(metavar="URL", help="Ask an OpenAI-compatible server.")] = None,
+    model: Annotated[str | None, Option(help="The model's name on that server.")] = None,
+    require: Annotated[list[str] | None, Option(metavar="SPLIT.FIGURE>=SHARE", help=_REQUIRE)] = None,
 ) -> None:
     """Answer the held-out questions with the base model and with the adapter, and compare."""
     engine.require()
     from mcp_lora import evaluation
 
     if bool(endpoint) != bool(model):
-        raise McpLoraError(
-            "--endpoint and --model belong together: mcp-lora eval --endpoint URL --model NAME"
-        )
+        raise McpLoraError("one without the other: mcp-lora eval --endpoint URL --model NAME")
     if base_only + adapter_only + bool(endpoint) > 1:
         raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: give one of them")
     requirements = [evaluation.requirement(text) for text in require or []]  # before anything that takes long
@@ -294,19 +245,12 @@ def evaluate(
         _say(f"warning: questions that cannot be asked: {_counts(found.left_out)}")
     _say(f"every answer and all figures are in {run / 'eval'}; on a page: mcp-lora report {run}")
     if missed := evaluation.unmet(found, requirements):
-        raise McpLoraError(
-            f"{'; '.join(missed)}. See what is wrong in {run / 'eval'}, and train on more of it", 1
-        )
+        raise McpLoraError(f"{'; '.join(missed)}. See what is wrong: mcp-lora report {run}", 1)
 
 
 @app.command()
 def report(
-    runs: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[RUN]...", help="A run's folder; several are compared.", show_default=str(DEFAULT)
-        ),
-    ] = None,
+    runs: Annotated[list[Path] | None, Argument(metavar="[RUN]...", help=_RUNS)] = None,
 ) -> None:
     """Write a page about a run: figures, errors, examples, curves, data. It is one HTML file."""
     from mcp_lora.report import write
@@ -330,7 +274,7 @@ def chat(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
 @app.command()
 def export(
     run: Run = DEFAULT,
-    export_dir: Annotated[Path, typer.Option("--to", help="Folder to write.")] = Path("outputs/merged_model"),
+    export_dir: Annotated[Path, Option("--to", help="Folder to write.")] = Path("outputs/merged_model"),
     checkpoint: Checkpoint = None,
 ) -> None:
     """Merge the adapter into the base model, and check that the result says the same."""
@@ -339,10 +283,8 @@ def export(
 
     adapter = runs.adapter(run, checkpoint)
     if runs.is_quantised(run):
-        raise McpLoraError(
-            f"{run} was trained on a quantised base, and merging into that loses precision: "
-            f"use the adapter as it is: mcp-lora chat {run}"
-        )
+        why = "was trained on a quantised base, and merging into that loses precision"
+        raise McpLoraError(f"{run} {why}: use the adapter as it is: mcp-lora chat {run}")
     if export_dir.exists():
         raise McpLoraError(f"{export_dir} exists: mcp-lora export {run} --to OTHER_FOLDER")
     settings = runs.serving_config(run, adapter) | {"export_dir": str(export_dir), "export_size": 1}
@@ -357,11 +299,8 @@ def export(
         f"{found.difference:.2g} (tolerance {found.tolerance:.2g})"
     )
     if found.difference > found.tolerance:
-        raise McpLoraError(
-            f"{export_dir} does not say what base + adapter says: do not use it. Export again "
-            f"elsewhere: mcp-lora export {run} --to OTHER_FOLDER",
-            code=1,
-        )
+        what = f"{export_dir} does not say what base + adapter says, do not use it"
+        raise McpLoraError(f"{what}: mcp-lora export {run} --to OTHER_FOLDER", code=1)
 
 
 def _run_engine(verb: str, settings: dict[str, Any], hold_traceback: bool = False) -> launch.Outcome:
@@ -379,9 +318,6 @@ def _resolved(config: Path, model: str | None) -> dict[str, Any]:
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
     """Show a bar on a terminal, for as long as something is done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         tasks: dict[str, Any] = {}
 
@@ -397,10 +333,6 @@ def _print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], texts: Collection[str]
 ) -> None:
     """Print a table; columns other than `texts` are numbers, at the right."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(title=title, title_justify="left")
     for column in columns:
         if column in texts:
@@ -455,9 +387,6 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
 
 
 def _print_sample(sample: Any, template: Any, ids: bool) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
     console = Console()
     pairs = zip(sample.input_ids, sample.labels, strict=True)
     for trained, run in groupby(pairs, key=lambda pair: pair[1] != prompts.IGNORED):
@@ -514,10 +443,6 @@ def _counts(counted: dict[str, int]) -> str:
 
 def _say(text: str) -> None:
     typer.echo(f"mcp-lora: {text}", err=True)
-
-
-def _silent(text: str) -> None:
-    """Say nothing: of several ranks, the first one speaks for all."""
 
 
 def _interrupted(number: int, frame: Any) -> None:

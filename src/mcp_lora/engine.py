@@ -10,7 +10,7 @@ from typing import Any
 from mcp_lora.errors import McpLoraError
 
 _MODEL = "llamafactory/hparams/model_args.py"
-_ARGUMENTS = (  # HfArgumentParser's dataclasses
+ARGUMENTS = (  # HfArgumentParser's dataclasses
     _MODEL,
     "llamafactory/hparams/data_args.py",
     "llamafactory/hparams/training_args.py",
@@ -30,7 +30,7 @@ def require() -> None:
 
 def problems(config: Mapping[str, Any]) -> list[str]:
     """Return what LLaMA-Factory would refuse: the keys that it does not know."""
-    known = {key for module in _ARGUMENTS for key in _keys(module)}
+    known = {key for module in ARGUMENTS for key in keys(module)}
     found = []
     for key in config:
         if key not in known:
@@ -46,7 +46,7 @@ def shaping(config: Mapping[str, Any]) -> dict[str, Any]:
     They are LLaMA-Factory's model arguments (the base, its vocabulary, quantization, attention, code of its
     own), but for those of one step alone.
     """
-    shape = {*_keys(_MODEL), "additional_target"} - _OF_A_STEP
+    shape = {*keys(_MODEL), "additional_target"} - _OF_A_STEP
     return {key: value for key, value in config.items() if key in shape}
 
 
@@ -57,8 +57,8 @@ def train(config: dict[str, Any]) -> None:
     run_exp(config)
 
 
-def _keys(module: str) -> Iterator[str]:
-    """Read the fields of a module's dataclasses from its source: to import it takes ten seconds."""
+def keys(module: str) -> Iterator[str]:
+    """Read the fields of a module's dataclasses from its source: its import takes ten seconds."""
     package, _, file = module.partition("/")
     spec = importlib.util.find_spec(package)
     assert spec and spec.submodule_search_locations

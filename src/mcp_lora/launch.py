@@ -60,17 +60,11 @@ def engine_argv(verb: str, file: Path) -> list[str]:
 def engine_environment(
     config: Mapping[str, Any], world: World, visible: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the variables that the engine needs besides those it inherits.
+    """Return the variables that the engine needs besides those it inherits (`environment`).
 
     PATH begins with this interpreter's folder, as LLaMA-Factory starts `torchrun` by its bare name.
-    DeepSpeed needs a distributed launch even for one process. Of more GPUs than are wanted the engine
-    would take all. Without any, memory is kept from one layer to the next.
-
-    Args:
-        config: LLaMA-Factory's keys.
-        world: who trains.
-        visible: GPUs that this machine shows.
-        environment: what the engine inherits.
+    DeepSpeed needs a distributed launch even for one process. Of more GPUs than are wanted (`visible` is how
+    many this machine shows) the engine would take all. Without any, memory is kept between layers.
     """
     added = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])}
     if not visible:
@@ -97,8 +91,7 @@ def run_engine(
     For a distributed launch the engine joins its arguments with spaces and splits them again: its own path
     and the file's must have none.
 
-    Raises:
-        McpLoraError: one of them has, the engine is not installed, or the file cannot be written.
+    Raises McpLoraError where one has, the engine is not installed, or the file cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
         spaced = [place for place in (sys.prefix, folder) if re.search(r"\s", place)]
@@ -116,15 +109,10 @@ def run_engine(
 def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = False) -> Outcome:
     """Run a command; its output passes through as it is, and its end is kept.
 
-    Whatever ends us meanwhile (Ctrl-C, SIGTERM) ends the command and all its descendants.
+    Whatever ends us meanwhile (Ctrl-C, SIGTERM) ends the command and all its descendants. With
+    `hold_traceback` nothing of stderr is shown from the first traceback on; the caller decides.
 
-    Args:
-        argv: the command.
-        environment: variables on top of the inherited ones.
-        hold_traceback: show nothing of stderr from the first traceback on; the caller decides.
-
-    Raises:
-        McpLoraError: the program does not exist.
+    Raises McpLoraError where the program does not exist.
     """
     columns = str(shutil.get_terminal_size().columns)  # a progress bar cannot ask a pipe
     variables = {"COLUMNS": columns, **os.environ, **environment}
@@ -149,8 +137,8 @@ def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = 
 def real_error(stderr: str, lines: int = 8) -> str:
     """Return the last lines of the error behind an engine's failure.
 
-    That is the last traceback that no wrapper (torchrun, LLaMA-Factory's launcher) has raised,
-    without the frames: they are on the screen already.
+    That is the last traceback that no wrapper (torchrun, LLaMA-Factory's launcher) has raised, without the
+    frames: they are on the screen already.
     """
     # A rank that was killed says nothing, torchrun does; the others only say that they have lost it.
     killed = re.search(r"rank +: (\d+)[^[]*?traceback : (Signal \d+ \((?!SIGTERM)\w+\))", stderr)

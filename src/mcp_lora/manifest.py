@@ -4,14 +4,11 @@
      "retries": [{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16,
                   "resume_from_checkpoint": "outputs/mcp_lora/checkpoint-100"}],
      "command": ["…/llamafactory-cli", "train", "outputs/mcp_lora/run.yaml"],
-     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"},
-     "processes": 4, "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"},
-     "gpus": ["NVIDIA A100-SXM4-80GB"], "git_commit": "8373a1e…", "seed": 42,
-     "data": {"file": "…/train.jsonl", "sha256": "…"},
-     "conversion": {"read": 293, "written": {"mcp_train": 262, "mcp_test_seen": 31}, …},
-     "rendered": {"samples": 236, "validation": 26, …},
-     "base": {"file": "…/config.json", "sha256": "…"},
-     "config": {"lora_rank": 64, …}}
+     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}, "processes": 4,
+     "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"}, "gpus": ["NVIDIA A100"],
+     "git_commit": "8373a1e…", "seed": 42, "data": {"file": "…/train.jsonl", "sha256": "…"},
+     "base": {"file": "…/config.json", "sha256": "…"}, "conversion": {"read": 293, …},
+     "rendered": {"samples": 236, …}, "config": {"lora_rank": 64, …}}
 
 `conversion` is the dataset's stats.json, which the next conversion replaces, `rendered` the rendered data
 set's rendered.json. `ended` and `exit` are null while it trains, and stay so where it was killed.
@@ -44,18 +41,14 @@ PACKAGES = (
     "accelerate",
     "datasets",
 )
-_SEED = 42  # transformers' own
 
 
 def describe(
     config: Mapping[str, Any], argv: list[str], environment: Mapping[str, str], processes: int
 ) -> dict[str, Any]:
-    """Return the manifest of a run that begins now.
+    """Return the manifest of a run of `config` that begins now.
 
-    Args:
-        config: what is run, in LLaMA-Factory's keys.
-        argv, environment: the engine's command, and the variables that it gets besides.
-        processes: how many train.
+    `argv` and `environment` are the engine's command and its own variables, `processes` is how many train.
     """
     import torch
 
@@ -73,7 +66,7 @@ def describe(
         "packages": _versions(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "git_commit": _git_commit(),
-        "seed": config.get("seed", _SEED),
+        "seed": config.get("seed", 42),  # transformers' own
         "data": _hashed(dataset.file_of(folder, "train")),
         "conversion": dataset.statistics(folder),
         "base": _hashed(cached(config, "config.json")),
@@ -82,11 +75,7 @@ def describe(
 
 
 def write(run: Path, manifest: Mapping[str, Any]) -> None:
-    """Write a run's manifest, whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write a run's manifest, whole or not at all; an OSError where the folder cannot be written."""
     new = run / f"{NAME}.new"
     new.write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     os.replace(new, run / NAME)
@@ -96,8 +85,7 @@ def write(run: Path, manifest: Mapping[str, Any]) -> None:
 def recorded(run: Path, record: dict[str, Any]) -> Iterator[None]:
     """Write a manifest now, and once more with how what is done meanwhile has ended.
 
-    Raises:
-        McpLoraError: the folder cannot be written.
+    Raises McpLoraError where the folder cannot be written.
     """
     with explained(f"{run} cannot be written", "mcp-lora train --output OTHER_FOLDER"):
         write(run, record)
@@ -138,7 +126,6 @@ def _versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the folder that the command was given in, if git knows one."""
     with suppress(OSError, subprocess.CalledProcessError):
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         return done.stdout.strip()

@@ -36,14 +36,9 @@ def serve_as_trained(merged: Path, template: ChatTemplate) -> None:
 
 
 def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Comparison:
-    """Compare the logits of base + adapter with those of the merged model on PROMPT.
+    """Compare the logits of base (named by `config`) + adapter with those of the merged model on PROMPT.
 
     Both are loaded in the merged model's dtype, one after the other.
-
-    Args:
-        config: names the base model, in LLaMA-Factory's keys.
-        adapter: the adapter's folder.
-        merged: the exported model's folder.
     """
     import torch
     from peft import PeftModel

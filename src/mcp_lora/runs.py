@@ -61,23 +61,18 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def put_aside_incomplete(run: Path) -> list[Path]:
-    """Rename the checkpoints that are not complete, so that no engine resumes from one.
+    """Rename the checkpoints that are not complete, so that no engine resumes from one; return them.
 
     Whatever is named `checkpoint-…` transformers counts among those to keep (save_total_limit), and would
     remove a good one for it.
 
-    Returns:
-        Where they are now.
-
-    Raises:
-        McpLoraError: one cannot be renamed.
+    Raises McpLoraError where one cannot be renamed.
     """
     aside = []
     for checkpoint in checkpoints(run):
         if not is_complete(checkpoint):
             target = checkpoint.with_name(f"incomplete-{checkpoint.name}")
-            problem = f"{checkpoint} is incomplete and cannot be renamed"
-            with explained(problem, "remove it, and mcp-lora train --resume"):
+            with explained(f"{checkpoint} is incomplete and cannot be renamed", "remove it and run again"):
                 if target.exists():
                     shutil.rmtree(target)
                 aside.append(checkpoint.rename(target))
@@ -104,34 +99,22 @@ def how_to_go_on(run: Path) -> str:
 def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
     """See to it that a new run does not silently continue, skip or spoil an old one.
 
-    Args:
-        run: the output folder.
-        config: what is about to be run.
-        resume: go on from the newest complete checkpoint.
-        overwrite: start anew.
+    Returns the checkpoint to resume from (the newest complete one), or None to start anew.
 
-    Returns:
-        The checkpoint to resume from, or None to start anew.
-
-    Raises:
-        McpLoraError: the folder holds a run and neither was asked for, there is nothing to
-            resume, or the checkpoint is another model's.
+    Raises McpLoraError where the folder has a run and neither `resume` nor `overwrite` is set, there is
+    nothing to resume, or the checkpoint is not of `config`.
     """
     if resume:
         saved = [checkpoint for checkpoint in checkpoints(run) if is_complete(checkpoint)]
         if not saved:
-            raise McpLoraError(
-                f"{run} holds no complete checkpoint to resume from: mcp-lora train{how_to_go_on(run)}"
-            )
+            again = f"mcp-lora train{how_to_go_on(run)}"
+            raise McpLoraError(f"{run} holds no complete checkpoint to resume from: {again}")
         _check_resumable(run, config)
         return saved[-1]
     if holds_a_run(run) and not overwrite:
-        newest = checkpoints(run)[-1:]
-        what = "a finished run" if is_finished(run) else f"a run's {newest[0].name if newest else 'adapter'}"
-        raise McpLoraError(
-            f"{run} holds {what}: go on with it (mcp-lora train --resume), replace it "
-            f"(--overwrite) or write elsewhere (--output FOLDER)"
-        )
+        newest = [checkpoint.name for checkpoint in checkpoints(run)[-1:]] or ["adapter"]
+        what = "a finished run" if is_finished(run) else f"a run's {newest[0]}"
+        raise McpLoraError(f"{run} holds {what}: mcp-lora train --resume, --overwrite or --output FOLDER")
     return None
 
 
@@ -142,10 +125,8 @@ def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
         f"{key} {old.get(key)} → {config.get(key)}" for key in _KEPT if old.get(key) != config.get(key)
     ]
     if changed:
-        raise McpLoraError(
-            f"{run} holds another run's checkpoint ({', '.join(changed)}): take that run's settings, "
-            f"or start anew: mcp-lora train --overwrite"
-        )
+        what = f"{run} holds another run's checkpoint ({', '.join(changed)})"
+        raise McpLoraError(f"{what}: take that run's settings, or mcp-lora train --overwrite")
     if not is_finished(run):
         return
     state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
@@ -156,22 +137,16 @@ def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
         done = state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6
         more = f"num_train_epochs={state['epoch'] + 1:g}"
     if done:
-        raise McpLoraError(
-            f"{run} holds a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), there "
-            f"is nothing to resume: mcp-lora train --resume {more}, or --overwrite"
-        )
+        what = f"a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), nothing to resume"
+        raise McpLoraError(f"{run} holds {what}: mcp-lora train --resume {more}, or --overwrite")
 
 
 def put_aside(run: Path) -> Path | None:
-    """Move an old run to NAME.previous, in place of the one that was put aside before it.
+    """Move an old run to NAME.previous, in place of the one that was put aside before it, and return that.
 
-    A checkpoint is never lost to a new run that fails: a folder where nothing was saved stays.
+    A checkpoint is never lost to a new run that fails: a folder where nothing was saved stays (None).
 
-    Returns:
-        Where the old run is now, or None if there was none.
-
-    Raises:
-        McpLoraError: NAME.previous is something else, or the folder cannot be moved.
+    Raises McpLoraError where NAME.previous is something else, or the folder cannot be moved.
     """
     if not holds_a_run(run):
         return None
@@ -185,11 +160,7 @@ def put_aside(run: Path) -> Path | None:
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> Path:
-    """Write run.yaml and return its path.
-
-    Raises:
-        McpLoraError: the folder cannot be written.
-    """
+    """Write run.yaml and return its path; a McpLoraError where the folder cannot be written."""
     file = run / "run.yaml"
     with explained(f"{run} cannot be written", _ELSEWHERE):
         run.mkdir(parents=True, exist_ok=True)
@@ -198,11 +169,7 @@ def write_config(run: Path, config: Mapping[str, Any]) -> Path:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Return the configuration that a run was made with.
-
-    Raises:
-        McpLoraError: the folder holds no run.
-    """
+    """Return the configuration that a run was made with; a McpLoraError where the folder has no run."""
     if not (run / "run.yaml").is_file():
         raise McpLoraError(f"{run} holds no run (no run.yaml): mcp-lora train --output {run}")
     return read_config(run / "run.yaml")
@@ -211,8 +178,7 @@ def read_run(run: Path) -> dict[str, Any]:
 def adapter(run: Path, checkpoint: str | None = None) -> Path:
     """Return the folder of a run's adapter: `checkpoint` (checkpoint-300 or 300), or else the newest.
 
-    Raises:
-        McpLoraError: there is none.
+    Raises McpLoraError where there is none.
     """
     if checkpoint:
         choices = [run / (f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint)]
@@ -230,35 +196,27 @@ def check_adapter(run: Path) -> None:
 
     LoRA begins with lora_B at 0, where the adapter changes nothing; trained, no such matrix stays there.
 
-    Raises:
-        McpLoraError: there is none, all its lora_B are 0, or it contains NaN or Inf; with exit code 1.
+    Raises McpLoraError, with exit code 1, where there is none, all its lora_B are 0, or it has NaN or Inf.
     """
     import torch
     from safetensors import safe_open
 
     file = run / "adapter_model.safetensors"
     if not file.is_file():
-        raise McpLoraError(
-            f"training ended without an adapter (no {file}): see what is run with mcp-lora train --dry-run", 1
-        )
-    seen, learned = 0, False
+        raise McpLoraError(f"training ended without an adapter (no {file}): mcp-lora train --dry-run", 1)
+    learned = []  # whether each lora_B has
     with safe_open(file, framework="pt") as tensors:  # one tensor at a time in memory
         for name in tensors.keys():  # noqa: SIM118  # it is no mapping
             tensor = tensors.get_tensor(name)
             if not torch.isfinite(tensor).all():
-                raise McpLoraError(
-                    f"{file} contains NaN or Inf (in {name}), training has diverged: lower the learning "
-                    f"rate, as in mcp-lora train --overwrite learning_rate=1e-5",
-                    1,
-                )
+                again = "lower the learning rate, as in mcp-lora train --overwrite learning_rate=1e-5"
+                raise McpLoraError(f"{file} has NaN or Inf (in {name}), training has diverged: {again}", 1)
             if "lora_B" in name or "lora_embedding_B" in name:
-                seen += 1
-                learned = learned or bool(tensor.any())
-    if not learned:
+                learned.append(bool(tensor.any()))
+    if not any(learned):
         raise McpLoraError(
-            f"the run has learned nothing, all {seen} lora_B matrices in {file} are 0: set a learning_rate "
-            f"above 0 and make more steps, as in mcp-lora train --overwrite --global-batch 8 "
-            f"num_train_epochs=3",
+            f"the run has learned nothing, all {len(learned)} lora_B matrices in {file} are 0: raise "
+            f"learning_rate, make more steps: mcp-lora train --overwrite --global-batch 8 num_train_epochs=3",
             1,
         )
 

@@ -21,18 +21,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run.
+    """What will be run: LLaMA-Factory's keys, the engine's variables, who trains.
 
-    Attributes:
-        config: LLaMA-Factory's keys.
-        environment: the engine's variables besides those it inherits.
-        notes: what was fitted to the machine, in words.
-        batch: what the global batch size is made of, in words.
-        world: who trains.
-        given: keys that were set on the command line.
-        steps: how many, in words; empty where the data is not known yet.
-        rendered: what rendered.json holds, once the data is rendered.
-        chat_template: what has to be served with the adapter where that is not the model's own.
+    `notes` says what was fitted to the machine, `batch` what the global batch size is made of, `given` which
+    keys were set on the command line, `steps` how many there are (empty until the data is known). Once the
+    data is rendered, `rendered` is what rendered.json holds, and `chat_template` what has to be served with
+    the adapter where that is not the model's own.
     """
 
     config: dict[str, Any]
@@ -69,19 +63,10 @@ def plan(
 ) -> Plan:
     """Resolve and check a run; nothing is written, but the embedded model is fetched if it is used.
 
-    Args:
-        file: the recipe.
-        overrides: key=value words, in the engine's names.
-        flags: keys set by options of their own; None is not set.
-        machine: where it will run.
-        world: who trains.
-        batch: samples of an optimizer step, if not the recipe's.
-        resume: go on from the newest checkpoint.
-        overwrite: the output folder may hold a run.
-        dry_run: fetch nothing, and only remark on what this machine could not run.
+    `flags` are keys set by options of their own (None is not set), `batch` the global batch size if not the
+    recipe's. A `dry_run` fetches nothing, and only remarks on what this machine could not run.
 
-    Raises:
-        McpLoraError: the configuration, the model or the output folder will not do.
+    Raises McpLoraError where the configuration, the model or the output folder will not do.
     """
     config, notes = configuration.resolve(file, os.environ, overrides, flags, machine)
     config.setdefault("output_dir", str(runs.DEFAULT.absolute()))
@@ -147,9 +132,7 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
         if config.get(key)
     ]
     if (name := config.get("dataset", dataset.TRAIN)) != dataset.TRAIN:
-        problems.append(
-            f"dataset={name} is not converted: mcp-lora convert FILE, and dataset={dataset.TRAIN}"
-        )
+        problems.append(f"dataset={name} is not converted: mcp-lora convert, and dataset={dataset.TRAIN}")
     if (stage := config.get("stage", "sft")) != "sft":
         problems.append(f"stage={stage} is not supervised fine-tuning, set stage=sft")
     return problems
@@ -158,24 +141,17 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
 def preview(plan: Plan, say: Say) -> str:
     """Return what would be run, and what it comes to: parameters, memory, steps. No weight is read.
 
-    Raises:
-        McpLoraError: the run would make no step, or be all warm-up.
+    Raises McpLoraError where the run would make no step, or be all warm-up.
     """
     plan = _fit(plan, _training_rows(plan.config), say)
     known = plan.steps or "not known, the data is not converted: mcp-lora convert"
-    return "\n".join(
-        [
-            f"# {plan.run / 'run.yaml'}",
-            configuration.dump(plan.config),
-            f"# command\n{' '.join(plan.argv)}",
-            "# environment",
-            *(f"{name}={value}" for name, value in plan.environment.items()),
-            "# plan",
-            plan.batch,
-            *_needed_memory(plan),
-            f"steps: {known}",
-        ]
-    )
+    parts = {
+        str(plan.run / "run.yaml"): [configuration.dump(plan.config)],
+        "command": [" ".join(plan.argv)],
+        "environment": [f"{name}={value}" for name, value in plan.environment.items()],
+        "plan": [plan.batch, *_needed_memory(plan), f"steps: {known}"],
+    }
+    return "\n".join(line for title, lines in parts.items() for line in (f"# {title}", *lines))
 
 
 def _needed_memory(plan: Plan) -> list[str]:
@@ -183,9 +159,8 @@ def _needed_memory(plan: Plan) -> list[str]:
     try:
         found = memory.estimate(plan.config, plan.world.processes)
     except Exception as error:  # models raise what they like where they are built otherwise than most
-        return [
-            f"memory: not known, {model} cannot be built without its weights: {' '.join(str(error).split())}"
-        ]
+        reason = " ".join(str(error).split())
+        return [f"memory: not known, {model} cannot be built without its weights: {reason}"]
     if not found:
         return [f"memory: not known, the config of {model} is not here"]
     share = found.trained / (found.base + found.trained)
@@ -211,20 +186,13 @@ def _training_rows(config: Mapping[str, Any]) -> int | None:
 
 
 def run(plan: Plan, say: Say, retry: bool = True, overwrite: bool = False) -> None:
-    """Train on the converted data: render it, put an old run aside, start the engine.
+    """Train on the converted data: render it, put an old run aside if `overwrite`, start the engine.
 
-    Out of memory, the per-device batch size is halved and more batches are accumulated, so that the
-    training stays the same; it goes on from the newest complete checkpoint.
+    Out of memory, with `retry`, the per-device batch size is halved and more batches are accumulated, so
+    that the training stays the same; it goes on from the newest complete checkpoint.
 
-    Args:
-        plan: what to run.
-        say: is called with what is done.
-        retry: whether to start again after running out of memory.
-        overwrite: whether an old run in the folder is put aside.
-
-    Raises:
-        McpLoraError: the data cannot be rendered, the folder cannot be written, the engine fails, or the
-            adapter has learned nothing.
+    Raises McpLoraError where the data cannot be rendered, the folder cannot be written, the engine fails,
+    or the adapter has learned nothing.
     """
     plan = _render(plan, say)
     if overwrite and plan.world.leads and (previous := runs.put_aside(plan.run)):

@@ -10,7 +10,7 @@ The keys are LLaMA-Factory's own (see mcp_lora.engine.problems). A preset is a Y
 
 import importlib.util
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -102,19 +102,12 @@ def resolve(
         config["model_name_or_path"] = environment["MODEL_PATH"]
     given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
     config |= given
-
     notes = []
-    if config.get("bf16") and not machine.bf16:
-        config |= {"bf16": False} | ({"fp16": True} if machine.gpus else {})
-        notes.append(f"no bf16 on this machine: training in {'fp16' if machine.gpus else 'fp32'}")
-    if machine.gpus:
-        notes += _use_what_is_there(config, machine)
-    else:
-        config |= {"use_cpu": True, "fp16": False}
-        notes += ["no CUDA device: training on the CPU", *_suit_a_cpu(config, given.keys())]
-    if config.get("deepspeed") and not machine.deepspeed:
-        del config["deepspeed"]
-        notes.append("DeepSpeed is not installed: training without it (stages 2 and 3 save memory)")
+    for changes, note in _fitted(config, machine, given.keys()):
+        config |= changes
+        notes.append(note)
+    if config.get("deepspeed") is None:
+        config.pop("deepspeed", None)
     for key in _PATHS:
         # A hub id looks like a path but is none; what does not exist stays as it was given.
         value = config.get(key)
@@ -123,46 +116,49 @@ def resolve(
     return config, notes
 
 
-def _use_what_is_there(config: dict[str, Any], machine: Machine) -> list[str]:
-    """Switch on what makes a GPU faster, which the engine does not by itself; return that in words."""
-    notes = []
-    # Flash attention requires a GPU of Ampere or later, as bf16 does.
-    if machine.flash_attention and machine.bf16 and "flash_attn" not in config:
-        config["flash_attn"] = "fa2"
-        notes.append("flash attention (flash_attn=auto: without)")
-    if machine.liger and "enable_liger_kernel" not in config:
-        config["enable_liger_kernel"] = True
-        notes.append("liger kernels, which need no room for logits (enable_liger_kernel=false: without)")
-    return notes
+def _fitted(
+    config: Mapping[str, Any], machine: Machine, given: Collection[str]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what suits the machine, and say so in words; what is `given` stays as it is.
 
-
-def _suit_a_cpu(config: dict[str, Any], given: Collection[str]) -> list[str]:
-    """Leave out what costs a CPU time and gains nothing there, unless it is given; return that in words.
-
-    One sample at a time fills a CPU's cores, and needs no padding; the global batch size stays. PyTorch
-    draws dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at the recipe's 0.1. DeepSpeed's
-    stage 0 divides nothing, and learns less in bf16, as it casts the adapter and begins with an empty step of
-    AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298 with it and
-    0.282 without (tests/bench/test_train.py). Gradient checkpointing costs 20 to 30 % of the time.
+    The engine uses neither flash attention, which requires a GPU of Ampere or later, as bf16 does, nor liger
+    kernels by itself. On a CPU one sample at a time fills the cores, and needs no padding; the global batch
+    size stays. PyTorch draws dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at 0.1.
+    DeepSpeed's stage 0 divides nothing, and learns less in bf16, as it casts the adapter and begins with an
+    empty step of AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298
+    with it and 0.282 without (tests/bench/test_train.py). Gradient checkpointing costs 20 to 30 % of the
+    time.
     """
-    notes = []
-    if "disable_gradient_checkpointing" not in config:
-        config["disable_gradient_checkpointing"] = True
-        notes.append(
-            "no gradient checkpointing, which takes time (disable_gradient_checkpointing=false: with)"
-        )
-    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    size = number(config, sizes[0], 8)
-    if size > 1 and not set(sizes) & set(given):
-        config |= {sizes[0]: 1, sizes[1]: int(size * number(config, sizes[1], 1))}
-        notes.append(f"one sample at a time, without padding ({sizes[0]}={size}: as on a GPU)")
-    if (dropout := config.get("lora_dropout")) and "lora_dropout" not in given:
-        config["lora_dropout"] = 0.0
-        notes.append(f"no dropout, whose masks take time (lora_dropout={dropout}: as on a GPU)")
-    if Path(str(config.get("deepspeed"))).name == ZERO.name and "deepspeed" not in given:
-        del config["deepspeed"]
-        notes.append("no DeepSpeed, of which stage 0 divides nothing (--zero 0: as on a GPU)")
-    return notes
+    if config.get("bf16") and not machine.bf16:
+        lower = {"fp16": True} if machine.gpus else {}
+        yield {"bf16": False, **lower}, f"no bf16 on this machine: training in {'fp16' if lower else 'fp32'}"
+    if machine.gpus:
+        if machine.flash_attention and machine.bf16 and "flash_attn" not in config:
+            yield {"flash_attn": "fa2"}, "flash attention (flash_attn=auto: without)"
+        if machine.liger and "enable_liger_kernel" not in config:
+            note = "liger kernels, which need no room for logits (enable_liger_kernel=false: without)"
+            yield {"enable_liger_kernel": True}, note
+    else:
+        yield {"use_cpu": True, "fp16": False}, "no CUDA device: training on the CPU"
+        if (key := "disable_gradient_checkpointing") not in config:
+            yield {key: True}, f"no gradient checkpointing, which takes time ({key}=false: with)"
+        per_device, accumulated = "per_device_train_batch_size", "gradient_accumulation_steps"
+        size = number(config, per_device, 8)
+        if size > 1 and not {per_device, accumulated} & {*given}:
+            batch = int(size * number(config, accumulated, 1))
+            note = f"one sample at a time, without padding ({per_device}={size}: as on a GPU)"
+            yield {per_device: 1, accumulated: batch}, note
+        if (dropout := config.get("lora_dropout")) and "lora_dropout" not in given:
+            note = f"no dropout, whose masks take time (lora_dropout={dropout}: as on a GPU)"
+            yield {"lora_dropout": 0.0}, note
+        if Path(str(config.get("deepspeed"))).name == ZERO.name and "deepspeed" not in given:
+            yield (
+                {"deepspeed": None},
+                "no DeepSpeed, of which stage 0 divides nothing (--zero 0: as on a GPU)",
+            )
+    if config.get("deepspeed") and not machine.deepspeed:
+        note = "DeepSpeed is not installed: training without it (stages 2 and 3 save memory)"
+        yield {"deepspeed": None}, note
 
 
 def number(config: Mapping[str, Any], key: str, default: float) -> float:

@@ -95,21 +95,18 @@ def plan(
     return Plan(config, environment, notes, words, world, given)
 
 
-# What means something in the engine's own rendering alone, and what to do instead.
+# What means something in the engine's own rendering alone, by what to do instead.
 _ELSEWHERE = {
-    "template": "the model's own chat template is trained",
-    "tool_format": "the model's own chat template is trained",
-    "default_system": "write a system message into the data",
-    "packing": "samples are trained one by one",
-    "neat_packing": "samples are trained one by one",
-    "streaming": "the rendered data set is on disk, and read from there",
-    "eval_dataset": "val_size holds rows out",
-    "mix_strategy": "mcp-lora convert reads all data into one data set",
-    "interleave_probs": "mcp-lora convert reads all data into one data set",
-    "preserve_thinking": "enable_thinking decides what is trained",
-    "overwrite_cache": "what changes is rendered anew",
-    "split_special_tokens": "prompts are tokenized as a server does",
-    "tokenized_path": "mcp-lora renders the data set, with dataset_dir",
+    "the model's own chat template is trained": ("template", "tool_format"),
+    "write a system message into the data": ("default_system",),
+    "samples are trained one by one": ("packing", "neat_packing"),
+    "the rendered data set is on disk, and read from there": ("streaming",),
+    "val_size holds rows out": ("eval_dataset",),
+    "mcp-lora convert reads all data into one data set": ("mix_strategy", "interleave_probs"),
+    "enable_thinking decides what is trained": ("preserve_thinking",),
+    "what changes is rendered anew": ("overwrite_cache",),
+    "prompts are tokenized as a server does": ("split_special_tokens",),
+    "mcp-lora renders the data set, with dataset_dir": ("tokenized_path",),
 }
 
 
@@ -128,7 +125,8 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"finetuning_type={method} makes no LoRA adapter, set finetuning_type=lora")
     problems += [
         f"{key}={config[key]} has no effect, {instead}: leave it out"
-        for key, instead in _ELSEWHERE.items()
+        for instead, keys in _ELSEWHERE.items()
+        for key in keys
         if config.get(key)
     ]
     if (name := config.get("dataset", dataset.TRAIN)) != dataset.TRAIN:

@@ -76,15 +76,7 @@ def convert(
         raise McpLoraError(f"--max-rejects {bound}: neither a share nor a number: --max-rejects 5%")
     held_out = (holdout_servers, holdout_tools, test)
     settings = dataset.Settings(
-        inputs or [],
-        tools or [],
-        format,
-        turns,
-        max_observation,
-        candidates,
-        *held_out,
-        no_call,
-        seed,
+        inputs or [], tools or [], format, turns, max_observation, candidates, *held_out, no_call, seed
     )
     with _progress() as progress, dataset.locked(out):
         statistics = dataset.convert(settings, out, progress)
@@ -249,9 +241,7 @@ def evaluate(
 
 
 @app.command()
-def report(
-    runs: Annotated[list[Path] | None, Argument(metavar="[RUN]...", help=_RUNS)] = None,
-) -> None:
+def report(runs: Annotated[list[Path] | None, Argument(metavar="[RUN]...", help=_RUNS)] = None) -> None:
     """Write a page about a run: figures, errors, examples, curves, data. It is one HTML file."""
     from mcp_lora.report import write
 

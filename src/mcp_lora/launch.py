@@ -46,8 +46,7 @@ class Outcome:
         if "inline_container.cc" in last and "unexpected pos" in last:  # all that torch.save says of it
             last += "\n(a file could not be written to its end: is the disk full? df -h)"
         return McpLoraError(
-            f"LLaMA-Factory ended with exit code {code}:\n{last}\nFix this and run again: {command}",
-            code,
+            f"LLaMA-Factory ended with exit code {code}:\n{last}\nFix this and run again: {command}", code
         )
 
 

@@ -19,6 +19,13 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MODEL_PATH", raising=False)
 
 
+def main_ok(words: list[str]) -> None:
+    """Run a command that must end well."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code in (0, None)
+
+
 def fail(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """Run a command that must fail by the user's mistake, and return what it says."""
     with pytest.raises(SystemExit) as caught:
@@ -31,18 +38,37 @@ def fail(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["convert", "nowhere.json"], "no data in nowhere.json"),
-        (["train", "lora_rank"], "not of the form key=value: lora_rank"),
-        (["train", "--config", "nowhere.yaml"], "mcp-lora train --config FILE"),
-        (["train", "lora_rang=3", "zzz=1"], "no key lora_rang (did you mean lora_rank?); LLaMA-Factory"),
-        (["train", "--model", "./nowhere"], "there is no model in ./nowhere"),
-        (["eval", "outputs/none"], "holds no run"),
-        (["chat", "outputs/none"], "mcp-lora train --output"),
-        (["export"], "outputs/mcp_lora holds no adapter"),
+        ("convert nowhere.json", "no data in nowhere.json"),
+        ("train lora_rank", "not of the form key=value: lora_rank"),
+        ("train --config nowhere.yaml", "mcp-lora train --config FILE"),
+        ("train lora_rang=3 zzz=1", "no key lora_rang (did you mean lora_rank?); LLaMA-Factory"),
+        ("train --model ./nowhere", "there is no model in ./nowhere"),
+        ("train --dry-run gradient_accumulation_steps=two", "gradient_accumulation_steps=two is no number"),
+        ("train --dry-run per_device_train_batch_size=0", "size=0 is no whole number from 1"),
+        ("train --dry-run deepspeed=nowhere.json", "there is no nowhere.json"),
+        ("eval outputs/none", "holds no run"),
+        ("eval --endpoint URL", "mcp-lora eval --endpoint URL --model NAME"),
+        ("eval --base-only --adapter-only", "exclude each other"),
+        ("chat outputs/none", "mcp-lora train --output"),
+        ("export", "outputs/mcp_lora holds no adapter"),
+        # what the rendered data would ignore
+        ("train dataset=other", "dataset=other"),
+        ("train template=qwen", "template=qwen"),
+        ("train tool_format=qwen", "tool_format=qwen"),
+        ("train packing=True", "packing=True"),
+        ("train streaming=True", "streaming=True"),
+        ("train stage=dpo", "stage=dpo"),
+        # what would make no adapter
+        ("train do_train=false", "without do_train=true nothing is trained"),
+        ("train finetuning_type=full", "finetuning_type=full makes no LoRA adapter"),
+        ("train finetuning_type=oft", "set finetuning_type=lora"),
     ],
 )
-def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
-    assert said in fail(capsys, *words)
+def test_a_mistake_is_one_line_before_anything_is_done(
+    capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    assert said in fail(capsys, *words.split())
+    assert not Path("data/llama_factory").exists() and not Path("outputs").exists()
 
 
 @pytest.mark.skipif(config.detect_machine().gpus > 0, reason="this machine has a GPU")
@@ -80,16 +106,6 @@ def test_an_old_run_is_pointed_out_before_anything_is_done(
     assert not Path("data/llama_factory").exists()
 
 
-@pytest.mark.parametrize(
-    "setting",
-    ["dataset=other", "template=qwen", "tool_format=qwen", "packing=True", "streaming=True", "stage=dpo"],
-)
-def test_what_the_rendered_data_would_ignore_is_refused(
-    capsys: pytest.CaptureFixture[str], tiny_model: Path, setting: str
-) -> None:
-    assert setting in fail(capsys, "train", "--model", str(tiny_model), setting)
-
-
 def test_an_export_over_something_or_from_a_quantised_base_is_refused(
     capsys: pytest.CaptureFixture[str], tiny_model: Path
 ) -> None:
@@ -109,24 +125,30 @@ def test_an_evaluation_wants_held_out_questions(capsys: pytest.CaptureFixture[st
     assert "mcp-lora convert --test 0.1" in fail(capsys, "eval", "outputs/one")
 
 
-def rows_with_faults(project: Path) -> str:
+@pytest.fixture
+def faulty(project: Path) -> str:
+    """A file of three rows, of which one can be used."""
     return str(write_json(project / "rows.json", [record(), record(function_call={}), "text"]))
 
 
-def table_rows(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
-
-
-def test_convert_prints_the_account(capsys: pytest.CaptureFixture[str], project: Path) -> None:
-    main_ok(["convert", rows_with_faults(project)])
+def test_convert_prints_the_statistics(
+    capsys: pytest.CaptureFixture[str], project: Path, faulty: str
+) -> None:
+    main_ok(["convert", faulty])
     shown = capsys.readouterr()
-    assert table_rows(shown.out) == [
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in shown.out.splitlines() if "│" in line
+    ]
+    assert cells == [
         ["rows.json", "filtered", "2", "0", "1", "1 no-call"],
         ["rows.json", "?", "1", "0", "0", "1 unknown-shape"],
     ]
     assert "read 3 rows = 1 in train + 2 rejected; 1 tools of 1 servers" in shown.err
     assert "data/llama_factory/rejected.jsonl" in shown.err
     assert "too little data for seen" in shown.err
+    write_json(project / "other.json", [record("Add 3 and 4.")])
+    main_ok(["convert", faulty, "other.json"])  # absolute and relative
+    assert "read 4 rows = 2 in train" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -142,61 +164,45 @@ def test_convert_prints_the_account(capsys: pytest.CaptureFixture[str], project:
     ],
 )
 def test_rejections_can_be_bounded(
-    capsys: pytest.CaptureFixture[str], project: Path, words: list[str], code: int
+    capsys: pytest.CaptureFixture[str], faulty: str, words: list[str], code: int
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["convert", rows_with_faults(project), *words])
+        main(["convert", faulty, *words])
     assert (caught.value.code or 0) == code
     if code == 1:
         assert "2 of 3 rows were rejected" in capsys.readouterr().err
         assert Path("data/llama_factory/rejected.jsonl").read_text()
 
 
-def test_inputs_may_be_named_in_both_ways(capsys: pytest.CaptureFixture[str], project: Path) -> None:
-    write_json(project / "other.json", [record("Add 3 and 4.")])
-    main_ok(["convert", rows_with_faults(project), "other.json"])
-    assert "read 4 rows = 2 in train" in capsys.readouterr().err
-
-
 def test_inspect_shows_a_sample_as_the_engine_sees_it(
-    capsys: pytest.CaptureFixture[str], tiny_model: Path
+    capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
 ) -> None:
-    main_ok(["convert"])
-    sample = json.loads(Path("data/llama_factory/mcp_train_data.json").read_text())[1]
-    capsys.readouterr()
-    main_ok(["inspect", "2", "--model", str(tiny_model)])
-    shown = capsys.readouterr()
-    question, call = (turn["value"] for turn in sample["conversations"])
-    assert f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<tool_call>" in shown.out
-    assert json.loads(call)["name"] in shown.out and "trained on" in shown.err
-    main_ok(["inspect", "2", "--model", str(tiny_model), "--ids"])
-    ids = capsys.readouterr().out.split()
-    assert all(map(str.isdecimal, ids)) and f"{len(ids)} tokens" in shown.err
-    assert "fewer than 999" in fail(capsys, "inspect", "999", "--model", str(tiny_model))
-    assert "not nowhere" in fail(capsys, "inspect", "--split", "nowhere", "--model", str(tiny_model))
-
-
-def test_inspect_as_json_is_what_is_trained(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
     from transformers import AutoTokenizer
 
+    def inspect(*words: str) -> str:
+        capsys.readouterr()
+        main_ok(["inspect", *words, "--model", str(tiny_model)])
+        shown = capsys.readouterr()
+        return shown.out + shown.err
+
     main_ok(["convert"])
-    capsys.readouterr()
-    main_ok(["inspect", "3", "--json", "--model", str(tiny_model)])
-    found = json.loads(capsys.readouterr().out)
+    sample = json.loads(Path("data/llama_factory/mcp_train_data.json").read_text())[1]
+    question, call = (turn["value"] for turn in sample["conversations"])
+    shown = inspect("2")
+    assert f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<tool_call>" in shown
+    assert json.loads(call)["name"] in shown and "trained on" in shown
+    found = json.loads(inspect("2", "--json"))
     assert list(found) == ["input_ids", "labels", "prompt", "target"]
+    assert " ".join(inspect("2", "--ids").split()).startswith(" ".join(map(str, found["input_ids"])))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     assert tokenizer.decode(found["input_ids"]) == found["prompt"] + found["target"]
     assert tokenizer.decode([label for label in found["labels"] if label != -100]) == found["target"]
-
-
-def test_inspect_says_why_a_row_is_left_out_and_what_is_lost(
-    capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
-) -> None:
-    main_ok(["convert"])
+    assert "fewer than 999" in fail(capsys, "inspect", "999", "--model", str(tiny_model))
+    assert "not nowhere" in fail(capsys, "inspect", "--split", "nowhere", "--model", str(tiny_model))
+    # what is lost, and why a row is left out
     recipe = project / "train_configs/lora_config.yaml"
     recipe.write_text(recipe.read_text().replace("cutoff_len: 4096", "cutoff_len: 500"))
-    main_ok(["inspect", "--model", str(tiny_model)])
-    assert "distractors are left out to fit" in capsys.readouterr().err
+    assert "distractors are left out to fit" in inspect()
     recipe.write_text(recipe.read_text().replace("cutoff_len: 500", "cutoff_len: 50"))
     said = fail(capsys, "inspect", "--model", str(tiny_model))
     assert "row 1 of train is left out: " in said and "cutoff_len is 50" in said
@@ -222,13 +228,6 @@ def test_help_imports_no_engine() -> None:
     assert done.stdout.splitlines()[-1] in ("", "rich.console")  # Typer draws its help with rich
 
 
-def main_ok(words: list[str]) -> None:
-    """Run a command that must end well."""
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    assert caught.value.code in (0, None)
-
-
 def test_a_plan_counts_the_steps_of_what_is_converted(
     capsys: pytest.CaptureFixture[str], project: Path, tiny_model: Path
 ) -> None:
@@ -248,17 +247,3 @@ def test_a_model_that_cannot_be_built_still_has_a_plan(
     write_json(project / "odd/config.json", {"model_type": "bert", "num_hidden_layers": 2})
     main_ok(["train", "--dry-run", "--model", "./odd"])
     assert "memory: not known, " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["gradient_accumulation_steps=two"], "gradient_accumulation_steps=two is no number"),
-        (["per_device_train_batch_size=0"], "per_device_train_batch_size=0 is no whole number from 1"),
-        (["deepspeed=nowhere.json"], "there is no nowhere.json"),
-    ],
-)
-def test_a_setting_that_cannot_be_is_refused(
-    capsys: pytest.CaptureFixture[str], project: Path, words: list[str], said: str
-) -> None:
-    assert said in fail(capsys, "train", "--dry-run", *words)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora import dataset, languages, questions, samples
+from mcp_lora import dataset, questions, samples
 from mcp_lora.dataset import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 
@@ -101,24 +101,24 @@ SUM = {
 
 
 def test_a_sample_in_both_forms(tmp_path: Path) -> None:
-    row = record("加 1", function_call={"name": "get-sum", "arguments": {"a": 1}})
+    """An argument that is null and a number of more than 64 bits are kept."""
+    arguments = {"a": 10**30, "b": None}
+    row = record("加 1", function_call={"name": "get-sum", "arguments": arguments})
     row["tool_info"]["input_schema"]["$schema"] = "http://json-schema.org/draft-07/schema#"
     converted(tmp_path, write_json(tmp_path / "row.json", row))
-    function = {"name": "get-sum", "arguments": '{"a":1}'}
+    function = {"name": "get-sum", "arguments": f'{{"a":{10**30},"b":null}}'}
     call = {"id": "call_1", "type": "function", "function": function}
-    assert json.loads((tmp_path / "train.jsonl").read_text(encoding="utf-8")) == {
-        "messages": [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": "加 1"},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-        ],
-        "tools": [{"type": "function", "function": SUM}],
-    }
-    (sample,) = load(tmp_path / TRAIN_FILE)
-    assert sample["conversations"] == [
-        {"from": "human", "value": "加 1"},
-        {"from": "function_call", "value": '{"name":"get-sum","arguments":{"a":1}}'},
+    messages = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": "加 1"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
     ]
+    expected = {"messages": messages, "tools": [{"type": "function", "function": SUM}]}
+    assert json.loads((tmp_path / "train.jsonl").read_text(encoding="utf-8")) == expected
+    (sample,) = load(tmp_path / TRAIN_FILE)
+    asked, answered = sample["conversations"]
+    assert asked == {"from": "human", "value": "加 1"} and answered["from"] == "function_call"
+    assert json.loads(answered["value"]) == {"name": "get-sum", "arguments": arguments}
     assert sample["system"] == SYSTEM and json.loads(sample["tools"]) == [SUM]
 
 
@@ -159,23 +159,14 @@ def test_nothing_of_a_conversation_is_lost_and_llama_factory_gets_what_its_form_
     assert len(sample["conversations"]) == 4
 
 
-def test_dataset_info_names_every_column_and_tag(sample_data: Path) -> None:
-    info = load(sample_data / "dataset_info.json")
-    assert sorted(info) == ["mcp_test_seen", "mcp_train"]
-    assert info["mcp_train"]["file_name"] == TRAIN_FILE
-    columns = {"messages": "conversations", "system": "system", "tools": "tools"}
-    assert info["mcp_train"]["columns"] == columns
-    assert len(info["mcp_train"]["tags"]) == 7
-
-
 def test_every_row_ends_in_exactly_one_place(tmp_path: Path) -> None:
     rows = [record(f"Question {i}", tool=f"tool{i % 7}") for i in range(50)]
-    faulty = [record(function_call={}), "text", rows[3], record("half a pair: \ud83d")]
+    again = rows[3] | {"instruction": ": Question 3 "}  # the same once it is cleaned
+    faulty = [record(function_call={}), "text", again, record("half a pair: \ud83d")]
     source = tmp_path / "rows.json"
     source.write_text(json.dumps(rows + faulty))
     out = tmp_path / "out"
     stats = converted(out, source)
-    assert stats["read"] == 54
     assert stats["rejected"] == {"no-call": 1, "unknown-shape": 1, "duplicate": 1, "not-json-value": 1}
     assert [(account["shape"], account["read"]) for account in stats["sources"]] == [
         ("filtered", 53),
@@ -211,26 +202,6 @@ def test_every_shape_is_converted(tmp_path: Path, turns: str) -> None:
         answered = [message["tool_call_id"] for message in messages if message["role"] == "tool"]
         assert answered in ([], called)
     assert stats["cleaned"].get("trailing-result", 0) == (0 if turns == "call" else 3)
-
-
-def test_an_argument_that_json_null_is_kept(tmp_path: Path) -> None:
-    """And so is a number that is bigger than 64 bits."""
-    schema = {"properties": {"a": {"type": ["integer", "null"]}, "b": {"type": "integer"}}}
-    info = {"tool_name": "get-sum", "input_schema": schema}
-    arguments = {"a": None, "b": 10**30}
-    row = record(tool_info=info, function_call={"name": "get-sum", "arguments": arguments})
-    converted(tmp_path, write_json(tmp_path / "row.json", row))
-    (sample,) = dataset.samples(tmp_path, "train")
-    (call,) = sample["messages"][2]["tool_calls"]
-    assert json.loads(call["function"]["arguments"]) == arguments
-    (sample,) = load(tmp_path / TRAIN_FILE)
-    assert json.loads(sample["conversations"][1]["value"])["arguments"] == arguments
-
-
-def test_an_exact_duplicate_is_one_after_cleaning(tmp_path: Path) -> None:
-    rows = [record("Add."), record(": Add. "), record("Add!"), record("Add.", tool="other")]
-    stats = converted(tmp_path, write_json(tmp_path / "rows.json", rows), test=0)
-    assert stats["rejected"] == {"duplicate": 1} and stats["written"] == {"train": 3}
 
 
 def test_candidates_are_distinct_and_hold_the_gold_tool(sample_data: Path) -> None:
@@ -350,7 +321,7 @@ def test_no_call_samples_lack_the_gold_tool_and_say_so(tmp_path: Path) -> None:
 def test_a_refusal_is_in_the_questions_language_where_its_script_tells() -> None:
     said = {"把3和4加": "工具", "足して": "ツール", "3과 4": "도구", "Сложи": "инструмент", "Añade": "tools"}
     for asked, word in said.items():
-        assert word in languages.refusal(asked)
+        assert word in samples.refusal(asked)
 
 
 def test_a_row_of_its_own_without_a_call_is_tested_apart(tmp_path: Path) -> None:
@@ -376,8 +347,8 @@ def test_a_test_asks_for_the_call_alone(tmp_path: Path) -> None:
     assert stats["written"]["seen"]
     assert {len(sample["messages"]) for sample in dataset.samples(tmp_path, "train")} == {6}
     assert {len(sample["messages"]) for sample in dataset.samples(tmp_path, "seen")} == {3}
-    asked = questions.read(tmp_path, ["seen"])
-    assert len(asked) == stats["written"]["seen"]
+    asked = questions.read(tmp_path, [])
+    assert {question.instruction for question in asked} == instructions(tmp_path, "seen")
     assert [call.arguments["place"] for call in asked[0].expected] == ["Rome", "Quito"]
 
 
@@ -389,17 +360,20 @@ def test_same_input_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
     assert one["train.jsonl"] != three["train.jsonl"]
 
 
-def test_big_files_are_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    converted(tmp_path, SAMPLE)
-    array = load(tmp_path / TRAIN_FILE)
+def test_big_files_are_json_lines(sample_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = load(sample_data / TRAIN_FILE)
     monkeypatch.setattr(samples, "LIMIT", 200_000)
-    converted(tmp_path, SAMPLE)
-    info = load(tmp_path / "dataset_info.json")
-    assert info["mcp_train"]["file_name"] == "mcp_train_data.jsonl"
-    assert info["mcp_test_seen"]["file_name"] == "mcp_test_seen.json"
-    lines = (tmp_path / "mcp_train_data.jsonl").read_text(encoding="utf-8").splitlines()
+    converted(sample_data, SAMPLE)
+    info = load(sample_data / "dataset_info.json")
+    assert {name: entry["file_name"] for name, entry in info.items()} == {
+        "mcp_train": "mcp_train_data.jsonl",
+        "mcp_test_seen": "mcp_test_seen.json",
+    }
+    columns = {"messages": "conversations", "system": "system", "tools": "tools"}
+    assert info["mcp_train"]["columns"] == columns and len(info["mcp_train"]["tags"]) == 7
+    lines = (sample_data / "mcp_train_data.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == array
-    assert not (tmp_path / TRAIN_FILE).exists()
+    assert not (sample_data / TRAIN_FILE).exists()
 
 
 def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -> None:
@@ -495,17 +469,6 @@ def test_changed_contents_are_converted_with_the_last_settings(tmp_path: Path) -
         refresh(Path("nowhere.json"), out)
 
 
-def test_a_project_that_has_moved_is_not_converted_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_json(tmp_path / "one/data/filtered/filtered_20250101_000000.json", [record(), record("Add 3.")])
-    monkeypatch.chdir(tmp_path / "one")
-    convert(Settings())
-    (tmp_path / "one").rename(tmp_path / "two")
-    monkeypatch.chdir(tmp_path / "two")
-    assert "up to date" in refresh(None, dataset.FOLDER).message
-
-
 def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None:
     source = write_json(tmp_path / "row.json", record())
     kept = {"inputs": [str(source)], "candidates": 3, "test": 0.1, "seed": 42}
@@ -517,10 +480,15 @@ def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None
 
 def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU box that got the converted data alone, and has the shipped sample."""
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
     source = write_json(Path("data/filtered/filtered_20250101_000000.json"), [record("mine")])
     converted(Path("out"))
-    converted(Path("named"), source)
+    converted(Path("named"), source.absolute())
+    monkeypatch.chdir(tmp_path)
+    Path("one").rename("two")
+    monkeypatch.chdir("two")
+    assert "up to date" in refresh(None, Path("out")).message  # where it lies does not matter
     source.unlink()
     for _ in range(2):
         for folder in (Path("out"), Path("named")):
@@ -537,13 +505,6 @@ def test_a_dataset_of_another_make_is_not_written_over(tmp_path: Path) -> None:
     for attempt in (lambda: refresh(SAMPLE, tmp_path), lambda: converted(tmp_path, SAMPLE)):
         with pytest.raises(McpLoraError, match="did not make"):
             attempt()
-
-
-def test_questions_are_the_held_out_rows(sample_data: Path) -> None:
-    asked = questions.read(sample_data, [])
-    assert {question.instruction for question in asked} == instructions(sample_data, "seen")
-    assert all(question.server for question in asked)
-    assert all("server" not in sample for sample in dataset.samples(sample_data, "train"))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the third-party data is not here")

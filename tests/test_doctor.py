@@ -74,29 +74,21 @@ def test_data_that_has_changed_since(tiny_model: Path, project: Path) -> None:
     (source,) = (project / "data/filtered").glob("filtered_*.json")
     later = (project / "data/llama_factory/stats.json").stat().st_mtime + 10
     os.utime(source, (later, later))
-    assert found(tiny_model)["data"].verdict == "ok"  # the time stamp alone changes nothing
-    source.write_text(source.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    assert found(tiny_model)["data"].verdict == "warning"
-
-
-def test_newer_data_beside_what_was_converted(tiny_model: Path, project: Path) -> None:
-    dataset.convert(dataset.Settings())
-    (source,) = (project / "data/filtered").glob("filtered_*.json")
     newer = Path(shutil.copy(source, source.with_name("filtered_20260101_000000.json")))
-    assert found(tiny_model)["data"].verdict == "ok"  # another name for the same rows
+    assert found(tiny_model)["data"].verdict == "ok"  # neither time stamp nor name is a change
     newer.write_text(newer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert "have changed: mcp-lora convert" in found(tiny_model)["data"].words
 
 
-def test_a_recipe_that_the_engine_would_refuse(tiny_model: Path) -> None:
+def test_what_no_training_could_use(tiny_model: Path, tmp_path: Path) -> None:
     findings = found(tiny_model, lora_rang=1)
     assert findings["recipe"].verdict == "problem" and "chat template" not in findings
     assert "did you mean lora_rank?" in findings["recipe"].words
-
-
-def test_a_folder_without_a_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(tiny_model / "config.json", bare)
-    model = found(bare)["model"]
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    model = found(tmp_path)["model"]
     assert model.verdict == "problem" and "there is no tokenizer" in model.words
+    (tmp_path / "tokenizer.json").write_text("{")
+    template = found(tmp_path)["chat template"]
+    assert template.verdict == "problem" and f"the tokenizer of {tmp_path} cannot be read" in template.words
+    model = found(Path("org/model"))["model"]
+    assert model.verdict == "warning" and "org/model is not here yet" in model.words

@@ -20,15 +20,14 @@ def test_the_tokenizer_gives_back_every_text(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert len(tokenizer) == 49152
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == 2
-    texts = [
+    for text in (
         " leading",
         "a\n\n  b\tc",
         "don't",
         '{"name": "get-sum", "arguments": {"a": 12}}',
         "现在几点？",
         "é🙂",
-    ]
-    for text in texts:
+    ):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
     # as the model's makers split it: digits one by one, words with their space
@@ -43,18 +42,16 @@ def test_the_model_speaks(model: Path) -> None:
     network = AutoModelForCausalLM.from_pretrained(model)
     assert network.dtype == torch.float32
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    pieces = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    inputs = tokenizer.apply_chat_template(messages, **pieces)
     output = network.generate(**inputs, max_new_tokens=20, do_sample=False)[0]
     said = tokenizer.decode(output[inputs["input_ids"].shape[1] :])
     assert "Paris" in said and said.endswith("<|im_end|>")
 
 
 def test_it_is_made_once(model: Path) -> None:
-    before = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
-    assert embedded.ensure() == model
-    assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == before
+    made = model.stat().st_ino
+    assert embedded.ensure() == model and model.stat().st_ino == made
 
 
 def test_an_interruption_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import BIN, ROOT, collated, environment, make_project, run
 
-from mcp_lora import dataset
+from mcp_lora import dataset, merging
 from mcp_lora.prompts import render
 
 # The recipe, with its validation, on little data.
@@ -30,22 +30,33 @@ SMALL = [
 def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A project folder with a finished run in outputs/mcp_lora."""
     folder = make_project(tmp_path_factory.mktemp("home") / "my project")
-    done = run([BIN / "mcp-lora", "train", "--model", tiny_model, *SMALL], folder)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed(folder, "train", "--model", tiny_model, *SMALL)
     assert "read 24 rows" in done.stderr
     return folder
 
 
-def state(output: Path) -> dict[str, object]:
-    return json.loads((output / "trainer_state.json").read_text())
+def succeed(folder: Path, *words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    done = run([BIN / "mcp-lora", *words], folder, stdin)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def steps(output: Path) -> int:
+    return int(json.loads((output / "trainer_state.json").read_text())["global_step"])
+
+
+def started(argv: list[object], folder: Path, **variables: str) -> subprocess.Popen[str]:
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        list(map(str, argv)), cwd=folder, text=True, env=environment(**variables), **output
+    )
 
 
 def test_a_run_leaves_what_the_guide_names(project: Path) -> None:
     output = project / "outputs/mcp_lora"
-    steps = state(output)["global_step"]
-    expected = {"run.yaml", f"checkpoint-{steps}", "training_loss.png", "training_args.bin"}
+    expected = {"run.yaml", f"checkpoint-{steps(output)}", "training_loss.png", "training_args.bin"}
     assert expected | {"adapter_model.safetensors", "adapter_config.json"} <= set(os.listdir(output))
-    assert [path.name for path in (project / "data/llama_factory").glob("mcp_train_data.json")]
+    assert (project / "data/llama_factory/mcp_train_data.json").is_file()
     adapter = json.loads((output / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (64, 128, 0.1)
     linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -64,10 +75,9 @@ def test_the_engine_trains_on_what_the_chat_template_renders(project: Path, tiny
     text = template.tokenizer.decode([label for label in trained[0][1] if label != render.IGNORED])
     assert text.startswith("<tool_call>\n{") and text.endswith("}\n</tool_call><|im_end|>")
     # the tiny model knows no tools: what it is to be served with lies with the adapter
-    for folder in (output, output / f"checkpoint-{state(output)['global_step']}"):
-        assert (folder / "chat_template.jinja").read_text(
-            encoding="utf-8"
-        ) == template.tokenizer.chat_template
+    for folder in (output, output / f"checkpoint-{steps(output)}"):
+        beside = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        assert beside == template.tokenizer.chat_template
 
 
 def test_a_finished_run_is_not_started_again(project: Path, tiny_model: Path) -> None:
@@ -80,58 +90,41 @@ def test_a_finished_run_is_not_started_again(project: Path, tiny_model: Path) ->
 
 def test_resume_goes_on_and_overwrite_starts_anew(project: Path, tiny_model: Path) -> None:
     # DeepSpeed: the other way to launch; the data is converted already
-    words = [BIN / "mcp-lora", "train", "--model", tiny_model, "--output", "outputs/short", "--zero", "0"]
-    done = run([*words, *SMALL, "max_steps=2"], project)
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["train", "--model", tiny_model, "--output", "outputs/short", "--zero", "0", *SMALL]
+    done = succeed(project, *words, "max_steps=2")
     assert "up to date" in done.stderr and "Initializing 1 distributed tasks" in done.stdout
-    done = run([*words, *SMALL, "max_steps=3", "--resume"], project)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed(project, *words, "max_steps=3", "--resume")
     assert "resuming from" in done.stderr and "checkpoint-2" in done.stderr
     output = project / "outputs/short"
-    assert state(output)["global_step"] == 3
-    done = run([*words, *SMALL, "max_steps=1", "--overwrite"], project)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert state(output)["global_step"] == 1
-    assert state(project / "outputs/short.previous")["global_step"] == 3
+    assert steps(output) == 3
+    succeed(project, *words, "max_steps=1", "--overwrite")
+    assert (steps(output), steps(project / "outputs/short.previous")) == (1, 3)
 
 
 @pytest.mark.parametrize("stdin", ["hello\n", "hello\nexit\n"])
 def test_chat_answers_and_leaves_quietly(project: Path, stdin: str) -> None:
-    done = run([BIN / "mcp-lora", "chat"], project, stdin)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed(project, "chat", stdin=stdin)
     assert "Assistant: " in done.stdout
     assert "Traceback" not in done.stderr and "terminate called" not in done.stderr
 
 
-def test_an_export_says_what_base_and_adapter_say(project: Path) -> None:
-    done = run(
-        [BIN / "mcp-lora", "export", "--checkpoint", str(state(project / "outputs/mcp_lora")["global_step"])],
-        project,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_an_export_says_what_base_and_adapter_say(project: Path, tiny_model: Path) -> None:
+    done = succeed(project, "export", "--checkpoint", steps(project / "outputs/mcp_lora"))
     found = re.search(r"difference of a logit is (\S+) \(tolerance (\S+)\)", done.stderr)
     assert found and float(found[1]) <= float(found[2])
     merged = project / "outputs/merged_model"
     assert (merged / "model.safetensors").is_file() and not (merged / "Modelfile").exists()
     assert "<tools>" in (merged / "chat_template.jinja").read_text(encoding="utf-8")
-
-
-def test_an_export_that_differs_is_found_out(project: Path, tiny_model: Path) -> None:
-    from mcp_lora.merging import compare
-
-    adapter = project / "outputs/mcp_lora"
-    same = compare({"model_name_or_path": str(tiny_model)}, adapter, project / "outputs/merged_model")
-    assert same.within_tolerance and same.dtype == "float32"
-    assert not compare({"model_name_or_path": str(tiny_model)}, adapter, tiny_model).within_tolerance
+    # one that differs is found out: here, the base alone
+    other = merging.compare({"model_name_or_path": str(tiny_model)}, project / "outputs/mcp_lora", tiny_model)
+    assert other.difference > other.tolerance and other.dtype == "float32"
 
 
 def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
     held_out = list(dataset.samples(project / "data/llama_factory", "seen"))
-    done = run([BIN / "mcp-lora", "eval", "--limit", "1", "--base-only"], project)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed(project, "eval", "--limit", "1", "--base-only")
     assert "seen: 1 held-out questions" in done.stdout and "adapter" not in done.stdout
-    done = run([BIN / "mcp-lora", "eval"], project)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeed(project, "eval")
     assert f"seen: {len(held_out)} held-out questions" in done.stdout
     metrics = json.loads((project / "outputs/mcp_lora/eval/metrics.json").read_text())
     seen = metrics["splits"]["seen"]
@@ -153,22 +146,13 @@ def test_an_evaluation_of_a_server(project: Path, tiny_model: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    process = subprocess.Popen(
-        argv,
-        cwd=project,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(API_HOST="127.0.0.1", API_PORT=port, CUDA_VISIBLE_DEVICES=""),
-    )
-    with process:
+    with started(argv, project, API_HOST="127.0.0.1", API_PORT=port, CUDA_VISIBLE_DEVICES="") as process:
         try:
             assert process.stderr and any("Uvicorn running" in line for line in process.stderr)
             words = ["--endpoint", f"http://127.0.0.1:{port}/v1", "--model", "tiny"]
-            done = run([BIN / "mcp-lora", "eval", *words], project)
+            done = succeed(project, "eval", *words)
         finally:
             process.terminate()
-    assert done.returncode == 0, done.stderr[-3000:]
     held_out = list(dataset.samples(project / "data/llama_factory", "seen"))
     answers = (project / "outputs/mcp_lora/eval/endpoint-tiny.jsonl").read_text(encoding="utf-8")
     assert f"seen: {len(held_out)} held-out questions" in done.stdout
@@ -176,11 +160,9 @@ def test_an_evaluation_of_a_server(project: Path, tiny_model: Path) -> None:
 
 
 def test_the_page_about_the_run(project: Path) -> None:
-    done = run([BIN / "mcp-lora", "report"], project)
-    assert done.returncode == 0, done.stderr
+    succeed(project, "report")
     page = (project / "outputs/mcp_lora/report.html").read_text(encoding="utf-8")
-    steps = state(project / "outputs/mcp_lora")["global_step"]
-    assert f"<td>{steps} steps, " in page and "24 rows read" in page
+    assert f"<td>{steps(project / 'outputs/mcp_lora')} steps, " in page and "24 rows read" in page
     for chart in ("loss over the steps", "learning rate over the steps", "lengths of the samples"):
         assert f'aria-label="{chart}"' in page
     # all that were asked: the base, a server, the adapter
@@ -211,29 +193,9 @@ def test_a_failing_engine_shows_its_own_error_at_the_end(project: Path, tiny_mod
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_every_process(project: Path, tiny_model: Path, number: int) -> None:
-    words = [
-        "train",
-        "--model",
-        str(tiny_model),
-        "--output",
-        f"outputs/signal-{number}",
-        "--zero",
-        "0",
-        *SMALL,
-    ]
-    process = subprocess.Popen(
-        [BIN / "mcp-lora", *words, "num_train_epochs=10000"],
-        cwd=project,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    with process:
-        assert process.stderr
-        for line in process.stderr:
-            if "Running training" in line:
-                break
+    words = ["--model", tiny_model, "--output", f"outputs/signal-{number}", "--zero", "0", *SMALL]
+    with started([BIN / "mcp-lora", "train", *words, "num_train_epochs=10000"], project) as process:
+        assert process.stderr and any("Running training" in line for line in process.stderr)
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 3  # llamafactory-cli, torchrun, the rank
         process.send_signal(number)
@@ -244,24 +206,15 @@ def test_an_interruption_ends_every_process(project: Path, tiny_model: Path, num
 
 
 def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path) -> None:
-    data = "data/filtered/filtered_20250101_000000.json"
-    words = [
-        *SMALL,
-        "max_steps=2",
-        "include_num_input_tokens_seen=true",
-        "dataset_dir=data/two",
-        "--data",
-        data,
-        "--output",
-        "outputs/two",
-    ]
+    words = [*SMALL, "max_steps=2", "include_num_input_tokens_seen=true", "dataset_dir=data/two"]
+    words += ["--data", "data/filtered/filtered_20250101_000000.json", "--output", "outputs/two"]
     script = [ROOT / "train_lora.py", "--model", tiny_model, "--zero", "0", *words]
     done = run([BIN / "deepspeed", "--num_gpus=2", *script], project)
     assert done.returncode == 0, done.stderr[-3000:]
     output = done.stdout + done.stderr
     assert output.count("mcp-lora: read 24 rows") == 1
     assert "world size: 2" in output
-    assert state(project / "outputs/two")["global_step"] == 2
+    assert steps(project / "outputs/two") == 2
     assert "batch 4 = 2 per device × 1 accumulated × 2 processes" in output
     assert "(w. parallel, distributed & accumulation) = 4" in output
     # both have loaded the one data set that the first to come has rendered
@@ -272,16 +225,10 @@ def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path)
 
 def test_what_shapes_the_model_reaches_eval_chat_and_export(project: Path, tiny_model: Path) -> None:
     wider = ["resize_vocab=true", "add_special_tokens=<|tool|>", "max_steps=1", "--output", "outputs/wider"]
-    done = run([BIN / "mcp-lora", "train", "--model", tiny_model, *SMALL, *wider], project)
-    assert done.returncode == 0, done.stderr[-3000:]
-    commands = (
-        ["eval", "outputs/wider", "--adapter-only", "--limit", "1"],
-        ["chat", "outputs/wider"],
-        ["export", "outputs/wider", "--to", "outputs/wider_model"],
-    )
-    for words in commands:
-        done = run([BIN / "mcp-lora", *words], project, "exit\n")
-        assert done.returncode == 0, done.stderr[-3000:]
+    succeed(project, "train", "--model", tiny_model, *SMALL, *wider)
+    succeed(project, "eval", "outputs/wider", "--adapter-only", "--limit", "1")
+    succeed(project, "chat", "outputs/wider", stdin="exit\n")
+    succeed(project, "export", "outputs/wider", "--to", "outputs/wider_model")
 
 
 def test_the_script_is_the_command(project: Path) -> None:

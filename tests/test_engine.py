@@ -1,6 +1,9 @@
+from dataclasses import fields
+
 import pytest
 
 from mcp_lora import engine
+from mcp_lora.errors import McpLoraError
 
 
 def test_unknown_keys_are_all_named() -> None:
@@ -11,18 +14,25 @@ def test_unknown_keys_are_all_named() -> None:
     ]
 
 
+def test_the_keys_are_those_of_the_installed_engine() -> None:
+    from llamafactory import hparams
+
+    names = ("Model", "Data", "Training", "Finetuning", "Generating")
+    groups = [fields(getattr(hparams, f"{name}Arguments")) for name in names]
+    known = {field.name for group in groups for field in group if field.init}
+    assert engine.problems(dict.fromkeys(known)) == []
+    assert known == {key for module in engine.ARGUMENTS for key in engine.keys(module)}
+    model = {field.name for field in groups[0] if field.init} | {"additional_target"}
+    assert model - engine.shaping(dict.fromkeys(known)).keys() == {
+        "adapter_name_or_path",
+        "disable_gradient_checkpointing",
+        "enable_liger_kernel",
+        "use_unsloth",
+    }
+
+
 def test_a_missing_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    from mcp_lora.errors import McpLoraError
-
     engine.require()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(McpLoraError, match="pip install"):
         engine.require()
-
-
-def test_what_shapes_a_model_is_told_from_how_it_is_trained() -> None:
-    shape = {"model_name_or_path": "m", "resize_vocab": True, "add_tokens": "a", "quantization_bit": 4}
-    other = {"adapter_name_or_path": "a", "learning_rate": 1.0, "template": "empty", "tokenized_path": "t"}
-    assert engine.shaping(shape | other) == shape

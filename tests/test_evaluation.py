@@ -15,13 +15,14 @@ from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
 
 from mcp_lora import answering, questions, runs
-from mcp_lora.answers import Answer, Judge, Notebook, Said
+from mcp_lora.answers import Judge, Notebook, Said
 from mcp_lora.config import Machine
 from mcp_lora.dataset import Settings, convert
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluation import BASE, Endpoint, Evaluation, evaluate, requirement, summarise, unmet
 from mcp_lora.prompts.render import ChatTemplate
 from mcp_lora.questions import Question
+from mcp_lora.scoring import Verdict
 
 CPU = Machine(0, False, True)
 JUDGE = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
@@ -40,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def asked(data: Path) -> list[Question]:
-    return questions.read(data, [], 2)
+    return [question for split in questions.SPLITS for question in questions.read(data, [split])[:2]]
 
 
 def said(text: str) -> Said:
@@ -52,32 +53,19 @@ def right(question: Question) -> Said:
     return said("\n".join(calls) or "There is no tool for that.")
 
 
-def test_questions_are_read_by_split(data: Path) -> None:
+def test_questions_are_read_by_split(data: Path, tmp_path: Path) -> None:
     everything = questions.read(data, [])
     assert list(dict.fromkeys(question.split for question in everything)) == list(questions.SPLITS)
     for question in everything:
-        calls = question.expected
-        assert bool(calls) == (question.split != "no_call")
-        assert all(call.name in question.tools for call in calls) and question.instruction
-    for question in questions.read(data, ["unseen_server"]):
-        assert question.split == "unseen_server" and question.server
-    assert len(questions.read(data, ["seen", "no_call"], 3)) == 6
-
-
-def test_a_split_that_is_not_there_is_told(data: Path, tmp_path: Path) -> None:
+        assert bool(question.expected) == (question.split != "no_call") and question.instruction
+        assert all(call.name in question.tools for call in question.expected)
+    unseen = questions.read(data, ["unseen_server"])
+    assert all(question.split == "unseen_server" and question.server for question in unseen)
     with pytest.raises(McpLoraError, match="no split seem: mcp-lora eval --split seen or"):
         questions.read(data, ["seem"])
     convert(Settings([str(SAMPLE)], test=0.2), tmp_path)
     with pytest.raises(McpLoraError, match="no questions of split no_call: mcp-lora convert .*--no-call"):
         questions.read(tmp_path, ["no_call"])
-
-
-def test_parallel_calls_are_one_question(asked: list[Question]) -> None:
-    calls = [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]
-    made = [{"function": call | {"arguments": json.dumps(call["arguments"])}} for call in calls]
-    messages = [*asked[0].sample["messages"][:2], {"role": "assistant", "tool_calls": made}]
-    question = Question("seen", asked[0].sample | {"messages": messages})
-    assert [call._asdict() for call in question.expected] == calls
 
 
 def test_a_damaged_question_is_told(tmp_path: Path) -> None:
@@ -114,17 +102,17 @@ def test_an_answer_is_kept_at_once_and_asked_once(asked: list[Question], tmp_pat
 
 
 def test_a_servers_tool_calls_are_read_as_they_are(asked: list[Question]) -> None:
-    question = asked[0]
-    (call,) = question.expected
+    (call,) = asked[0].expected
     good = {"name": call.name, "arguments": json.dumps(call.arguments)}
-    assert JUDGE(question, Said("", "", [good])).verdict.exact
-    broken = JUDGE(question, Said("", "", [good | {"arguments": '{"a": '}])).verdict
-    assert broken.error == "unreadable call" and not broken.abstained
-    for strange in ('{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 5000):
-        assert (
-            JUDGE(question, Said("", "", [good | {"arguments": strange}])).verdict.error == "unreadable call"
-        )
-    other = JUDGE(question, Said("", "", [good | {"name": "unknown"}])).verdict
+
+    def verdict(**changes: str) -> Verdict:
+        return JUDGE(asked[0], Said("", "", [good | changes])).verdict
+
+    assert verdict().exact
+    for strange in ('{"a": ', '{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 5000):
+        assert verdict(arguments=strange).error == "unreadable call"
+        assert not verdict(arguments=strange).abstained
+    other = verdict(name="unknown")
     assert (other.error, other.schema) == ("wrong tool", False)
 
 
@@ -132,34 +120,29 @@ def test_a_servers_tool_calls_are_read_as_they_are(asked: list[Question]) -> Non
 def evaluation(data: Path) -> Evaluation:
     """A base that never calls, an adapter that is right but for every third answer."""
     everything = questions.read(data, [])
-    base = [JUDGE(question, said("Hello.")) for question in everything]
-    adapter: list[Answer] = [
-        JUDGE(
-            question,
-            said('<tool_call>{"name": "x", "arguments": {}}</tool_call>') if i % 3 == 0 else right(question),
-        )
-        for i, question in enumerate(everything)
-    ]
-    return summarise({"base": base, "adapter": adapter})
+    wrong = said('<tool_call>{"name": "x", "arguments": {}}</tool_call>')
+    adapter = [wrong if i % 3 == 0 else right(question) for i, question in enumerate(everything)]
+    return summarise(
+        {
+            "base": [JUDGE(question, said("Hello.")) for question in everything],
+            "adapter": [JUDGE(*pair) for pair in zip(everything, adapter, strict=True)],
+        }
+    )
 
 
 def test_figures_are_by_split_and_model(evaluation: Evaluation) -> None:
     assert list(evaluation.splits) == list(questions.SPLITS)
     seen = evaluation.splits["seen"]
+    base, adapter, gain = seen.figures["base"], seen.figures["adapter"], seen.gains["adapter"]["ast"]
     wrong = -(-seen.count // 3)
-    assert seen.figures["base"]["valid"].right == 0 and seen.figures["base"]["abstained"].share == 1
-    assert seen.figures["adapter"]["valid"].right == seen.count
-    assert seen.figures["adapter"]["ast"].right == seen.count - wrong
+    assert base["valid"].right == 0 and base["abstained"].share == 1
+    assert (adapter["valid"].right, adapter["ast"].right) == (seen.count, seen.count - wrong)
     assert seen.errors == {"base": {"no call": seen.count}, "adapter": {"wrong tool": wrong}}
-    assert seen.gains["adapter"]["ast"].gained == seen.count - wrong and seen.gains["adapter"]["ast"].low > 0
-    assert seen.gains["adapter"]["ast"].p < 0.05
-    no_call = evaluation.splits["no_call"]
-    assert list(no_call.figures["base"]) == ["abstained"]
-    assert no_call.figures["base"]["abstained"].share == 1 > no_call.figures["adapter"]["abstained"].share
-
-
-def test_the_worst_come_first(evaluation: Evaluation) -> None:
-    for places in (evaluation.tools, evaluation.servers):
+    assert gain.gained == seen.count - wrong and gain.low > 0 and gain.p < 0.05
+    no_call = evaluation.splits["no_call"].figures
+    assert list(no_call["base"]) == ["abstained"]
+    assert no_call["base"]["abstained"].share == 1 > no_call["adapter"]["abstained"].share
+    for places in (evaluation.tools, evaluation.servers):  # the worst come first
         shares = [place.right["adapter"].share for place in places]
         assert shares == sorted(shares) and len(shares) > 1
     calls = sum(split.count for name, split in evaluation.splits.items() if name != "no_call")
@@ -211,16 +194,9 @@ def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> It
 
 
 def completion(**message: Any) -> tuple[int, dict[str, Any]]:
-    choice = {
-        "index": 0,
-        "finish_reason": "stop",
-        "message": {"role": "assistant", "content": None} | message,
-    }
+    message = {"role": "assistant", "content": None} | message
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
     return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-
-
-def tool_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"id": "1", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
 
 
 @pytest.fixture
@@ -248,7 +224,8 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
             return 401, {"error": {"message": "who are you?"}}
         (call,) = expected[instruction].expected
         assert call.name in [tool["function"]["name"] for tool in body["tools"]]
-        return completion(tool_calls=[tool_call(call.name, call.arguments)])
+        function = {"name": call.name, "arguments": json.dumps(call.arguments)}
+        return completion(tool_calls=[{"id": "1", "type": "function", "function": function}])
 
     with server(answer) as (url, requests):
         with pytest.raises(McpLoraError, match=f"who are you.*OPENAI_API_KEY.*--endpoint {url} --model m"):
@@ -257,14 +234,12 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
         assert {(request["model"], request["temperature"]) for request in requests} == {("m", 0)}
         kept = (run / "eval/endpoint-m.jsonl").read_text(encoding="utf-8").splitlines()
         assert kept
-        requests.clear()
         down = False
-        found = evaluate(run, CPU, splits=["seen"], endpoint=Endpoint(url, "m"))
-        assert len(requests) == len(expected) - len(kept)
-        assert list(found.answers) == ["m"] and found.splits["seen"].figures["m"]["exact"].share == 1
-        requests.clear()
-        evaluate(run, CPU, splits=["seen"], endpoint=Endpoint(url, "m"))
-        assert requests == []
+        for missing in (len(expected) - len(kept), 0):
+            requests.clear()
+            found = evaluate(run, CPU, splits=["seen"], endpoint=Endpoint(url, "m"))
+            assert len(requests) == missing
+            assert list(found.answers) == ["m"] and found.splits["seen"].figures["m"]["exact"].share == 1
 
 
 def test_a_server_is_compared_with_the_base_where_that_was_asked(
@@ -275,17 +250,12 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
 
     monkeypatch.setattr(answering, "by_engine", by_engine)
     evaluate(run, CPU, splits=["no_call"], limit=2, models=[BASE])
-    with server(lambda body: completion(content="No tool fits.")) as (url, _):
+    with server(lambda body: completion(content="half a pair: \ud800")) as (url, _):
         found = evaluate(run, CPU, splits=["no_call"], limit=2, endpoint=Endpoint(url, "m"))
         assert list(found.answers) == ["base", "m"] and "abstained" in found.splits["no_call"].gains["m"]
+        assert found.answers["m"][0].text == "half a pair: ?"  # what can be written
         more = evaluate(run, CPU, splits=["no_call"], endpoint=Endpoint(url, "m"))
         assert list(more.answers) == ["m"]
-
-
-def test_what_a_server_says_is_written_whatever_it_is(run: Path) -> None:
-    with server(lambda body: completion(content="half a pair: \ud800")) as (url, _):
-        found = evaluate(run, CPU, splits=["no_call"], limit=1, endpoint=Endpoint(url, "m"))
-    assert found.answers["m"][0].text == "half a pair: ?"
 
 
 def test_a_server_that_never_answers_can_be_left(run: Path) -> None:
@@ -298,14 +268,7 @@ def test_a_server_that_never_answers_can_be_left(run: Path) -> None:
 
     with server(answer) as (url, _):
         argv = [BIN / "mcp-lora", "eval", run, "--endpoint", url, "--model", "m", "--limit", "1"]
-        process = subprocess.Popen(
-            list(map(str, argv)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        with process:
+        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment()) as process:
             try:
                 assert asked.wait(120)
                 process.send_signal(signal.SIGINT)
@@ -318,10 +281,8 @@ def test_a_server_that_never_answers_can_be_left(run: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_told(run: Path) -> None:
     (run / "eval").write_text("a file")
-    with (
-        server(lambda body: completion(content="No.")) as (url, _),
-        pytest.raises(McpLoraError, match="eval.* cannot be written .*mcp-lora eval"),
-    ):
+    told = pytest.raises(McpLoraError, match="eval.* cannot be written .*mcp-lora eval")
+    with server(lambda body: completion(content="No.")) as (url, _), told:
         evaluate(run, CPU, limit=1, endpoint=Endpoint(url, "m"))
 
 

@@ -3,17 +3,15 @@ import pytest
 from mcp_lora.figures import difference, share
 
 
-def test_a_share_has_wilsons_interval() -> None:
-    """The example of Newcombe (1998), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
-    for right, count, low, high in [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ]:
-        found = share(right, count)
-        assert (found.right, found.count, found.share) == (right, count, right / count)
-        assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_a_share_has_wilsons_interval(right: int, count: int, low: float, high: float) -> None:
+    """The example of Newcombe (1998), method 3."""
+    found = share(right, count)
+    assert (found.right, found.count, found.share) == (right, count, right / count)
+    assert (round(found.low, 4), round(found.high, 4)) == (low, high)
 
 
 def test_a_difference_is_of_the_same_questions() -> None:

@@ -2,38 +2,36 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
+from conftest import BIN
 
 from mcp_lora import launch, world
 from mcp_lora.errors import McpLoraError
 
-BIN = Path(sys.executable).parent
-
 
 def test_the_engines_command() -> None:
-    assert launch.engine_argv("train", Path("out/run.yaml")) == [
-        str(BIN / "llamafactory-cli"),
-        "train",
-        "out/run.yaml",
-    ]
+    argv = [str(BIN / "llamafactory-cli"), "train", "out/run.yaml"]
+    assert launch.engine_argv("train", Path("out/run.yaml")) == argv
 
 
 @pytest.mark.parametrize(
     ("config", "gpus", "inherited", "added"),
     [
-        ({}, 0, {"PATH": "/bin"}, {}),
-        ({"deepspeed": None}, 1, {"PATH": "/bin"}, {}),
-        ({}, 2, {"PATH": "/bin"}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}),
-        ({"deepspeed": "z.json"}, 4, {"PATH": "/bin", "USE_RAY": "1"}, {}),
-        ({"deepspeed": "z.json"}, 0, {"PATH": "/bin"}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"}),
-        ({"deepspeed": "z.json"}, 4, {"PATH": "/bin"}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}),
+        ({}, 0, {}, {}),
+        ({}, 0, {"MALLOC_TRIM_THRESHOLD_": "7"}, {"MALLOC_TRIM_THRESHOLD_": "7"}),
+        ({"deepspeed": None}, 1, {}, {}),
+        ({}, 2, {}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}),
+        ({"deepspeed": "z.json"}, 4, {"USE_RAY": "1"}, {}),
+        ({"deepspeed": "z.json"}, 0, {}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"}),
+        ({"deepspeed": "z.json"}, 4, {}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}),
         (
             {"deepspeed": "z.json"},
             4,
-            {"PATH": "/bin", "NPROC_PER_NODE": "2"},
+            {"NPROC_PER_NODE": "2"},
             {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"},
         ),
     ],
@@ -41,35 +39,22 @@ def test_the_engines_command() -> None:
 def test_the_engines_environment(
     config: dict[str, str], gpus: int, inherited: dict[str, str], added: dict[str, str]
 ) -> None:
+    inherited = inherited | {"PATH": "/bin"}
     found = launch.engine_environment(config, world.find(inherited, gpus), gpus, inherited)
     kept = {name: value for name, value in found.items() if name.startswith("MALLOC_")}
     assert set(kept) == (set() if gpus else {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"})
-    assert found == {"PATH": f"{BIN}{os.pathsep}/bin"} | added | kept
+    assert found == {"PATH": f"{BIN}{os.pathsep}/bin"} | kept | added
 
 
-def test_a_users_own_malloc_settings_stay() -> None:
-    inherited = {"PATH": "/bin", "MALLOC_TRIM_THRESHOLD_": "7"}
-    found = launch.engine_environment({}, world.World(), 0, inherited)
-    assert found["MALLOC_TRIM_THRESHOLD_"] == "7"
-
-
-def test_a_distributed_launch_gets_a_path_without_spaces(tmp_path: Path) -> None:
-    file = tmp_path / "my run.yaml"
-    file.write_text("a: 1\n")
-    with launch.without_spaces(file, {}) as found:
-        assert found == file
-    with launch.without_spaces(file, {"FORCE_TORCHRUN": "1"}) as found:
-        assert " " not in str(found) and found.read_text() == "a: 1\n"
-    assert not found.exists()
-
-
-def test_an_environment_with_a_space_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "prefix", "/home/me/My Projects/.venv")
-    with (
-        pytest.raises(McpLoraError, match="My Projects.*deepspeed=null"),
-        launch.without_spaces(Path("run.yaml"), {"FORCE_TORCHRUN": "1"}),
-    ):
-        pass
+@pytest.mark.parametrize("place", ["prefix", "tempdir"])
+def test_a_distributed_launch_under_a_path_with_a_space_is_refused(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaced = tmp_path / "My Projects"
+    spaced.mkdir()
+    monkeypatch.setattr(sys if place == "prefix" else tempfile, place, str(spaced))
+    with pytest.raises(McpLoraError, match="My Projects.*deepspeed=null"):
+        launch.run_engine("train", {}, {"FORCE_TORCHRUN": "1"})
 
 
 def test_output_passes_through_and_its_end_is_kept(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -91,25 +76,33 @@ def test_a_missing_program_is_told() -> None:
         launch.run(["/nowhere/llamafactory-cli"], {})
 
 
-def test_an_interruption_ends_the_whole_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine is a launcher whose ranks are processes of their own."""
-    rank = "import os, signal, sys; print(os.getpid(), end='', file=sys.stderr, flush=True); signal.pause()"
-    start = f"subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
-    launcher = f"import subprocess, sys; {start}"
-    seen: list[int] = []
-    real_read = os.read
-
-    def interrupt_after_pid(fd: int, size: int) -> bytes:
-        chunk = real_read(fd, size)
-        if chunk.isdigit():
-            seen.append(int(chunk))
-            raise KeyboardInterrupt
-        return chunk
-
-    monkeypatch.setattr(launch.os, "read", interrupt_after_pid)
-    with pytest.raises(KeyboardInterrupt):
-        launch.run([sys.executable, "-c", launcher], {})
-    assert len(seen) == 1 and not psutil.pid_exists(seen[0])
+def test_interruptions_end_the_whole_family_the_second_at_once() -> None:
+    """The engine is a launcher whose ranks are processes of their own; this one ends only when killed."""
+    deaf = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))\n"
+        "print(os.getpid(), flush=True)\n"
+        "while True: signal.pause()"
+    )
+    launcher = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {deaf!r}], start_new_session=True)"
+    )
+    script = (
+        "import signal, sys\n"
+        "from mcp_lora import cli, launch\n"
+        "signal.signal(signal.SIGINT, cli._interrupted)\n"
+        f"launch.run([sys.executable, '-c', {launcher!r}], {{}})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout
+        rank = psutil.Process(int(process.stdout.readline()))
+        (engine,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=8)  # left alone, it would be waited for ten seconds
+    assert psutil.wait_procs([engine, rank], timeout=5)[1] == []
 
 
 # As torchrun 2.14 and LLaMA-Factory 0.9.5 wrote it, with the frames left out.
@@ -135,48 +128,17 @@ subprocess.CalledProcessError: Command '['torchrun']' returned non-zero exit sta
 
 
 def test_the_real_error_is_the_ranks() -> None:
-    found = launch.real_error(FAILED_RANK).splitlines()
-    assert found[0] == "ValueError: Cannot find valid samples, check `data/README.md` for the data format."
-    assert found[1] == "Second line of the message."
-    assert "CalledProcessError" not in "".join(found)
+    error = launch.Outcome(1, FAILED_RANK).error("mcp-lora train")
+    said = str(error).splitlines()
+    assert error.code == 1 and said[-1].endswith("run again: mcp-lora train")
+    assert said[1] == "ValueError: Cannot find valid samples, check `data/README.md` for the data format."
+    assert said[2] == "Second line of the message."
+    assert "CalledProcessError" not in "".join(said)
 
 
 def test_without_a_traceback_the_last_lines_are_the_error() -> None:
     assert launch.real_error("one\ntwo\n\nKilled\n", lines=2) == "two\nKilled"
-
-
-def test_a_failure_says_code_error_and_command() -> None:
-    error = launch.Outcome(1, FAILED_RANK).error("mcp-lora train")
-    assert error.code == 1
-    assert "ValueError: Cannot find valid samples" in str(error)
-    assert str(error).endswith("run again: mcp-lora train")
     assert launch.Outcome(-9, "Killed").error("x").code == 137
-
-
-def test_a_second_interruption_kills_at_once() -> None:
-    """A command that does not end when it is asked to would be waited for; asked again, it is killed."""
-    deaf = (
-        "import signal, sys\n"
-        "def asked(*_): print('asked', flush=True)\n"
-        "signal.signal(signal.SIGTERM, asked)\n"
-        "print('ready', flush=True)\n"
-        "while True: signal.pause()"
-    )
-    script = (
-        "import signal, sys\n"
-        "from mcp_lora import cli, launch\n"
-        "signal.signal(signal.SIGINT, cli._interrupted)\n"
-        f"launch.run([sys.executable, '-c', {deaf!r}], {{}})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    with process:
-        assert process.stdout and process.stdout.readline() == "ready\n"
-        (child,) = psutil.Process(process.pid).children()
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "asked\n"
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=8)  # left alone, it would be waited for ten seconds
-    assert not child.is_running()
 
 
 def test_a_rank_that_was_killed_is_the_error_that_counts() -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,23 @@ def estimated(model: Path, processes: int = 1, **changes: Any) -> memory.Estimat
     return found
 
 
-def adapted(model: Path) -> Any:
+def adapted(model: Path, target: Any = "all-linear") -> Any:
     """The real model with PEFT's adapter as LLaMA-Factory makes it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    lora = LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=64, lora_alpha=128, target_modules=target, task_type="CAUSAL_LM")
     return get_peft_model(base, lora).train()
 
 
-def test_parameters_are_exact(tiny_model: Path) -> None:
-    trained, total = adapted(tiny_model).get_nb_trainable_parameters()
-    found = estimated(tiny_model)
+@pytest.mark.parametrize(
+    ("setting", "target"),
+    [("all", "all-linear"), ("q_proj, v_proj", ["q_proj", "v_proj"]), (["up_proj"],) * 2],
+)
+def test_parameters_are_exact(tiny_model: Path, setting: Any, target: Any) -> None:
+    trained, total = adapted(tiny_model, target).get_nb_trainable_parameters()
+    found = estimated(tiny_model, lora_target=setting)
     assert (found.trained, found.base) == (trained, total - trained)
     assert found.weights == 2 * found.base and found.adapter == 16 * found.trained
 
@@ -43,7 +48,8 @@ def test_what_is_sharded_and_what_grows(tiny_model: Path) -> None:
     one = estimated(tiny_model)
     twice = estimated(tiny_model, per_device_train_batch_size=4)
     assert (twice.logits, twice.activations) == (2 * one.logits, 2 * one.activations)
-    assert one.logits == 2 * 256 * 12 * _vocabulary(tiny_model)
+    vocabulary = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
+    assert one.logits == 2 * 256 * 12 * vocabulary
     second, third = (
         estimated(tiny_model, 4, deepspeed=str(ROOT / f"train_configs/ds_z{stage}_config.json"))
         for stage in (2, 3)
@@ -70,14 +76,8 @@ def test_activations_follow_the_formula(tiny_model: Path) -> None:
 def test_activations_are_about_what_torch_keeps(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = LlamaConfig(
-        vocab_size=256,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2}
+    shape = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     LlamaForCausalLM(shape).save_pretrained(tmp_path)
     model = adapted(tmp_path)
     model.enable_input_require_grads()
@@ -104,9 +104,3 @@ def test_activations_are_about_what_torch_keeps(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_here_has_no_estimate() -> None:
     assert memory.estimate({"model_name_or_path": "org/unknown"}, 1) is None
-
-
-def _vocabulary(model: Path) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(model).vocab_size)

@@ -34,42 +34,28 @@ def make_run(folder: Path, *steps: int, finished: bool = True) -> Path:
     return folder
 
 
-def test_checkpoints_are_sorted_by_number(tmp_path: Path) -> None:
-    make_run(tmp_path, 100, 20, 3)
+def resumed(run: Path, **changes: Any) -> Path | None:
+    return runs.prepare(run, CONFIG | changes, resume=True, overwrite=False)
+
+
+def names(run: Path) -> list[str]:
+    return [path.name for path in runs.checkpoints(run)]
+
+
+def test_checkpoints_are_sorted_by_number_and_the_newest_is_resumed_from(tmp_path: Path) -> None:
+    make_run(tmp_path, 100, 20, 3, finished=False)
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in runs.checkpoints(tmp_path)] == [
-        "checkpoint-3",
-        "checkpoint-20",
-        "checkpoint-100",
-    ]
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+    assert resumed(tmp_path) == tmp_path / "checkpoint-100"
 
 
-def test_a_fresh_folder_is_free(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("finished", "what"), [(True, "a finished run"), (False, "a run's checkpoint-100")])
+def test_a_run_is_neither_resumed_nor_skipped_silently(tmp_path: Path, finished: bool, what: str) -> None:
     assert runs.prepare(tmp_path / "new", CONFIG, resume=False, overwrite=False) is None
-
-
-@pytest.mark.parametrize(
-    ("steps", "finished", "what"),
-    [((100,), True, "a finished run"), ((100,), False, "a run's checkpoint-100")],
-)
-def test_a_run_is_neither_resumed_nor_skipped_silently(
-    tmp_path: Path, steps: tuple[int, ...], finished: bool, what: str
-) -> None:
-    make_run(tmp_path, *steps, finished=finished)
+    make_run(tmp_path, 100, finished=finished)
     with pytest.raises(McpLoraError, match=rf"{what}.*--resume.*--overwrite"):
         runs.prepare(tmp_path, CONFIG, resume=False, overwrite=False)
     assert runs.prepare(tmp_path, CONFIG, resume=False, overwrite=True) is None
-
-
-def test_resume_takes_the_newest_checkpoint(tmp_path: Path) -> None:
-    make_run(tmp_path, 20, 100, finished=False)
-    found = runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
-    assert found == tmp_path / "checkpoint-100"
-
-
-def test_resume_wants_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(McpLoraError, match="no complete checkpoint to resume from: mcp-lora train$"):
-        runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
 
 
 TORN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -89,34 +75,41 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_not_resumed_from(
     file.unlink()
     if share is not None:
         file.write_bytes(whole[: int(len(whole) * share)])
-    found = runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
-    assert found == tmp_path / "checkpoint-20"
+    assert resumed(tmp_path) == tmp_path / "checkpoint-20"
     aside = tmp_path / "incomplete-checkpoint-100"
     assert runs.put_aside_incomplete(tmp_path) == [aside]
-    assert aside.is_dir() and runs.checkpoints(tmp_path) == [tmp_path / "checkpoint-20"]
+    assert aside.is_dir() and names(tmp_path) == ["checkpoint-20"]
     kept = sort_checkpoints(str(tmp_path), use_mtime=True)  # what save_total_limit counts
     assert kept == [str(tmp_path / "checkpoint-20")]
 
 
-def test_all_checkpoints_may_be_incomplete(tmp_path: Path) -> None:
+def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(McpLoraError, match="no complete checkpoint to resume from: mcp-lora train$"):
+        resumed(tmp_path)
     make_run(tmp_path, 20, finished=False)
     (tmp_path / "checkpoint-20/trainer_state.json").unlink()
     with pytest.raises(McpLoraError, match="no complete checkpoint .*mcp-lora train --overwrite"):
-        runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
+        resumed(tmp_path)
 
 
 def test_resume_refuses_another_runs_checkpoint(tmp_path: Path) -> None:
     make_run(tmp_path, 20, finished=False)
     with pytest.raises(McpLoraError, match="another run's checkpoint .*lora_rank 64 → 32"):
-        runs.prepare(tmp_path, CONFIG | {"lora_rank": 32}, resume=True, overwrite=False)
+        resumed(tmp_path, lora_rank=32)
 
 
-def test_resuming_a_finished_run_needs_more_epochs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("epoch", "enough", "more"),
+    [(1.0, {}, {"num_train_epochs": 2.0}), (0.3, {"max_steps": 20}, {"max_steps": 30})],
+)
+def test_resuming_a_finished_run_needs_more_epochs_or_steps(
+    tmp_path: Path, epoch: float, enough: dict[str, Any], more: dict[str, Any]
+) -> None:
     make_run(tmp_path, 20)
-    with pytest.raises(McpLoraError, match="nothing to resume: .*num_train_epochs=2"):
-        runs.prepare(tmp_path, CONFIG, resume=True, overwrite=False)
-    longer = CONFIG | {"num_train_epochs": 2.0}
-    assert runs.prepare(tmp_path, longer, resume=True, overwrite=False)
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": epoch, "global_step": 20}))
+    with pytest.raises(McpLoraError, match=f"nothing to resume: .*{[*more][0]}="):
+        resumed(tmp_path, **enough)
+    assert resumed(tmp_path, **more)
 
 
 def test_an_overwritten_run_is_put_aside_not_deleted(tmp_path: Path) -> None:
@@ -125,68 +118,37 @@ def test_an_overwritten_run_is_put_aside_not_deleted(tmp_path: Path) -> None:
     for step in (1, 2):
         make_run(run, step)
         assert runs.put_aside(run) == tmp_path / "run.previous"
-        assert [path.name for path in runs.checkpoints(tmp_path / "run.previous")] == [f"checkpoint-{step}"]
+        assert names(tmp_path / "run.previous") == [f"checkpoint-{step}"]
         assert not run.exists()
-
-
-def test_a_run_that_failed_does_not_push_out_the_good_one_put_aside(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    make_run(run, 7)
-    runs.put_aside(run)
+    # a run that failed does not push out the good one
     runs.write_config(run, CONFIG)  # all that a run leaves that fails at once
     assert runs.put_aside(run) is None
-    assert [path.name for path in runs.checkpoints(tmp_path / "run.previous")] == ["checkpoint-7"]
+    assert names(tmp_path / "run.previous") == ["checkpoint-2"]
 
 
 def test_a_folder_that_holds_no_run_stays_where_it_is(tmp_path: Path) -> None:
-    (tmp_path / "letters").mkdir()
-    (tmp_path / "letters/mother.txt").write_text("Dear mother")
-    assert runs.put_aside(tmp_path / "letters") is None
-    make_run(tmp_path / "run", 1)
     (tmp_path / "run.previous").mkdir()
     (tmp_path / "run.previous/mother.txt").write_text("Dear mother")
+    assert runs.put_aside(tmp_path / "run.previous") is None
+    make_run(tmp_path / "run", 1)
     with pytest.raises(McpLoraError, match=r"run\.previous is no run"):
         runs.put_aside(tmp_path / "run")
     assert (tmp_path / "run.previous/mother.txt").is_file()
 
 
-def test_resuming_a_run_that_max_steps_ended_needs_more_steps(tmp_path: Path) -> None:
-    make_run(tmp_path, 20)
-    state = {"epoch": 0.3, "global_step": 20}
-    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(McpLoraError, match="nothing to resume"):
-        runs.prepare(tmp_path, CONFIG | {"max_steps": 20}, resume=True, overwrite=False)
-    assert runs.prepare(tmp_path, CONFIG | {"max_steps": 30}, resume=True, overwrite=False)
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "name"),
-    [(None, "checkpoint-100"), ("20", "checkpoint-20"), ("checkpoint-20", "checkpoint-20")],
-)
-def test_the_adapter_is_the_newest_or_the_named_one(
-    tmp_path: Path, checkpoint: str | None, name: str
-) -> None:
+def test_the_adapter_is_the_newest_or_the_named_one(tmp_path: Path) -> None:
+    assert runs.adapter(make_run(tmp_path)) == tmp_path
     make_run(tmp_path, 20, 100)
-    assert runs.adapter(tmp_path, checkpoint) == tmp_path / name
-
-
-def test_without_checkpoints_the_adapter_is_the_runs(tmp_path: Path) -> None:
-    make_run(tmp_path)
-    assert runs.adapter(tmp_path) == tmp_path
-
-
-def test_a_missing_adapter_names_what_is_there(tmp_path: Path) -> None:
-    make_run(tmp_path, 20)
-    with pytest.raises(McpLoraError, match=r"checkpoint-30 holds no adapter \(checkpoints: checkpoint-20\)"):
+    assert runs.adapter(tmp_path) == tmp_path / "checkpoint-100"
+    for name in ("20", "checkpoint-20"):
+        assert runs.adapter(tmp_path, name) == tmp_path / "checkpoint-20"
+    with pytest.raises(McpLoraError, match="checkpoint-30 holds no adapter .*checkpoint-20, checkpoint-100"):
         runs.adapter(tmp_path, "30")
 
 
-def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_and_one_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     with pytest.raises(McpLoraError, match=r"no run\.yaml"):
         runs.read_run(tmp_path)
-
-
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(McpLoraError, match="--output OTHER_FOLDER"):
         runs.write_config(tmp_path / "file", CONFIG)
@@ -212,3 +174,23 @@ def test_serving_takes_over_what_shapes_the_model(tmp_path: Path) -> None:
     assert runs.serving_config(tmp_path, None) == base
     adapter = {"adapter_name_or_path": str(tmp_path), "finetuning_type": "lora"}
     assert runs.serving_config(tmp_path, tmp_path) == base | adapter
+
+
+def test_an_adapter_that_learned_nothing_is_an_error(tmp_path: Path) -> None:
+    down, zero, up = torch.ones(4, 8), torch.zeros(8, 4), torch.ones(8, 4)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"a_lora_A": down, "a_lora_B": zero, "b_lora_B": up}, file)
+    runs.check_adapter(tmp_path)
+    cases = [
+        ({"a_lora_A": down, "a_lora_B": zero}, "learned nothing, all 1 lora_B.*mcp-lora train --overwrite"),
+        ({"a_lora_A": down * torch.nan, "a_lora_B": up}, "NaN or Inf.*learning_rate=1e-5"),
+        ({"a_lora_A": down, "a_lora_B": up * torch.inf}, "NaN or Inf"),
+    ]
+    for tensors, said in cases:
+        save_file(tensors, file)
+        with pytest.raises(McpLoraError, match=said) as caught:
+            runs.check_adapter(tmp_path)
+        assert caught.value.code == 1
+    file.unlink()
+    with pytest.raises(McpLoraError, match="without an adapter.*mcp-lora train --dry-run"):
+        runs.check_adapter(tmp_path)

@@ -20,18 +20,14 @@ SCHEMAS: dict[str, Any] = {
     },
     "echo": {"type": "object", "properties": {}},
 }
-RIGHT = Verdict(
-    valid=True, schema=True, tool=True, param=True, ast=True, exact=True, abstained=False, error=None
-)
+RIGHT = Verdict(*[True] * 6, abstained=False, error=None)
+NOT_EXACT = {"ast": False, "exact": False}
+NOT_PARAM = {"param": False} | NOT_EXACT
+NOT_TOOL = {"tool": False} | NOT_PARAM
 
 
 def verdict(error: str | None, **changes: bool) -> Verdict:
     return replace(RIGHT, error=error, **changes)
-
-
-NOT_EXACT = {"ast": False, "exact": False}
-NOT_PARAM = {"param": False} | NOT_EXACT
-NOT_TOOL = {"tool": False} | NOT_PARAM
 
 
 def call(name: str = "get-sum", **arguments: Any) -> ToolCall:
@@ -80,19 +76,21 @@ def test_where_no_tool_fits_no_call_is_right() -> None:
 def test_parallel_calls_are_right_in_any_order() -> None:
     one, two = call(a=1), call(a=2)
     assert judge([one, two], [two, one], SCHEMAS) == RIGHT
-    assert judge([one, two], [one, one], SCHEMAS).error == "wrong value"
     assert judge([one, two], [call(a=1.0), two], SCHEMAS) == verdict(None, exact=False)
-    assert judge([one, two], [call(), two], SCHEMAS).error == "missing argument"
-    assert judge([one, two], [one], SCHEMAS).error == "wrong tool"
+    for predicted, error in (
+        ([one, one], "wrong value"),
+        ([call(), two], "missing argument"),
+        ([one], "wrong tool"),
+    ):
+        assert judge([one, two], predicted, SCHEMAS).error == error
+
+
+def test_an_optional_argument_at_its_default_may_be_left_out() -> None:
+    assert judge([call(a=1, unit="Metres")], [call(a=1)], SCHEMAS) == verdict(None, exact=False)
+    assert judge([call(a=1, unit="feet")], [call(a=1)], SCHEMAS).error == "missing argument"
 
 
 def test_a_schema_that_refers_to_itself_ends() -> None:
     node: dict[str, Any] = {"anyOf": [{"$ref": "#/$defs/node"}] * 30 + [{"type": "number"}]}
     schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/node"}}, "$defs": {"node": node}}
     assert judge([call(a=1)], [call(a=1.0)], {"get-sum": schema}) == verdict(None, exact=False)
-
-
-def test_an_optional_argument_at_its_default_may_be_left_out() -> None:
-    given = call(a=1, unit="Metres")
-    assert judge([given], [call(a=1)], SCHEMAS) == verdict(None, exact=False)
-    assert judge([call(a=1, unit="feet")], [call(a=1)], SCHEMAS).error == "missing argument"

@@ -4,7 +4,12 @@ from mcp_lora import world
 from mcp_lora.errors import McpLoraError
 from mcp_lora.world import World, share_batch
 
-RECIPE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}
+
+def sizes(per_device: int, accumulated: int) -> dict[str, int]:
+    return {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated}
+
+
+RECIPE = sizes(16, 8)
 
 
 @pytest.mark.parametrize(
@@ -14,11 +19,8 @@ RECIPE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 8}
 def test_the_batch_is_the_same_on_any_number_of_gpus(
     processes: int, per_device: int, accumulated: int
 ) -> None:
-    keys, words = share_batch(RECIPE, processes)
-    expected = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated}
-    assert keys == expected
-    made = f"batch 128 = {per_device} per device × {accumulated} accumulated × {processes} processes"
-    assert words == made
+    words = f"batch 128 = {per_device} per device × {accumulated} accumulated × {processes} processes"
+    assert share_batch(RECIPE, processes) == (sizes(per_device, accumulated), words)
 
 
 @pytest.mark.parametrize(("processes", "batch"), [(3, 126), (5, 130), (6, 132), (7, 126), (256, 256)])
@@ -30,12 +32,9 @@ def test_a_batch_that_is_not_divided_is_rounded_and_said(processes: int, batch: 
 
 
 def test_another_batch_can_be_wanted() -> None:
-    keys, _ = share_batch(RECIPE, 4, 256)
-    assert keys == {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}
-    keys, _ = share_batch(RECIPE, 1, 4)
-    assert keys == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    keys, _ = share_batch({}, 2)  # the engine's defaults
-    assert keys == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert share_batch(RECIPE, 4, 256)[0] == sizes(16, 4)
+    assert share_batch(RECIPE, 1, 4)[0] == sizes(4, 1)
+    assert share_batch({}, 2)[0] == sizes(4, 1)  # the engine's defaults
 
 
 @pytest.mark.parametrize("value", ["two", 0, -1, 1.5, True])
@@ -54,8 +53,7 @@ def test_a_worker_belongs_to_its_launchers_world() -> None:
 
 
 def test_one_machine_trains_on_the_gpus_that_it_shows() -> None:
-    assert world.find({}, 0) == World(1)
-    assert world.find({}, 4) == World(4)
+    assert [world.find({}, visible) for visible in (0, 4)] == [World(1), World(4)]
     assert world.find({"NPROC_PER_NODE": "2"}, 4) == World(2)
     assert world.find({"NPROC_PER_NODE": "2"}, 4, gpus=3) == World(3)
 

@@ -7,12 +7,11 @@ The engine writes generated_predictions.jsonl, in the order of the questions; on
 
 import json
 import os
-import queue
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mcp_lora import files, launch, runs
 from mcp_lora.answers import Said
@@ -26,6 +25,7 @@ from mcp_lora.world import World
 # An engine's start costs up to a minute, and what it has not written down is lost when it is interrupted.
 CHUNK = 1000
 KEY = "OPENAI_API_KEY"
+_AT_ONCE = 8  # questions that a server is asked at a time
 _RETRIES = 5  # of a server that fails for the moment; the pauses grow
 
 
@@ -41,7 +41,7 @@ def by_engine(
     It is given the token ids of each prompt, as in training (see mcp_lora.prompts.rendered).
 
     Args:
-        questions: in any order.
+        questions: rendered, in any order.
         template: the model's.
         settings: its keys: all that shapes the model, adapter, max_new_tokens, batch.
         machine: where it runs.
@@ -50,45 +50,37 @@ def by_engine(
     Raises:
         McpLoraError: the engine fails.
     """
-    prompts = [(question, *template.turn(*question.turn)) for question in questions]
-    encoded = [
-        (question, text, template.ids(text), template.ids(target)) for question, text, target in prompts
-    ]
-    longest_first = sorted(encoded, key=lambda one: -len(one[2]))
+    encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
+    longest_first = sorted(encoded, key=lambda one: -len(one[1]))
     for start in range(0, len(questions), CHUNK):
         chunk = longest_first[start : start + CHUNK]
         with tempfile.TemporaryDirectory(prefix="mcp-lora-") as place:
             folder = Path(place)
-            rendered.write(folder / "prompts", [(ids, target) for _, _, ids, target in chunk])
-            output = folder / "answers"
-            model = template.stopping_model(settings, folder / "model")
-            file = runs.write_config(
-                folder,
-                settings
-                | {
-                    "model_name_or_path": model,
-                    "stage": "sft",
-                    "do_predict": True,
-                    "predict_with_generate": True,
-                    "do_sample": False,  # the engine samples at temperature 0.95 by default
-                    "skip_special_tokens": False,  # or [TOOL_CALLS] and its like vanish from what is read
-                    "template": rendered.TEMPLATE,
-                    "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
-                    "tokenized_path": str(folder / "prompts"),
-                    "use_cpu": not machine.gpus,
-                    "report_to": "none",
-                    "output_dir": str(output),
-                },
-            )
+            rendered.write(folder / "prompts", [(prompt, target) for _, prompt, target in chunk])
+            config = settings | {
+                "model_name_or_path": template.stopping_model(settings, folder / "model"),
+                "stage": "sft",
+                "do_predict": True,
+                "predict_with_generate": True,
+                "do_sample": False,  # the engine samples at temperature 0.95 by default
+                "skip_special_tokens": False,  # or [TOOL_CALLS] and its like vanish from what is read
+                "template": rendered.TEMPLATE,
+                "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
+                "tokenized_path": str(folder / "prompts"),
+                "use_cpu": not machine.gpus,
+                "report_to": "none",
+                "output_dir": str(folder / "answers"),
+            }
+            file = runs.write_config(folder, config)
             # One process: ranks would share the questions out and put the answers in another order.
             environment = launch.engine_environment(settings, World(), machine.gpus, os.environ)
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are what counts here
             outcome = launch.run(launch.engine_argv("train", file), environment)
             if outcome.code:
                 raise outcome.error(command)
-            rows: list[Any] = list(files.read(output / "generated_predictions.jsonl"))
-        for (question, text, *_), row in zip(chunk, rows, strict=True):
-            yield question, Said(text, template.without_end(row["predict"]), [])
+            rows: list[Any] = list(files.read(folder / "answers" / "generated_predictions.jsonl"))
+        for (question, *_), row in zip(chunk, rows, strict=True):
+            yield question, Said(question.prompt, template.without_end(row["predict"]), [])
 
 
 def by_endpoint(
@@ -97,7 +89,6 @@ def by_endpoint(
     model: str,
     max_tokens: int,
     template: ChatTemplate,
-    at_once: int = 8,
 ) -> Iterator[tuple[Question, Said]]:
     """Ask a server that speaks OpenAI's chat protocol, several questions at once, in the order of answers.
 
@@ -109,7 +100,6 @@ def by_endpoint(
         model: its name there.
         max_tokens: that an answer may have.
         template: the model's; where it can switch thinking, the request sets it as in training.
-        at_once: questions under way.
 
     Raises:
         McpLoraError: the server cannot be reached, or refuses.
@@ -119,54 +109,36 @@ def by_endpoint(
     thinking = {"enable_thinking": template.thinking}
     switched = {"chat_template_kwargs": thinking} if template.switches_thinking else None
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=_RETRIES)
-    answers: queue.SimpleQueue[tuple[Question, Said] | None] = queue.SimpleQueue()
     failures: list[Exception] = []
-    over = threading.Event()
-    left = iter(questions)
 
-    def ask(question: Question) -> Said:
-        messages, _, tools = cast(Any, question.turn)
-        answer = client.chat.completions.create(
-            model=model,
-            messages=messages,
-            tools=tools,
-            temperature=0,
-            max_tokens=max_tokens,
-            extra_body=switched,
-        )
-        message = answer.choices[0].message
-        calls = [
-            {"name": _whole(call.function.name), "arguments": _whole(call.function.arguments)}
-            for call in message.tool_calls or []
-            if call.type == "function"
-        ]
-        return Said(json.dumps(messages, ensure_ascii=False), _whole(message.content or ""), calls)
-
-    def work() -> None:
-        """Ask one question after another, until there is none left or one has failed."""
+    def ask(question: Question) -> tuple[Question, Said] | None:
+        if failures:  # what the others are asking is waited for, and kept; no more is asked
+            return None
+        messages = question.sample["messages"][:-1]
         try:
-            for question in left:
-                if over.is_set():
-                    break
-                answers.put((question, ask(question)))
-        except Exception as error:
+            answer = client.chat.completions.create(
+                model=model,
+                messages=messages,
+                tools=question.sample["tools"],
+                temperature=0,
+                max_tokens=max_tokens,
+                extra_body=switched,
+            )
+            message = answer.choices[0].message
+            calls = [
+                {"name": _whole(call.function.name), "arguments": _whole(call.function.arguments)}
+                for call in message.tool_calls or []
+                if call.type == "function"
+            ]
+            prompt = json.dumps(messages, ensure_ascii=False)
+            return question, Said(prompt, _whole(message.content or ""), calls)
+        except Exception as error:  # the server may say anything
             failures.append(error)
-            over.set()  # what the others are asking is waited for, and kept
-        finally:
-            answers.put(None)
+            return None
 
-    # Daemons, as nobody who interrupts wants to wait for a server that does not answer.
-    for _ in range(at_once):
-        threading.Thread(target=work, daemon=True).start()
-    working = at_once
-    try:
-        while working:
-            if answer := answers.get():
-                yield answer
-            else:
-                working -= 1
-    finally:
-        over.set()
+    # Its threads are daemons, as nobody who interrupts wants to wait for a server that does not answer.
+    with ThreadPool(_AT_ONCE) as pool:
+        yield from filter(None, pool.imap_unordered(ask, questions))
     client.close()
     if failures:
         raise McpLoraError(

@@ -18,23 +18,19 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mcp_lora import files
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.prompts.calls import call_of
-from mcp_lora.prompts.render import ChatTemplate, schemas
+from mcp_lora.prompts.render import ChatTemplate
 from mcp_lora.questions import Question
 from mcp_lora.records import ToolCall
 from mcp_lora.scoring import Verdict, judge
 
 
-@dataclass(frozen=True)
-class Said:
-    """What a model said: the prompt, its text, and the calls that a server has read already.
-
-    `tool_calls` are {name, arguments as text}, as OpenAI's protocol has them.
-    """
+class Said(NamedTuple):
+    """What a model said to a prompt: its text, and the calls that a server has read: {name, arguments}."""
 
     prompt: str
     text: str
@@ -72,9 +68,14 @@ class Judge:
         self._catalogue = Catalogue()  # keeps the validators
 
     def __call__(self, question: Question, said: Said) -> Answer:
-        calls, tried = self._read(question, said)
-        offered = {name: tool.parameters for name, tool in question.tools.items()}
-        valid = all(call.name in offered and self._validates(question, call) for call in calls)
+        schemas = {name: tool.parameters for name, tool in question.tools.items()}
+        if said.tool_calls:
+            read = [call_of(call["name"], call["arguments"]) for call in said.tool_calls]
+            calls, broken = [call for call in read if call], None in read
+        else:
+            reading = self._template.read(said.text, schemas)
+            calls, broken = reading.calls, reading.broken
+        valid = all(self._validates(question, call) for call in calls if call.name in schemas)
         return Answer(
             question.key,
             question.split,
@@ -85,22 +86,14 @@ class Judge:
             said.text,
             said.tool_calls,
             calls,
-            judge(question.expected, calls, offered, tried, valid),
+            judge(question.expected, calls, schemas, broken, valid),
         )
-
-    def _read(self, question: Question, said: Said) -> tuple[list[ToolCall], bool]:
-        if not said.tool_calls:
-            reading = self._template.read(said.text, schemas(question.turn[2]))
-            return reading.calls, reading.broken
-        read = [call_of(call["name"], call["arguments"]) for call in said.tool_calls]
-        return [call for call in read if call], None in read
 
     def _validates(self, question: Question, call: ToolCall) -> bool:
         tool = question.tools[call.name]
         number = self._catalogue.number(tool)
-        if number is not None:
-            tool = self._catalogue.tools[number]
-        return self._catalogue.problem(tool, call.arguments) is None
+        known = tool if number is None else self._catalogue.tools[number]
+        return self._catalogue.problem(known, call.arguments) is None
 
 
 class Notebook:
@@ -114,52 +107,51 @@ class Notebook:
     """
 
     def __init__(self, file: Path, questions: Sequence[Question], identity: Any, judge: Judge) -> None:
-        self._file = file
-        self._judge = judge
+        self._file, self._judge = file, judge
         self._identity = json.dumps(identity, sort_keys=True)
-        self._questions = {self._key(question): question for question in questions}
-        self._said = {
-            row["key"]: Said(row["prompt"], row["text"], row["tool_calls"])
-            for row in _rows(file)
-            if row["key"] in self._questions
-        }
+        asked = {self._key(question): question for question in questions}
+        self._answers: dict[str, Answer | None] = dict.fromkeys(asked)
+        for row in _rows(file):
+            if question := asked.get(row["key"]):
+                said = Said(row["prompt"], row["text"], row["tool_calls"])
+                self._answers[row["key"]] = judge(question, said)
         self._clean = False  # until then the file may end in half a line
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions that have no answer yet."""
-        return [question for question in questions if self._key(question) not in self._said]
+        return [question for question in questions if not self._answers[self._key(question)]]
 
     def add(self, question: Question, said: Said) -> None:
         """Keep an answer; it is written at once."""
         if not self._clean:
             self._write()
         key = self._key(question)
-        self._said[key] = said
+        answer = self._answers[key] = self._judge(question, said)
         with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(self._line(key))
+            stream.write(_line(key, answer))
 
     def answers(self, questions: Sequence[Question]) -> list[Answer]:
-        """Return the answers to questions that all have one, judged, and put the file in their order."""
+        """Return the answers to questions that all have one, and put the file in the run's order."""
         self._write()
-        return [self._judge(question, self._said[self._key(question)]) for question in questions]
+        return [answer for question in questions if (answer := self._answers[self._key(question)])]
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         new = self._file.with_suffix(".new")
         with new.open("w", encoding="utf-8") as stream:
-            stream.writelines(self._line(key) for key in self._questions if key in self._said)
+            stream.writelines(_line(key, answer) for key, answer in self._answers.items() if answer)
         os.replace(new, self._file)
         self._clean = True
 
     def _key(self, question: Question) -> str:
         return hashlib.sha256(f"{self._identity}\n{question.key}".encode()).hexdigest()[:16]
 
-    def _line(self, key: str) -> str:
-        answer = self._judge(self._questions[key], self._said[key])
-        row = {"key": key} | vars(answer) | {"verdict": vars(answer.verdict)}
-        for field in ("expected", "calls"):
-            row[field] = [call._asdict() for call in row[field]]
-        return json.dumps(row, ensure_ascii=False) + "\n"
+
+def _line(key: str, answer: Answer) -> str:
+    row = {"key": key} | vars(answer) | {"verdict": vars(answer.verdict)}
+    for field in ("expected", "calls"):
+        row[field] = [call._asdict() for call in row[field]]
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read(file: Path) -> list[Answer]:

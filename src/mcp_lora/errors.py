@@ -1,11 +1,13 @@
-"""The one exception that a user is meant to see."""
+"""The errors that a user is meant to see."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class McpLoraError(Exception):
     """What went wrong, in one line that ends with the next command to run.
 
-    `code` is the process's exit code: 2 for a mistake that the user can fix, otherwise the
-    engine's own.
+    `code` is the process's exit code: 2 for a mistake that the user can fix, else 1 or the engine's own.
     """
 
     def __init__(self, message: str, code: int = 2) -> None:
@@ -19,3 +21,12 @@ class Interrupted(BaseException):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+@contextmanager
+def explained(problem: str, command: str) -> Iterator[None]:
+    """Raise an OSError as a McpLoraError: what could not be done, the reason, and the next command."""
+    try:
+        yield
+    except OSError as error:
+        raise McpLoraError(f"{problem} ({error.strerror or error}): {command}") from None

@@ -5,10 +5,10 @@ RUN/eval/ holds the answers (see mcp_lora.answers) and metrics.json, the figures
 
 import hashlib
 import json
+import operator
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
 from mcp_lora.figures import Difference, Share, difference, share
 from mcp_lora.prompts import render, rendered
-from mcp_lora.prompts.render import ChatTemplate
+from mcp_lora.prompts.render import IGNORED, ChatTemplate
 from mcp_lora.questions import Question
 from mcp_lora.records import Fault
 
@@ -27,6 +27,7 @@ BASE, ADAPTER = "base", "adapter"
 # The figures of a split; where no tool fits, the last alone.
 FIGURES = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
 _BATCH = 16
+_SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def evaluate(
         limit: questions of each.
         models: BASE, ADAPTER or both.
         endpoint: ask this instead; what is kept of the base model's answers is compared with it.
-        progress: is told how far a server's questions are.
+        progress: is told how far a model's questions are.
 
     Raises:
         McpLoraError: there is no adapter or nothing is held out, the engine or the server fails, or the
@@ -101,114 +102,118 @@ def evaluate(
     """
     config = runs.read_run(run)
     folder = Path(config["dataset_dir"])
-    wanted = {question.split for question in questions.read(folder, list(splits))}
+    wanted, read = questions.chosen(folder, splits), questions.read(folder, [])
     adapter = runs.adapter(run, checkpoint) if ADAPTER in models and not endpoint else None
     template = render.load(config)
-    every, left_out = _fitting(questions.read(folder, []), template, config)
-    number: Counter[str] = Counter()
-    asked = []
+    # of every split, whichever are wanted: what is kept is for answers of one length
+    every, left_out, longest = _rendered(read, template, config)
+    by_split: dict[str, list[Question]] = defaultdict(list)
     for question in every:
-        number[question.split] += 1
-        if question.split in wanted and number[question.split] <= (limit or number[question.split]):
-            asked.append(question)
+        by_split[question.split].append(question)
+    asked = [one for split, found in by_split.items() if split in wanted for one in found[:limit]]
     if not asked:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise McpLoraError(f"no held-out question can be asked ({reasons}): mcp-lora inspect 1 --split seen")
-    settings = runs.serving_config(run, None) | {
-        "max_new_tokens": _answer_length(template, every),
-        "per_device_eval_batch_size": _BATCH,
-    }
+    length = longest + 32  # there are other ways to write it
+    batch = {"max_new_tokens": length, "per_device_eval_batch_size": _BATCH}
+    common = [runs.serving_config(run, None) | batch, template.tokenizer.chat_template]
     judge = Judge(template)
 
-    def notebook(name: str, *identity: Any) -> Notebook:
+    def notebook(name: str, identity: Any) -> Notebook:
         file = run / "eval" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.jsonl"
-        return Notebook(file, every, [settings, template.tokenizer.chat_template, *identity], judge)
+        return Notebook(file, every, [*common, identity], judge)
 
     answers = {}
-    if endpoint:
-        base = notebook(BASE, None)
-        if not base.missing(asked):
-            with _writing(run):
-                answers[BASE] = base.answers(asked)
-        models = [endpoint.model]
-    for name in models:
-        if endpoint:
-            book = notebook(f"endpoint-{name}", asdict(endpoint))
-            missing = book.missing(asked)
-            found = answering.by_endpoint(missing, endpoint.url, name, settings["max_new_tokens"], template)
-        else:
-            loaded = adapter if name == ADAPTER else None
-            book = notebook(name, loaded and _hash(loaded))
-            missing = book.missing(asked)
-            serving = settings | runs.serving_config(run, loaded)
-            found = answering.by_engine(missing, template, serving, machine, f"mcp-lora eval {run}")
-        for done, (question, said) in enumerate(found, 1):
-            with _writing(run):
-                book.add(question, said)
-            progress(f"asking {name}", done / len(missing))
-        with _writing(run):
-            answers[name] = book.answers(asked)
-    evaluation = replace(summarise(answers), left_out=left_out)
-    metrics = json.dumps(_as_metrics(evaluation), indent=2, ensure_ascii=False)
-    with _writing(run):
-        (run / "eval" / "metrics.json").write_text(metrics + "\n", encoding="utf-8")
-    return evaluation
-
-
-@contextmanager
-def _writing(run: Path) -> Iterator[None]:
     try:
-        yield
+        if endpoint and not (base := notebook(BASE, None)).missing(asked):
+            answers[BASE] = base.answers(asked)
+        for name in [endpoint.model] if endpoint else models:
+            if endpoint:
+                book = notebook(f"endpoint-{name}", asdict(endpoint))
+                missing = book.missing(asked)
+                found = answering.by_endpoint(missing, endpoint.url, name, length, template)
+            else:
+                loaded = adapter if name == ADAPTER else None
+                book = notebook(name, loaded and _hash(loaded))
+                missing = book.missing(asked)
+                settings = runs.serving_config(run, loaded) | batch
+                found = answering.by_engine(missing, template, settings, machine, f"mcp-lora eval {run}")
+            for done, (question, said) in enumerate(found, 1):
+                book.add(question, said)
+                progress(f"asking {name}", done / len(missing))
+            answers[name] = book.answers(asked)
+        evaluation = replace(summarise(answers), left_out=left_out)
+        metrics = {key: value for key, value in vars(evaluation).items() if key != "answers"}
+        text = json.dumps(metrics, default=asdict, indent=2, ensure_ascii=False)
+        (run / "eval" / "metrics.json").write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise McpLoraError(
             f"{error.filename or run / 'eval'} cannot be written ({error.strerror}): make room or grant it, "
             f"and mcp-lora eval {run}"
         ) from None
+    return evaluation
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
     """Return the figures of models' answers to the same questions, at least one, in the same order."""
-    first = next(iter(answers))
-    splits = {}
-    for split in dict.fromkeys(answer.split for answer in answers[first]):
-        of = {name: [one for one in said if one.split == split] for name, said in answers.items()}
-        shown = FIGURES[-1:] if split == "no_call" else FIGURES
-        right = {
-            name: {figure: [bool(getattr(one.verdict, figure)) for one in said] for figure in shown}
-            for name, said in of.items()
-        }
-        splits[split] = Split(
-            len(of[first]),
-            {
-                name: {figure: share(sum(hits), len(hits)) for figure, hits in found.items()}
-                for name, found in right.items()
-            },
-            {
-                name: dict(Counter(one.verdict.error for one in said if one.verdict.error).most_common())
-                for name, said in of.items()
-            },
-            {
-                name: {figure: difference(right[first][figure], hits) for figure, hits in found.items()}
-                for name, found in right.items()
-                if name != first
-            },
-        )
+    first = next(iter(answers.values()))
     return Evaluation(
-        splits,
+        {split: _split(split, answers) for split in dict.fromkeys(answer.split for answer in first)},
         _weaknesses(answers, lambda answer: (answer.server, "")),
         _weaknesses(answers, lambda answer: (answer.server, answer.expected[0].name)),
         answers,
     )
 
 
+def _split(split: str, answers: dict[str, list[Answer]]) -> Split:
+    verdicts = {
+        name: [answer.verdict for answer in said if answer.split == split] for name, said in answers.items()
+    }
+    shown = FIGURES[-1:] if split == "no_call" else FIGURES
+    hits = {
+        name: {figure: [getattr(verdict, figure) for verdict in each] for figure in shown}
+        for name, each in verdicts.items()
+    }
+    first, *others = hits
+    count = len(verdicts[first])
+    return Split(
+        count,
+        {name: {figure: share(sum(hits[name][figure]), count) for figure in shown} for name in hits},
+        {
+            name: dict(Counter(verdict.error for verdict in each if verdict.error).most_common())
+            for name, each in verdicts.items()
+        },
+        {
+            name: {figure: difference(hits[first][figure], hits[name][figure]) for figure in shown}
+            for name in others
+        },
+    )
+
+
+def _weaknesses(
+    answers: dict[str, list[Answer]], place: Callable[[Answer], tuple[str, str]]
+) -> list[Weakness]:
+    """Return each place's share of right answers, the last model's worst first; where a tool fits only."""
+    grouped: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for name, said in answers.items():
+        for answer in said:
+            if answer.expected:
+                grouped[place(answer)][name].append(answer.verdict.ast)
+    weaknesses = [
+        Weakness(*where, {name: share(sum(hits), len(hits)) for name, hits in each.items()})
+        for where, each in grouped.items()
+    ]
+    last = list(answers)[-1]
+    return sorted(weaknesses, key=lambda one: (one.right[last].share, -one.right[last].count))
+
+
 @dataclass(frozen=True)
 class Requirement:
-    """A bound on a figure of a split, as it was written: unseen_tool.ast>=0.6."""
+    """A bound on a figure, named SPLIT.FIGURE, as it was written: unseen_tool.ast>=0.6."""
 
     text: str
-    split: str
     figure: str
-    sign: str
+    holds: Callable[[float, float], bool]
     bound: float
 
 
@@ -218,13 +223,13 @@ def requirement(text: str) -> Requirement:
     Raises:
         McpLoraError: it is of another form.
     """
-    found = re.fullmatch(r"\s*(\w+)\.(\w+)\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", text)
+    found = re.fullmatch(r"\s*(\w+\.\w+)\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", text)
     if not found:
         raise McpLoraError(
             f'--require {text} is of another form: mcp-lora eval --require "unseen_tool.ast>=0.6"'
         )
-    split, figure, sign, bound, percent = found.groups()
-    return Requirement(text.strip(), split, figure, sign, float(bound) / (100 if percent else 1))
+    figure, sign, bound, percent = found.groups()
+    return Requirement(text.strip(), figure, _SIGNS[sign], float(bound) / (100 if percent else 1))
 
 
 def unmet(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[str]:
@@ -233,63 +238,43 @@ def unmet(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[s
     Raises:
         McpLoraError: one names a figure that there is not.
     """
-    told = []
     name = list(evaluation.answers)[-1]
     there = {
         f"{split}.{figure}": share.share
         for split, each in evaluation.splits.items()
         for figure, share in each.figures[name].items()
     }
+    told = []
     for wanted in requirements:
-        figure = f"{wanted.split}.{wanted.figure}"
-        if figure not in there:
-            raise McpLoraError(f"--require {wanted.text}: there is no {figure} but {', '.join(there)}")
-        value, bound = there[figure], wanted.bound
-        holds = {">=": value >= bound, "<=": value <= bound, ">": value > bound, "<": value < bound}
-        if not holds[wanted.sign]:
-            told.append(f"{figure} is {value:.3f}, and {wanted.text} is required")
+        if wanted.figure not in there:
+            raise McpLoraError(f"--require {wanted.text}: there is no {wanted.figure} but {', '.join(there)}")
+        value = there[wanted.figure]
+        if not wanted.holds(value, wanted.bound):
+            told.append(f"{wanted.figure} is {value:.3f}, and {wanted.text} is required")
     return told
 
 
-def _weaknesses(
-    answers: dict[str, list[Answer]], place: Callable[[Answer], tuple[str, str]]
-) -> list[Weakness]:
-    """Return each place's share of right answers, the last model's worst first; where a tool fits only."""
-    grouped: dict[tuple[str, str], dict[str, list[bool]]] = {}
-    for name, said in answers.items():
-        for answer in said:
-            if answer.expected:
-                found = grouped.setdefault(place(answer), {})
-                found.setdefault(name, []).append(answer.verdict.ast)
-    weaknesses = [
-        Weakness(*where, {name: share(sum(hits), len(hits)) for name, hits in models.items()})
-        for where, models in grouped.items()
-    ]
-    last = list(answers)[-1]
-    return sorted(weaknesses, key=lambda one: (one.right[last].share, -one.right[last].count))
+def _rendered(
+    read: Sequence[Question], template: ChatTemplate, config: Mapping[str, Any]
+) -> tuple[list[Question], dict[str, int], int]:
+    """Return the questions with the tools that cutoff_len has room for, and why others are left out.
 
-
-def _fitting(
-    asked: Sequence[Question], template: ChatTemplate, config: Mapping[str, Any]
-) -> tuple[list[Question], dict[str, int]]:
-    """Return the questions with the tools that cutoff_len has room for, and why others are left out."""
-    fitting, left_out = [], Counter[str]()
-    settings = rendered.settings_of(config) | {"mask_history": True}  # of the conversation the answer alone
-    for question in asked:
+    The number is that of the tokens of the longest right answer: a model that does not stop need not be
+    waited for much longer.
+    """
+    # of the conversation the answer alone
+    settings = rendered.settings_of(config) | {"mask_history": True, "train_on_prompt": False}
+    fitting, left_out, longest = [], Counter[str](), 0
+    for question in read:
         try:
             fitted = rendered.fit(template, question.sample, settings)
         except Fault as fault:
             left_out[fault.reason] += 1
             continue
-        fitting.append(replace(question, sample=dict(fitted.row)))
-    return fitting, dict(left_out)
-
-
-def _answer_length(template: ChatTemplate, asked: Sequence[Question]) -> int:
-    """Return how many tokens an answer may have: those of the longest right one, and some for another
-    way to write it. A model that does not stop need not be waited for any longer.
-    """
-    return max(len(template.ids(template.turn(*question.turn)[1])) + 32 for question in asked)
+        (sample,) = fitted.samples
+        fitting.append(Question(question.split, dict(fitted.row), sample.prompt, sample.target))
+        longest = max(longest, len(sample.labels) - sample.labels.count(IGNORED))
+    return fitting, dict(left_out), longest
 
 
 def _hash(adapter: Path) -> str:
@@ -297,12 +282,3 @@ def _hash(adapter: Path) -> str:
     file = next(iter(adapter.glob("adapter_model.*")), adapter / "adapter_config.json")
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _as_metrics(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "splits": {name: asdict(split) for name, split in evaluation.splits.items()},
-        "servers": [asdict(place) for place in evaluation.servers],
-        "tools": [asdict(place) for place in evaluation.tools],
-        "left_out": evaluation.left_out,
-    }

@@ -22,11 +22,9 @@ class Share:
 class Difference:
     """What the second of two models gains on the first, on the same questions.
 
-    Attributes:
-        gained, lost: answers that only the second, only the first has right.
-        difference: of the shares, from -1 to 1, with its 95 % interval `low` to `high`.
-        p: of McNemar's exact test, two-sided: how likely it is that gains and losses are as uneven as this
-            or more, were both models equally good.
+    `gained` and `lost` count the answers that only the second, only the first has right; `difference` is that
+    of the shares, from -1 to 1, with its 95 % interval `low` to `high`; `p` is McNemar's exact test's,
+    two-sided: how likely gains and losses as uneven as this or more are, were both models equally good.
     """
 
     gained: int
@@ -55,11 +53,9 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> Difference:
 
     gained = sum(after and not before for before, after in zip(first, second, strict=True))
     lost = sum(before and not after for before, after in zip(first, second, strict=True))
-    count = len(first)
-    padded = count + 2
+    padded = len(first) + 2
     middle = (gained - lost) / padded
     reach = _Z * sqrt(gained + lost + 1 - (gained - lost) ** 2 / padded) / padded
+    low, high = max(-1.0, middle - reach), min(1.0, middle + reach)
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return Difference(
-        gained, lost, (gained - lost) / count, max(-1.0, middle - reach), min(1.0, middle + reach), float(p)
-    )
+    return Difference(gained, lost, (gained - lost) / len(first), low, high, float(p))

@@ -21,7 +21,8 @@ import msgspec
 from mcp_lora.errors import McpLoraError
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
-CHUNK = 1 << 17  # read at once
+CHUNK = 1 << 17  # characters that are decoded at once
+BUFFER = 1 << 20  # bytes read, or written, at once
 _SEPARATORS = re.compile(r"[\s,]*")
 
 Progress = Callable[[int], None]  # receives how many bytes of a file have been read
@@ -74,7 +75,7 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
         if file.name.endswith(".parquet"):
             yield from _parquet(file, progress)
         elif file.name.endswith(".json"):
-            with file.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
+            with file.open(buffering=BUFFER, encoding="utf-8", errors="surrogateescape") as stream:
                 yield from _values(stream, progress)
         else:
             yield from _lines(file, progress)
@@ -84,7 +85,7 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
 
 def _lines(file: Path, progress: Progress) -> Iterator[Any]:
     # Of the bytes, not of the text: str.splitlines also breaks at characters that JSON may hold.
-    with file.open("rb") as raw:
+    with file.open("rb", BUFFER) as raw:
         for number, line in enumerate(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw):
             line = line.strip()
             if number == 0:
@@ -111,7 +112,7 @@ def _decoded(line: bytes) -> Any:
 def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
     """Yield the elements of the array that a file holds, or the values that follow each other."""
     decode = json.JSONDecoder().raw_decode
-    text, at, size, ended, count = "", 0, CHUNK, False, 0
+    text, at, size, ended, count = stream.read(1).removeprefix("\ufeff"), 0, CHUNK, False, 0
     array: bool | None = None  # not known before the first character
     while True:
         at = _SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too

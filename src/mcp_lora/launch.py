@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.errors import McpLoraError
+from mcp_lora.config import dump
+from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.world import World
 
 # torchrun and LLaMA-Factory's launcher raise these when a rank has failed for another reason.
@@ -28,7 +29,7 @@ _KEPT = 1 << 16  # bytes of an engine's stderr that are kept to find its error i
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an engine ended: its exit code and the end of what it wrote to stderr."""
+    """How a command ended: its exit code and the end of what it wrote to stderr."""
 
     code: int
     stderr: str
@@ -45,8 +46,7 @@ class Outcome:
         if "inline_container.cc" in last and "unexpected pos" in last:  # all that torch.save says of it
             last += "\n(a file could not be written to its end: is the disk full? df -h)"
         return McpLoraError(
-            f"LLaMA-Factory ended with exit code {code}:\n{last}\nMend that and run again: {command}",
-            code,
+            f"LLaMA-Factory ended with exit code {code}:\n{last}\nFix this and run again: {command}", code
         )
 
 
@@ -59,18 +59,11 @@ def engine_argv(verb: str, file: Path) -> list[str]:
 def engine_environment(
     config: Mapping[str, Any], world: World, visible: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the variables that an engine needs besides those it inherits.
+    """Return the variables that the engine needs besides those it inherits (`environment`).
 
-    PATH begins with this interpreter's folder, as LLaMA-Factory starts `torchrun` by its bare
-    name. DeepSpeed needs a distributed launch even for one process; for several GPUs the engine
-    would choose one by itself, and is told so that `without_spaces` knows. Of more GPUs than are
-    wanted it would take all. Without any, memory is kept from one layer to the next.
-
-    Args:
-        config: LLaMA-Factory's keys.
-        world: who trains.
-        visible: GPUs that this machine shows.
-        environment: what the engine inherits.
+    PATH begins with this interpreter's folder, as LLaMA-Factory starts `torchrun` by its bare name.
+    DeepSpeed needs a distributed launch even for one process. Of more GPUs than are wanted (`visible` is how
+    many this machine shows) the engine would take all. Without any, memory is kept between layers.
     """
     added = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])}
     if not visible:
@@ -89,53 +82,44 @@ def engine_environment(
     return added
 
 
-@contextmanager
-def without_spaces(file: Path, environment: Mapping[str, str]) -> Iterator[Path]:
-    """Yield `file`, or a copy of it, under a path that LLaMA-Factory's launcher can take.
+def run_engine(
+    verb: str, config: Mapping[str, Any], environment: Mapping[str, str], hold_traceback: bool = False
+) -> Outcome:
+    """Run LLaMA-Factory's `verb` on a configuration, from a file of its own.
 
-    For a distributed launch it joins its arguments with spaces and splits them again.
+    For a distributed launch the engine joins its arguments with spaces and splits them again: its own path
+    and the file's must have none.
 
-    Raises:
-        McpLoraError: LLaMA-Factory itself is installed under a path with a space.
+    Raises McpLoraError where one has, the engine is not installed, or the file cannot be written.
     """
-    if "FORCE_TORCHRUN" not in environment:
-        yield file
-        return
-    if re.search(r"\s", sys.prefix):
-        raise McpLoraError(
-            f"LLaMA-Factory cannot start DeepSpeed from a folder with a space in its path "
-            f"({sys.prefix}): install in another one, or run: mcp-lora train deepspeed=null"
-        )
-    if not re.search(r"\s", str(file)):
-        yield file
-        return
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
-        yield Path(shutil.copyfile(file, Path(folder) / "run.yaml"))
+        spaced = [place for place in (sys.prefix, folder) if re.search(r"\s", place)]
+        if spaced and "FORCE_TORCHRUN" in environment:
+            raise McpLoraError(
+                f"LLaMA-Factory cannot start DeepSpeed from a folder with a space in its path ({spaced[0]}): "
+                f"install elsewhere or set TMPDIR, or run: mcp-lora train deepspeed=null"
+            )
+        file = Path(folder) / "run.yaml"
+        with explained(f"{file} cannot be written", "free some space (df -h) and run again"):
+            file.write_text(dump(config), encoding="utf-8")
+        return run(engine_argv(verb, file), environment, hold_traceback)
 
 
 def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = False) -> Outcome:
     """Run a command; its output passes through as it is, and its end is kept.
 
-    Whatever ends us meanwhile (Ctrl-C, SIGTERM) ends the command and all its descendants.
+    Whatever ends us meanwhile (Ctrl-C, SIGTERM) ends the command and all its descendants. With
+    `hold_traceback` nothing of stderr is shown from the first traceback on; the caller decides.
 
-    Args:
-        argv: the command.
-        environment: variables on top of the inherited ones.
-        hold_traceback: show nothing of stderr from the first traceback on; the caller decides.
-
-    Raises:
-        McpLoraError: the program does not exist.
+    Raises McpLoraError where the program does not exist.
     """
     columns = str(shutil.get_terminal_size().columns)  # a progress bar cannot ask a pipe
-    try:
-        process = subprocess.Popen(
-            argv, env={"COLUMNS": columns, **os.environ, **environment}, stderr=subprocess.PIPE
-        )
-    except FileNotFoundError:
-        raise McpLoraError(f"{argv[0]} does not exist: pip install -e .") from None
-    assert process.stderr is not None
+    variables = {"COLUMNS": columns, **os.environ, **environment}
+    with explained(f"{argv[0]} cannot be run", "pip install -e ."):
+        process = subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE)
     kept = b""
     with process:
+        assert process.stderr
         try:
             while chunk := os.read(process.stderr.fileno(), 1 << 14):
                 kept = (kept + chunk)[-_KEPT:]
@@ -152,8 +136,8 @@ def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = 
 def real_error(stderr: str, lines: int = 8) -> str:
     """Return the last lines of the error behind an engine's failure.
 
-    That is the last traceback that no wrapper (torchrun, LLaMA-Factory's launcher) has raised,
-    without the frames: they are on the screen already.
+    That is the last traceback that no wrapper (torchrun, LLaMA-Factory's launcher) has raised, without the
+    frames: they are on the screen already.
     """
     # A rank that was killed says nothing, torchrun does; the others only say that they have lost it.
     killed = re.search(r"rank +: (\d+)[^[]*?traceback : (Signal \d+ \((?!SIGTERM)\w+\))", stderr)
@@ -181,13 +165,12 @@ def _stop(pid: int) -> None:
         family = [*root.children(recursive=True), root]
     except psutil.NoSuchProcess:
         return
-    left = family
     try:
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        left = psutil.wait_procs(family, timeout=10)[1]
-    finally:  # at once after a second Ctrl-C, as nobody is known to be gone then
-        for process in left:
+        psutil.wait_procs(family, timeout=10)
+    finally:  # at once after a second Ctrl-C
+        for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

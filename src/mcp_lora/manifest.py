@@ -4,18 +4,14 @@
      "retries": [{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16,
                   "resume_from_checkpoint": "outputs/mcp_lora/checkpoint-100"}],
      "command": ["…/llamafactory-cli", "train", "outputs/mcp_lora/run.yaml"],
-     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"},
-     "processes": 4, "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"},
-     "gpus": ["NVIDIA A100-SXM4-80GB"], "git_commit": "8373a1e…", "seed": 42,
-     "data": {"file": "…/train.jsonl", "sha256": "…"},
-     "conversion": {"read": 293, "written": {"mcp_train": 262, "mcp_test_seen": 31}, …},
-     "rendered": {"samples": 236, "validation": 26, …},
-     "base": {"file": "…/config.json", "sha256": "…"},
-     "config": {"lora_rank": 64, …}}
+     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}, "processes": 4,
+     "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"}, "gpus": ["NVIDIA A100"],
+     "git_commit": "8373a1e…", "seed": 42, "data": {"file": "…/train.jsonl", "sha256": "…"},
+     "base": {"file": "…/config.json", "sha256": "…"}, "conversion": {"read": 293, …},
+     "rendered": {"samples": 236, …}, "config": {"lora_rank": 64, …}}
 
 `conversion` is the dataset's stats.json, which the next conversion replaces, `rendered` the rendered data
-set's rendered.json. `ended` and `exit` are null
-while it trains, and stay so where it was killed.
+set's rendered.json. `ended` and `exit` are null while it trains, and stay so where it was killed.
 """
 
 import hashlib
@@ -23,14 +19,16 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mcp_lora import dataset
+from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.prompts.render import hub_arguments
 
 NAME = "manifest.json"
 PACKAGES = (
@@ -43,24 +41,20 @@ PACKAGES = (
     "accelerate",
     "datasets",
 )
-_SEED = 42  # transformers' own
 
 
 def describe(
     config: Mapping[str, Any], argv: list[str], environment: Mapping[str, str], processes: int
 ) -> dict[str, Any]:
-    """Return the manifest of a run that begins now.
+    """Return the manifest of a run of `config` that begins now.
 
-    Args:
-        config: what is run, in LLaMA-Factory's keys.
-        argv, environment: the engine's command, and the variables that it gets besides.
-        processes: how many train.
+    `argv` and `environment` are the engine's command and its own variables, `processes` is how many train.
     """
     import torch
 
     folder = Path(str(config.get("dataset_dir")))
     return {
-        "started": now(),
+        "started": _now(),
         "ended": None,
         "exit": None,
         "retries": [],
@@ -69,59 +63,73 @@ def describe(
         "processes": processes,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": _versions(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "git_commit": _git_commit(),
-        "seed": config.get("seed", _SEED),
+        "seed": config.get("seed", 42),  # transformers' own
         "data": _hashed(dataset.file_of(folder, "train")),
         "conversion": dataset.statistics(folder),
-        "base": _hashed(_config_of(str(config.get("model_name_or_path")))),
+        "base": _hashed(cached(config, "config.json")),
         "config": dict(config),
     }
 
 
-def now() -> str:
-    """Return the time, in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def write(run: Path, manifest: Mapping[str, Any]) -> None:
-    """Write a run's manifest, whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write a run's manifest, whole or not at all; an OSError where the folder cannot be written."""
     new = run / f"{NAME}.new"
     new.write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     os.replace(new, run / NAME)
 
 
-def _version(package: str) -> str | None:
+@contextmanager
+def recorded(run: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Write a manifest now, and once more with how what is done meanwhile has ended.
+
+    Raises McpLoraError where the folder cannot be written.
+    """
+    with explained(f"{run} cannot be written", "mcp-lora train --output OTHER_FOLDER"):
+        write(run, record)
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        yield
+        record["exit"] = 0
+    except BaseException as error:
+        record["exit"] = error.code if isinstance(error, McpLoraError) else 1
+        raise
+    finally:
+        record["ended"] = _now()
+        with suppress(OSError):  # the engine reports a full disk
+            write(run, record)
+
+
+def cached(config: Mapping[str, Any], name: str) -> Path | None:
+    """Return a file of the base model: in its folder, or where the hub's cache has it; nothing is fetched."""
+    from transformers.utils import cached_file
+
+    places = hub_arguments(config)
+    del places["trust_remote_code"]
+    try:
+        return Path(cached_file(str(config.get("model_name_or_path")), name, local_files_only=True, **places))
+    except (OSError, ValueError):
         return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the folder that the command was given in, if git knows one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _config_of(model: str) -> Path | None:
-    """Return a base model's config.json: in its folder, or where the hub's cache has it."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder / "config.json"
-    from huggingface_hub import try_to_load_from_cache
-
-    known = re.fullmatch(r"[\w.-]+/[\w.-]+", model)
-    found = try_to_load_from_cache(model, "config.json") if known else None
-    return Path(found) if isinstance(found, str) else None
+    with suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    return None
 
 
 def _hashed(file: Path | None) -> dict[str, str] | None:

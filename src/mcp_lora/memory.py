@@ -1,7 +1,7 @@
 """About how much of a GPU's memory a training takes, before any weight is read.
 
-Parameters are counted on PyTorch's meta device, with PEFT's adapter, and are exact. The rest is an
-estimate to choose a GPU by, in bytes per GPU:
+Parameters are counted on PyTorch's meta device and are exact. The rest is an estimate to choose a GPU by,
+in bytes per GPU:
 
     weights      2 a parameter of the base, 4 in fp32, 0.52 in 4 bits (with scales); ZeRO-3 shards them
     adapter      16 a trained parameter: fp32 weight 4, gradient 4, AdamW's two moments 8 (2 in 8 bits);
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.config import number, read_config
-from mcp_lora.engine import quiet
 
 
 @dataclass(frozen=True)
@@ -76,24 +75,25 @@ def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
 
 
 def _parameters(shape: Any, config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Count the parameters of the base, of its adapter, and of the layers that get one."""
+    """Count the parameters of the base, of its adapter, and of the layers that get one.
+
+    For lora_target=all these are the linear layers of the language model, without its head.
+    """
     import torch
-    from llamafactory.model.model_utils.misc import find_all_linear_modules
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"), quiet():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
-        target = config.get("lora_target") or "all"
-        if target == "all":
-            target = find_all_linear_modules(model, freeze_vision_tower=True)
-        elif isinstance(target, str):
-            target = [name.strip() for name in target.split(",")]
-        lora = LoraConfig(r=int(number(config, "lora_rank", 8)), target_modules=target, task_type="CAUSAL_LM")
-        tuned = get_peft_model(model, lora)
-    trained, total = tuned.get_nb_trainable_parameters()
-    adapted = (module.base_layer for module in tuned.modules() if hasattr(module, "base_layer"))
-    return total - trained, trained, sum(layer.weight.numel() for layer in adapted)
+    target = config.get("lora_target") or "all"
+    names = tuple(f".{name.strip()}" for name in (target.split(",") if isinstance(target, str) else target))
+    adapted = [
+        layer
+        for name, layer in model.get_decoder().named_modules()
+        if isinstance(layer, torch.nn.Linear) and (target == "all" or f".{name}".endswith(names))
+    ]
+    rank = int(number(config, "lora_rank", 8))
+    trained = sum(rank * (layer.in_features + layer.out_features) for layer in adapted)
+    return model.num_parameters(), trained, sum(layer.weight.numel() for layer in adapted)
 
 
 def _activations(text: Any, config: Mapping[str, Any]) -> int:

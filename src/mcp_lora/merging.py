@@ -17,22 +17,17 @@ PROMPT = "Which tools can you call, and what time is it in Tokyo?"
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest difference between logits, the largest logit, and the dtype compared in."""
+    """The largest difference between logits, the difference that rounding explains, and the dtype."""
 
     difference: float
-    largest: float
+    tolerance: float
     dtype: str
-
-    @property
-    def within_tolerance(self) -> bool:
-        """Whether the difference is one that rounding explains."""
-        return self.difference <= TOLERANCE[self.dtype] * self.largest
 
 
 def serve_as_trained(merged: Path, template: ChatTemplate) -> None:
     """Give an exported model the chat template that it was trained with.
 
-    The engine's Modelfile for Ollama is removed: it knows no tools, and holds the engine's template.
+    The engine's Modelfile for Ollama is removed: it supports no tools, and has the engine's template.
     """
     if not template.is_own:
         text = str(template.tokenizer.chat_template)
@@ -41,23 +36,17 @@ def serve_as_trained(merged: Path, template: ChatTemplate) -> None:
 
 
 def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Comparison:
-    """Compare the logits of base + adapter with those of the merged model on PROMPT.
+    """Compare the logits of base (named by `config`) + adapter with those of the merged model on PROMPT.
 
     Both are loaded in the merged model's dtype, one after the other.
-
-    Args:
-        config: names the base model, in LLaMA-Factory's keys.
-        adapter: the adapter's folder.
-        merged: the exported model's folder.
     """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trusted = bool(config.get("trust_remote_code"))
-    ids = AutoTokenizer.from_pretrained(merged, trust_remote_code=trusted)(
-        PROMPT, return_tensors="pt"
-    ).input_ids
+    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=trusted)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def logits(model: Any) -> Any:
@@ -75,5 +64,6 @@ def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Compariso
     if words != model.get_input_embeddings().weight.shape[0]:  # resize_vocab
         model.resize_token_embeddings(words, mean_resizing=False)
     before = logits(PeftModel.from_pretrained(model, adapter))
-    difference = (before - after).abs().max().item()
-    return Comparison(difference, before.abs().max().item(), str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
+    tolerance = TOLERANCE[name] * before.abs().max().item()
+    return Comparison((before - after).abs().max().item(), tolerance, name)

@@ -6,6 +6,7 @@ calls, or a text where no candidate tool fits.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,15 @@ SPLITS = tuple(split for split in dataset.SPLITS if split != "train")
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out sample; `split` is a key of SPLITS."""
+    """One held-out sample of one of SPLITS.
+
+    `prompt` and `target` are what the chat template renders of it; empty before it has been fitted.
+    """
 
     split: str
     sample: dict[str, Any]
+    prompt: str = ""
+    target: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -33,15 +39,9 @@ class Question:
         return hashlib.sha256(f"{self.split}\n{sample}".encode()).hexdigest()[:16]
 
     @property
-    def turn(self) -> tuple[list[Any], Any, list[Any]]:
-        """What stands before the answer, the right answer and the candidate tools, in OpenAI's form."""
-        messages = self.sample["messages"]
-        return messages[:-1], messages[-1], self.sample["tools"]
-
-    @property
     def instruction(self) -> str:
         """What is asked last."""
-        asked = [message["content"] for message in self.turn[0] if message["role"] == "user"]
+        asked = [message["content"] for message in self.sample["messages"] if message["role"] == "user"]
         return str(asked[-1])
 
     @property
@@ -52,40 +52,41 @@ class Question:
     @cached_property
     def expected(self) -> list[ToolCall]:
         """The right calls; none where no tool fits."""
-        return called(self.turn[1])
+        return called(self.sample["messages"][-1])
 
     @cached_property
     def tools(self) -> dict[str, Tool]:
         """The candidate tools, by name."""
-        return {tool["function"]["name"]: Tool("", **tool["function"]) for tool in self.turn[2]}
+        return {tool["function"]["name"]: Tool("", **tool["function"]) for tool in self.sample["tools"]}
 
 
-def read(folder: Path, splits: list[str], limit: int | None = None) -> list[Question]:
-    """Return the questions of a converted dataset.
-
-    Args:
-        folder: the dataset's.
-        splits: keys of SPLITS; none means all that there are.
-        limit: at most so many of each, the first.
+def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
+    """Return the splits of a converted dataset that are wanted; of none wanted, all that there are.
 
     Raises:
-        McpLoraError: there are none, or a split is unknown, not there, or damaged.
+        McpLoraError: one is unknown, or not there.
     """
-    if unknown := [split for split in splits if split not in SPLITS]:
+    if unknown := [split for split in wanted if split not in SPLITS]:
         raise McpLoraError(
             f"there is no split {', '.join(unknown)}: mcp-lora eval --split {' or '.join(SPLITS)}"
         )
     there = dataset.names(folder)
-    wanted = splits or [split for split in SPLITS if split in there]
     if missing := [split for split in wanted if split not in there]:
         raise McpLoraError(
             f"{folder} holds no questions of split {', '.join(missing)}: mcp-lora convert --test 0.1 "
             f"--holdout-tools 0.1 --holdout-servers 0.1 --no-call 0.05 --out {folder}"
         )
-    found = []
-    for split in wanted:
-        samples = dataset.samples(folder, split)
-        found += [Question(split, sample) for _, sample in zip(range(limit or 2**62), samples, strict=False)]
+    return list(wanted) or [split for split in SPLITS if split in there]
+
+
+def read(folder: Path, splits: Sequence[str]) -> list[Question]:
+    """Return the questions of a converted dataset, of all its splits where none is named.
+
+    Raises:
+        McpLoraError: there are none, or a split is unknown, not there, or damaged.
+    """
+    wanted = chosen(folder, splits)
+    found = [Question(split, sample) for split in wanted for sample in dataset.samples(folder, split)]
     if not found:
         raise McpLoraError(
             f"{folder} holds no held-out questions: mcp-lora convert --test 0.1 --out {folder}"

@@ -129,22 +129,22 @@ class Rows:
             progress("reading", (before + done) / total)
 
         with contextlib.ExitStack() as stack:
-            spool = stack.enter_context((self._folder / "rows").open("wb"))
+            spool = stack.enter_context((self._folder / "rows").open("wb", files.BUFFER))
             rejected = stack.enter_context((self._folder / "rejected.jsonl").open("wb"))
             # On disk as soon as it grows: memory would not hold a set of all rows.
             seen = stack.enter_context(contextlib.closing(sqlite3.connect("")))
             seen.execute("PRAGMA journal_mode = OFF")
             seen.execute("CREATE TABLE row (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
             for file in found:
+                name, find = str(file), partial(self._catalogue.find, server=file.stem)
                 for number, record in enumerate(formats.records(files.read(file, advanced)), start=1):
                     broken = isinstance(record, files.Broken)
-                    shape = "?" if broken else formats.recognise(record)
-                    account = self._account(str(file), shape)
+                    account = self._account(name, "?" if broken else formats.recognise(record))
                     account.read += 1
                     try:
                         if broken:
                             raise Fault("not-json", record.sentence)
-                        content = formats.read(record, partial(self._catalogue.find, server=file.stem))
+                        content = formats.read(record, find)
                         row, same = self._row(account, content)
                         if not seen.execute("INSERT OR IGNORE INTO row VALUES (?)", (same,)).rowcount:
                             raise Fault("duplicate", "all that is trained on and shown is in an earlier row")
@@ -152,7 +152,8 @@ class Rows:
                         account.rejected[fault.reason] += 1
                         rejected.write(_rejection(account, number, fault, record.text if broken else record))
                         continue
-                    account.cleaned.update(content.cleaned)
+                    for what in content.cleaned:
+                        account.cleaned[what] += 1
                     self.unknown.update(content.unknown)
                     spool.write(msgspec.json.encode(row) + b"\n")
                     self.count += 1
@@ -161,7 +162,7 @@ class Rows:
     def __iter__(self) -> Iterator[Row]:
         """Yield the rows, in the order of reading."""
         decode = msgspec.json.Decoder(Row).decode
-        with (self._folder / "rows").open("rb") as spool:
+        with (self._folder / "rows").open("rb", files.BUFFER) as spool:
             yield from map(decode, spool)
 
     def total(self, what: str) -> Counter[str]:

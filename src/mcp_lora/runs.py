@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora import engine
-from mcp_lora.config import dump, read_config, safetensors_size
-from mcp_lora.errors import McpLoraError
+from mcp_lora.config import dump, read_config
+from mcp_lora.errors import McpLoraError, explained
 
 DEFAULT = Path("outputs/mcp_lora")
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for a tokenizer's
+_ELSEWHERE = "mcp-lora train --output OTHER_FOLDER"
+# Of a resumed run they must be those of the checkpoint.
+_KEPT = ("model_name_or_path", "enable_thinking", "lora_rank", "lora_alpha", "lora_target")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -34,59 +37,45 @@ def is_complete(checkpoint: Path) -> bool:
     """Tell whether a checkpoint can be resumed from: a run can be killed while it writes one.
 
     The trainer's state is written last (transformers, Trainer._save_checkpoint), but after a power cut
-    a file may be there and not what is in it; the end of each shows that. What torch saves is a zip
-    file, with its directory at the end; a safetensors file says in its header how long it is.
+    a file may be there and not what is in it. What torch saves is a zip file, with its directory at the end.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        for file in (tensors := list(checkpoint.glob("*.safetensors"))):
+            with safe_open(file, framework="np"):  # compares the file's length with its header
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
+    there = {file.name for file in checkpoint.iterdir()}
     saved = [file for file in checkpoint.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
-    tensors = list(checkpoint.glob("*.safetensors"))
-    optimizer = (checkpoint / "optimizer.pt").is_file() or (checkpoint / "latest").is_file()  # DeepSpeed's
     return (
         isinstance(state, dict)
         and checkpoint.name == f"checkpoint-{state.get('global_step')}"
-        and (checkpoint / "adapter_config.json").is_file()
-        and optimizer
+        and "adapter_config.json" in there
+        and bool({"optimizer.pt", "latest"} & there)  # `latest` is DeepSpeed's
         and bool(tensors)
         and all(map(zipfile.is_zipfile, saved))
-        and all(map(_is_whole, tensors))
     )
 
 
-def _is_whole(file: Path) -> bool:
-    try:
-        return file.stat().st_size == safetensors_size(file)
-    except ValueError:
-        return False
-
-
 def put_aside_incomplete(run: Path) -> list[Path]:
-    """Rename the checkpoints that are not complete, so that no engine resumes from one.
+    """Rename the checkpoints that are not complete, so that no engine resumes from one; return them.
 
-    Of the new name transformers takes no notice; all that begins with `checkpoint-` it counts among those
-    to keep (save_total_limit), and would remove a good one for it.
+    Whatever is named `checkpoint-…` transformers counts among those to keep (save_total_limit), and would
+    remove a good one for it.
 
-    Returns:
-        Where they are now.
-
-    Raises:
-        McpLoraError: one cannot be renamed.
+    Raises McpLoraError where one cannot be renamed.
     """
     aside = []
     for checkpoint in checkpoints(run):
         if not is_complete(checkpoint):
             target = checkpoint.with_name(f"incomplete-{checkpoint.name}")
-            try:
+            with explained(f"{checkpoint} is incomplete and cannot be renamed", "remove it and run again"):
                 if target.exists():
                     shutil.rmtree(target)
                 aside.append(checkpoint.rename(target))
-            except OSError as error:
-                raise McpLoraError(
-                    f"{checkpoint} is incomplete and cannot be renamed ({error.strerror}): remove it, and "
-                    f"mcp-lora train --resume"
-                ) from None
     return aside
 
 
@@ -110,105 +99,89 @@ def how_to_go_on(run: Path) -> str:
 def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
     """See to it that a new run does not silently continue, skip or spoil an old one.
 
-    Args:
-        run: the output folder.
-        config: what is about to be run.
-        resume: go on from the newest complete checkpoint.
-        overwrite: start anew.
+    Returns the checkpoint to resume from (the newest complete one), or None to start anew.
 
-    Returns:
-        The checkpoint to resume from, or None to start anew.
-
-    Raises:
-        McpLoraError: the folder holds a run and neither was asked for, there is nothing to
-            resume, or the checkpoint is another model's.
+    Raises McpLoraError where the folder has a run and neither `resume` nor `overwrite` is set, there is
+    nothing to resume, or the checkpoint is not of `config`.
     """
-    saved = checkpoints(run)
     if resume:
-        saved = [checkpoint for checkpoint in saved if is_complete(checkpoint)]
+        saved = [checkpoint for checkpoint in checkpoints(run) if is_complete(checkpoint)]
         if not saved:
-            raise McpLoraError(
-                f"{run} holds no complete checkpoint to resume from: mcp-lora train{how_to_go_on(run)}"
-            )
-        _check_same_run(run, config)
-        _check_unfinished(run, config)
+            again = f"mcp-lora train{how_to_go_on(run)}"
+            raise McpLoraError(f"{run} holds no complete checkpoint to resume from: {again}")
+        _check_resumable(run, config)
         return saved[-1]
     if holds_a_run(run) and not overwrite:
-        what = "a finished run" if is_finished(run) else f"a run's {saved[-1].name if saved else 'adapter'}"
-        raise McpLoraError(
-            f"{run} holds {what}: go on with it (mcp-lora train --resume), replace it "
-            f"(--overwrite) or write elsewhere (--output FOLDER)"
-        )
+        newest = [checkpoint.name for checkpoint in checkpoints(run)[-1:]] or ["adapter"]
+        what = "a finished run" if is_finished(run) else f"a run's {newest[0]}"
+        raise McpLoraError(f"{run} holds {what}: mcp-lora train --resume, --overwrite or --output FOLDER")
     return None
 
 
+def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
+    """Refuse another model, another shape of adapter, and a run that is finished."""
+    old = read_run(run)
+    changed = [
+        f"{key} {old.get(key)} → {config.get(key)}" for key in _KEPT if old.get(key) != config.get(key)
+    ]
+    if changed:
+        what = f"{run} holds another run's checkpoint ({', '.join(changed)})"
+        raise McpLoraError(f"{what}: take that run's settings, or mcp-lora train --overwrite")
+    if not is_finished(run):
+        return
+    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
+    steps = config.get("max_steps", -1)  # wins over the epochs where it is positive
+    if steps > 0:
+        done, more = state["global_step"] >= steps, f"max_steps={2 * steps}"
+    else:
+        done = state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6
+        more = f"num_train_epochs={state['epoch'] + 1:g}"
+    if done:
+        what = f"a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), nothing to resume"
+        raise McpLoraError(f"{run} holds {what}: mcp-lora train --resume {more}, or --overwrite")
+
+
 def put_aside(run: Path) -> Path | None:
-    """Move an old run to NAME.previous, in place of the one that was put aside before it.
+    """Move an old run to NAME.previous, in place of the one that was put aside before it, and return that.
 
-    A checkpoint is never lost to a new run that fails: a folder where nothing was saved stays.
+    A checkpoint is never lost to a new run that fails: a folder where nothing was saved stays (None).
 
-    Returns:
-        Where the old run is now, or None if there was none.
-
-    Raises:
-        McpLoraError: NAME.previous is something else, or the folder cannot be moved.
+    Raises McpLoraError where NAME.previous is something else, or the folder cannot be moved.
     """
     if not holds_a_run(run):
         return None
     previous = run.with_name(run.name + ".previous")
     if previous.exists() and not holds_a_run(previous):
-        raise McpLoraError(f"{previous} is no run, and in the way: mcp-lora train --output OTHER_FOLDER")
-    try:
+        raise McpLoraError(f"{previous} is no run, and in the way: {_ELSEWHERE}")
+    with explained(f"{run} cannot be moved", _ELSEWHERE):
         if previous.exists():
             shutil.rmtree(previous)
         return run.rename(previous)
-    except OSError as error:
-        raise McpLoraError(
-            f"{run} cannot be moved ({error.strerror}): mcp-lora train --output OTHER_FOLDER"
-        ) from None
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> Path:
-    """Write run.yaml and return its path.
-
-    Raises:
-        McpLoraError: the folder cannot be written.
-    """
+    """Write run.yaml and return its path; a McpLoraError where the folder cannot be written."""
     file = run / "run.yaml"
-    try:
+    with explained(f"{run} cannot be written", _ELSEWHERE):
         run.mkdir(parents=True, exist_ok=True)
         file.write_text(dump(config), encoding="utf-8")
-    except OSError as error:
-        raise McpLoraError(
-            f"{run} cannot be written ({error.strerror}): mcp-lora train --output OTHER_FOLDER"
-        ) from None
     return file
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Return the configuration that a run was made with.
-
-    Raises:
-        McpLoraError: the folder holds no run.
-    """
+    """Return the configuration that a run was made with; a McpLoraError where the folder has no run."""
     if not (run / "run.yaml").is_file():
         raise McpLoraError(f"{run} holds no run (no run.yaml): mcp-lora train --output {run}")
     return read_config(run / "run.yaml")
 
 
 def adapter(run: Path, checkpoint: str | None = None) -> Path:
-    """Return the folder of a run's adapter: `checkpoint`, or else the newest.
+    """Return the folder of a run's adapter: `checkpoint` (checkpoint-300 or 300), or else the newest.
 
-    Args:
-        run: the run's folder.
-        checkpoint: its name (checkpoint-300), its number (300), or None.
-
-    Raises:
-        McpLoraError: there is none.
+    Raises McpLoraError where there is none.
     """
     if checkpoint:
-        name = f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint
-        choices = [run / name]
+        choices = [run / (f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint)]
     else:
         choices = [*checkpoints(run)[::-1], run]
     for folder in choices:
@@ -223,35 +196,27 @@ def check_adapter(run: Path) -> None:
 
     LoRA begins with lora_B at 0, where the adapter changes nothing; trained, no such matrix stays there.
 
-    Raises:
-        McpLoraError: there is none, all its lora_B are 0, or it contains NaN or Inf; with exit code 1.
+    Raises McpLoraError, with exit code 1, where there is none, all its lora_B are 0, or it has NaN or Inf.
     """
     import torch
     from safetensors import safe_open
 
     file = run / "adapter_model.safetensors"
     if not file.is_file():
-        raise McpLoraError(
-            f"training ended without an adapter (no {file}): see what is run with mcp-lora train --dry-run", 1
-        )
-    seen, learned = 0, False
+        raise McpLoraError(f"training ended without an adapter (no {file}): mcp-lora train --dry-run", 1)
+    learned = []  # whether each lora_B has
     with safe_open(file, framework="pt") as tensors:  # one tensor at a time in memory
         for name in tensors.keys():  # noqa: SIM118  # it is no mapping
             tensor = tensors.get_tensor(name)
             if not torch.isfinite(tensor).all():
-                raise McpLoraError(
-                    f"{file} contains NaN or Inf (in {name}), training has diverged: lower the learning "
-                    f"rate, as in mcp-lora train --overwrite learning_rate=1e-5",
-                    1,
-                )
+                again = "lower the learning rate, as in mcp-lora train --overwrite learning_rate=1e-5"
+                raise McpLoraError(f"{file} has NaN or Inf (in {name}), training has diverged: {again}", 1)
             if "lora_B" in name or "lora_embedding_B" in name:
-                seen += 1
-                learned = learned or bool(tensor.any())
-    if not learned:
+                learned.append(bool(tensor.any()))
+    if not any(learned):
         raise McpLoraError(
-            f"the run has learned nothing, all {seen} lora_B matrices in {file} are 0: set a learning_rate "
-            f"above 0 and make more steps, as in mcp-lora train --overwrite --global-batch 8 "
-            f"num_train_epochs=3",
+            f"the run has learned nothing, all {len(learned)} lora_B matrices in {file} are 0: raise "
+            f"learning_rate, make more steps: mcp-lora train --overwrite --global-batch 8 num_train_epochs=3",
             1,
         )
 
@@ -274,38 +239,3 @@ def is_quantised(run: Path) -> bool:
     file = Path(config["model_name_or_path"]) / "config.json"
     shape = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return bool(config.get("quantization_bit") or shape.get("quantization_config"))
-
-
-def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
-    """Refuse to load a checkpoint into another model or another shape of adapter."""
-    old = read_run(run)
-    keys = (
-        "model_name_or_path",
-        "enable_thinking",
-        "lora_rank",
-        "lora_alpha",
-        "lora_target",
-    )
-    changed = [f"{key} {old.get(key)} → {config.get(key)}" for key in keys if old.get(key) != config.get(key)]
-    if changed:
-        raise McpLoraError(
-            f"{run} holds another run's checkpoint ({', '.join(changed)}): take that run's settings, "
-            f"or start anew: mcp-lora train --overwrite"
-        )
-
-
-def _check_unfinished(run: Path, config: Mapping[str, Any]) -> None:
-    if not is_finished(run):
-        return
-    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
-    steps = config.get("max_steps", -1)  # wins over the epochs where it is positive
-    if steps > 0:
-        done, more = state["global_step"] >= steps, f"max_steps={2 * steps}"
-    else:
-        done = state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6
-        more = f"num_train_epochs={state['epoch'] + 1:g}"
-    if done:
-        raise McpLoraError(
-            f"{run} holds a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), there "
-            f"is nothing to resume: mcp-lora train --resume {more}, or --overwrite"
-        )

@@ -30,6 +30,7 @@ import msgspec
 from mcp_lora import languages
 from mcp_lora.candidates import Pool, Split
 from mcp_lora.catalogue import Catalogue
+from mcp_lora.files import BUFFER
 from mcp_lora.records import Tool
 from mcp_lora.rows import Progress, Row, Rows, Settings
 
@@ -42,7 +43,6 @@ SPLITS = {
     "no_call": "mcp_test_no_call",
 }
 LIMIT = 100_000_000  # bytes; a bigger file is JSON Lines, which the engine reads as a stream
-_BUFFER = 1 << 20  # bytes written at once
 # Between the results of parallel calls: LLaMA-Factory allows one turn for all of them and joins them so
 # itself (its data/converter.py, OpenAIDatasetConverter).
 _BETWEEN_RESULTS = "\n</tool_response>\n<tool_response>\n"
@@ -138,7 +138,7 @@ class Samples:
             sample["server"] = server
         if split not in self._files:
             paths = (self._folder / f"{split}.jsonl", self._folder / f"{stem(split)}.lines")
-            self._files[split] = [self._open.enter_context(path.open("wb", _BUFFER)) for path in paths]
+            self._files[split] = [self._open.enter_context(path.open("wb", BUFFER)) for path in paths]
         self.count[split] += 1
         for file, form in zip(self._files[split], (sample, llama_factory(sample)), strict=True):
             file.write(msgspec.json.encode(form) + b"\n")
@@ -211,7 +211,7 @@ def _finished(lines: Path) -> Path:
     if lines.stat().st_size > LIMIT:
         return lines.rename(lines.with_suffix(".jsonl"))
     file = lines.with_suffix(".json")
-    with lines.open("rb") as source, file.open("wb") as target:
+    with lines.open("rb", BUFFER) as source, file.open("wb", BUFFER) as target:
         before = b"[\n"
         for line in source:
             target.write(before + line.rstrip(b"\n"))

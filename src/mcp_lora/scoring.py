@@ -29,6 +29,8 @@ ERRORS = (
 )
 _IGNORED = re.compile(r"[ ,./\-_*^]")
 
+Schema = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -58,18 +60,14 @@ class Verdict:
 def judge(
     expected: Sequence[ToolCall],
     predicted: Sequence[ToolCall],
-    schemas: Mapping[str, Mapping[str, Any]],
+    schemas: Mapping[str, Schema],
     tried: bool = False,
     valid_arguments: bool = True,
 ) -> Verdict:
-    """Judge the calls of one answer.
+    """Judge the calls that could be read from one answer; none are expected where no tool on offer fits.
 
-    Args:
-        expected: the right calls; none where no tool on offer fits.
-        predicted: the calls that could be read from the answer.
-        schemas: the parameters' JSON Schema of each tool on offer, by name.
-        tried: the answer holds a call that could not be read.
-        valid_arguments: every predicted call validates against its schema.
+    `schemas` are those of the parameters of each tool on offer, by name; `tried` tells that the answer holds
+    a call that could not be read, `valid_arguments` that each predicted call validates against its schema.
     """
     exact = bool(expected) and sorted(map(_canonical, predicted)) == sorted(map(_canonical, expected))
     error = None if exact else _first_error(expected, predicted, schemas, tried)
@@ -89,7 +87,7 @@ def judge(
 def _first_error(
     expected: Sequence[ToolCall],
     predicted: Sequence[ToolCall],
-    schemas: Mapping[str, Mapping[str, Any]],
+    schemas: Mapping[str, Schema],
     tried: bool,
 ) -> str | None:
     if not expected:
@@ -117,7 +115,7 @@ def _rank(error: str | None) -> int:
     return len(ERRORS) if error is None else ERRORS.index(error)
 
 
-def _error(expected: Mapping[str, Any], given: Mapping[str, Any], schema: Mapping[str, Any]) -> str | None:
+def _error(expected: Mapping[str, Any], given: Mapping[str, Any], schema: Schema) -> str | None:
     """Return the first thing that is wrong with the arguments of a call of the right tool."""
     properties = _properties(schema, schema)
     required = schema.get("required")
@@ -127,64 +125,53 @@ def _error(expected: Mapping[str, Any], given: Mapping[str, Any], schema: Mappin
     left_out = expected.keys() - given.keys()
     if any(name not in defaults or expected[name] != defaults[name] for name in left_out):
         return "missing argument"
-    if any(name not in expected and name not in defaults for name in given):
+    right = defaults | dict(expected)
+    if given.keys() - right.keys():
         return "unexpected argument"
-    pairs = [
-        (expected[name] if name in expected else defaults[name], given[name], properties.get(name, {}))
-        for name in given
-    ]
-    wrong = [(right, value) for right, value, part in pairs if not same(right, value, part, schema)]
-    if any(_kind(right) != _kind(value) for right, value in wrong):
+    wrong = [name for name in given if not same(right[name], given[name], properties.get(name, {}), schema)]
+    if any(_kind(right[name]) is not _kind(given[name]) for name in wrong):
         return "wrong type"
     return "wrong value" if wrong else None
 
 
-def same(
-    expected: Any, given: Any, schema: Mapping[str, Any] | bool = True, root: Mapping[str, Any] | None = None
-) -> bool:
-    """Tell whether two values of an argument are the same by the leaderboard's rules.
+def same(expected: Any, given: Any, schema: Schema | bool = True, root: Schema | None = None) -> bool:
+    """Tell whether two values of an argument, as JSON gives them, are the same by the leaderboard's rules.
 
-    Args:
-        expected, given: values as JSON gives them.
-        schema: the argument's, as far as it is known; says whether a number may have a fraction.
-        root: the schema that `$ref` refers to.
+    `schema` is the argument's, as far as it is known, and says whether a number may have a fraction; `root`
+    is the one that `$ref` refers to.
     """
-    parts = list(_parts(schema, root or {}))
-    if isinstance(expected, bool) or isinstance(given, bool):
-        return expected is given
-    if isinstance(expected, str) and isinstance(given, str):
+    root = root or {}
+    if _kind(expected) is not _kind(given):
+        return False
+    parts = list(_parts(schema, root))
+    if isinstance(expected, str):
         return _bare(expected) == _bare(given)
-    if isinstance(expected, int | float) and isinstance(given, int | float):
-        types = {kind for part in parts for kind in _types(part)}
-        whole = "integer" in types and "number" not in types
-        return expected == given and not (whole and isinstance(given, float))
-    if isinstance(expected, list) and isinstance(given, list):
+    if isinstance(expected, list):
         items = next((part["items"] for part in parts if isinstance(part.get("items"), dict)), True)
         return len(expected) == len(given) and all(
             same(one, other, items, root) for one, other in zip(expected, given, strict=True)
         )
-    if isinstance(expected, dict) and isinstance(given, dict):
-        properties = {name: part for whole in parts for name, part in _properties(whole, root or {}).items()}
+    if isinstance(expected, dict):
+        properties = _properties(schema, root)
         return expected.keys() == given.keys() and all(
             same(value, given[name], properties.get(name, True), root) for name, value in expected.items()
         )
-    return bool(expected is None and given is None)
+    types = [part.get("type") for part in parts]
+    kinds = {kind for each in types for kind in (each if isinstance(each, list) else [each])}
+    whole = "integer" in kinds and "number" not in kinds
+    return bool(expected == given) and not (whole and isinstance(given, float))
 
 
-def _bare(text: str) -> str:
-    """Return a text as the leaderboard compares it (its standardize_string)."""
+def _bare(text: str) -> str:  # the leaderboard's standardize_string
     return _IGNORED.sub("", text).lower().replace("'", '"')
 
 
-def _kind(value: Any) -> str:
-    """Return the JSON type of a value; a number is one kind, with or without a fraction."""
-    for kind, types in (("boolean", bool), ("number", int | float), ("text", str), ("list", list)):
-        if isinstance(value, types):
-            return kind
-    return "object" if isinstance(value, dict) else "null"
+def _kind(value: Any) -> type:
+    """Return the type of a JSON value; a number is one kind, with or without a fraction."""
+    return float if type(value) is int else type(value)
 
 
-def _properties(schema: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _properties(schema: Any, root: Schema) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for part in _parts(schema, root):
         properties = part.get("properties")
@@ -193,7 +180,7 @@ def _properties(schema: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _parts(schema: Any, root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _parts(schema: Any, root: Schema) -> Iterator[Schema]:
     """Yield a schema and those that it is made of, each once: `$ref` within it, anyOf, oneOf, allOf."""
     waiting, met = [schema], set()
     while waiting:
@@ -211,11 +198,6 @@ def _parts(schema: Any, root: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             waiting.append(found)
         for key in ("anyOf", "oneOf", "allOf"):
             waiting += parts if isinstance(parts := part.get(key), list) else []
-
-
-def _types(schema: Mapping[str, Any]) -> list[Any]:
-    types = schema.get("type", [])
-    return types if isinstance(types, list) else [types]
 
 
 def _canonical(call: ToolCall) -> bytes:

@@ -1,9 +1,8 @@
 """How many optimizer steps a run makes, and what of a configuration depends on it.
 
 With 128 samples a step, 5 rows make 1 step and 10,000 rows 79. transformers rounds a share of warm-up up
-(TrainingArguments.get_warmup_steps), and its schedules begin a warm-up at a learning rate of 0 (step i of a
-warm-up of w has i / w of the rate, from i = 0). So a run of one step with `warmup_steps: 0.1` would be all
-warm-up, at a rate of 0, and learn nothing; without warm-up the first step has the full rate.
+(TrainingArguments.get_warmup_steps), and step i of a warm-up of w has i / w of the learning rate, from i = 0.
+So a run of one step with `warmup_steps: 0.1` would be all warm-up, at a rate of 0, and learn nothing.
 """
 
 import math
@@ -19,9 +18,9 @@ _EVALUATIONS = 5  # of a run too short for the recipe's eval_steps
 
 
 def count(config: Mapping[str, Any], samples: int | None, processes: int) -> int | None:
-    """Return the optimizer steps of a run.
+    """Return the optimizer steps of a run; None where neither max_steps nor `samples` is known.
 
-    They are max_steps where that is not negative, else
+    They are max_steps where that is not negative, else, without validation samples,
 
         batches = ceil(ceil(samples / per_device_train_batch_size) / processes)
         steps   = ceil(num_train_epochs × max(1, ceil(batches / gradient_accumulation_steps)))
@@ -29,16 +28,7 @@ def count(config: Mapping[str, Any], samples: int | None, processes: int) -> int
     and with dataloader_drop_last both divisions of the first line round down. Sources: accelerate 1.11,
     BatchSamplerShard.__len__; transformers 5.5, Trainer.set_initial_training_values.
 
-    Args:
-        config: LLaMA-Factory's keys.
-        samples: what is trained on, without validation; None is not known.
-        processes: how many train.
-
-    Returns:
-        The steps; None where neither max_steps nor `samples` is known.
-
-    Raises:
-        McpLoraError: a value is no number.
+    Raises McpLoraError where a value is no number.
     """
     most = number(config, "max_steps", -1)
     if most >= 0:
@@ -59,34 +49,27 @@ def global_batch(config: Mapping[str, Any], processes: int) -> int:
 
 
 def fit(config: Mapping[str, Any], steps: int, given: Collection[str]) -> dict[str, Any]:
-    """Return a configuration that suits a run of so many steps.
+    """Return a configuration that suits a run of so many optimizer steps.
 
     - Warm-up becomes a number of steps, floor(share × steps), never all of them.
     - logging_steps is lowered for a loss curve of 20 points, or as many as there are steps.
     - eval_steps is lowered where a curve of eval_loss would have one point, the one at the end.
 
-    Args:
-        config: LLaMA-Factory's keys.
-        steps: optimizer steps of the run.
-        given: keys that were set on the command line; the intervals among them stay.
+    Intervals among `given`, the keys that were set on the command line, stay.
 
-    Raises:
-        McpLoraError: there is no step, or warm-up would be all of the run.
+    Raises McpLoraError where there is no step, or warm-up would be all of the run.
     """
     if steps < 1:
         raise McpLoraError("this makes no optimizer step: mcp-lora train max_steps=-1 num_train_epochs=1")
-    fitted = dict(config)
     key = "warmup_steps" if config.get("warmup_ratio") is None else "warmup_ratio"  # the ratio wins
     share = number(config, key, 0)
     # 0.29 × 100 is 28.999999999999996
     warmup = min(steps - 1, math.floor(share * steps + 1e-9)) if share < 1 else int(share)
     if not 0 <= warmup < steps:
-        raise McpLoraError(
-            f"{key}={share:g}, but the run has {steps} optimizer steps and warm-up must be fewer: give a "
-            f"share below 1, as in mcp-lora train warmup_steps=0.1"
-        )
+        problem = f"{key}={share:g}, but the run has {steps} optimizer steps and warm-up must be fewer"
+        raise McpLoraError(f"{problem}: give a share below 1, as in mcp-lora train warmup_steps=0.1")
+    fitted = {**config, "warmup_steps": warmup}
     fitted.pop("warmup_ratio", None)
-    fitted["warmup_steps"] = warmup
     if "logging_steps" not in given:
         every = number(config, "logging_steps", 500)
         if every * (steps if every < 1 else 1) > max(1, steps // _POINTS):
@@ -104,7 +87,6 @@ def what_helps(config: Mapping[str, Any], processes: int) -> str:
     """Return, in words, how a run gets more steps."""
     if number(config, "max_steps", -1) >= 0:
         return "what helps: a larger max_steps, more rows"
-    batch = global_batch(config, processes)
-    smaller = "--global-batch 8, " if batch > 8 and processes <= 8 else ""
-    epochs = number(config, "num_train_epochs", 3)
-    return f"what helps: {smaller}more rows, num_train_epochs={math.ceil(epochs) + 2}"
+    smaller = "--global-batch 8, " if global_batch(config, processes) > 8 >= processes else ""
+    epochs = math.ceil(number(config, "num_train_epochs", 3)) + 2
+    return f"what helps: {smaller}more rows, num_train_epochs={epochs}"

@@ -12,14 +12,10 @@ _PORT = "29500"  # torchrun's own default
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one training.
+    """The processes of one training: `per_node` on each of `nodes` machines, one a GPU.
 
-    Attributes:
-        per_node: processes on this machine, one a GPU.
-        nodes: machines.
-        node_rank: which of them this one is, from 0.
-        master: where the first machine is to be met, (host, port); None means on this one.
-        rank: this process's, if deepspeed or torchrun started it, else None.
+    `node_rank` is this machine's, from 0, `master` the first one's (host, port), None if there is only one;
+    `rank` is this process's, if deepspeed or torchrun started it.
     """
 
     per_node: int = 1
@@ -49,36 +45,27 @@ def find(
 ) -> World:
     """Return the world that the options, or else LLaMA-Factory's variables, describe.
 
-    Args:
-        environment: RANK and WORLD_SIZE are a launcher's, and win; NPROC_PER_NODE, NNODES,
-            NODE_RANK, MASTER_ADDR and MASTER_PORT are what LLaMA-Factory's launcher reads.
-        visible: GPUs that this machine shows.
-        gpus: how many of them to use.
-        nodes, node_rank, master: the machines, this one's place among them, HOST:PORT of the first.
+    RANK and WORLD_SIZE in `environment` are a launcher's, and win; `visible` is how many GPUs this machine
+    shows, `master` HOST:PORT of the first machine.
 
-    Raises:
-        McpLoraError: the first machine is not named, or this one is none of them.
+    Raises McpLoraError where the first machine is not named, or this one is none of them.
     """
     if (rank := worker_rank(environment)) is not None:
         return World(int(environment["WORLD_SIZE"]), rank=rank)
     per_node = gpus or _number(environment, "NPROC_PER_NODE") or visible or 1
     nodes = nodes or _number(environment, "NNODES") or 1
     if node_rank is None:
-        node_rank = _number(environment, "NODE_RANK") or 0
+        node_rank = _number(environment, "NODE_RANK")
     host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", _PORT)
     if master:
         before, _, after = master.rpartition(":")
         host, port = (before, after) if before else (after, _PORT)
     if nodes > 1 and not host:
-        raise McpLoraError(
-            f"{nodes} machines have to meet at the first of them: "
-            f"mcp-lora train --nodes {nodes} --node-rank {node_rank} --master HOST:PORT"
-        )
+        options = f"--nodes {nodes} --node-rank {node_rank} --master HOST:PORT"
+        raise McpLoraError(f"{nodes} machines have to meet at the first of them: mcp-lora train {options}")
     if not 0 <= node_rank < nodes:
-        raise McpLoraError(
-            f"of {nodes} machines the ranks are 0 to {nodes - 1}, not {node_rank}: "
-            f"mcp-lora train --nodes {nodes} --node-rank {nodes - 1}"
-        )
+        options = f"--nodes {nodes} --node-rank {nodes - 1}"
+        raise McpLoraError(f"the ranks are 0 to {nodes - 1}, not {node_rank}: mcp-lora train {options}")
     return World(per_node, nodes, node_rank, (host, port) if host and nodes > 1 else None)
 
 
@@ -93,34 +80,22 @@ def share_batch(
 ) -> tuple[dict[str, Any], str]:
     """Divide the batch of one optimizer step among processes.
 
-    A configuration's `per_device_train_batch_size` × `gradient_accumulation_steps` is the batch of
-    the recipe on one GPU. It stays the same on any number, as the learning rate belongs to it:
+    A recipe's per_device_train_batch_size × gradient_accumulation_steps (8 × 1 where left out, as in
+    transformers) is its global batch size, or `wanted` is. It stays the same on any number of processes, as
+    the learning rate belongs to it:
 
         per device × accumulation × processes = batch
 
-    Args:
-        config: LLaMA-Factory's keys; what is left out is 8 × 1, as in transformers.
-        processes: how many train.
-        wanted: the batch, where it is to be another.
+    Where the processes do not divide the batch it is the nearest that they can have, with at least half the
+    batch per device. Returns the two keys, and what came out in words.
 
-    Raises:
-        McpLoraError: one of the two keys is no whole number from 1.
-
-    Returns:
-        The two keys, and what came out in words. Where the processes do not divide the batch it is the
-        nearest that they can have, with at least half the batch per device.
+    Raises McpLoraError where one of the two keys is no whole number from 1.
     """
     most = _size(config, "per_device_train_batch_size", 8)
     batch = wanted or most * _size(config, "gradient_accumulation_steps", 1)
     most = min(most, max(1, batch // processes))
-
-    def rounded(per_device: int) -> int:
-        return max(1, round(batch / (per_device * processes)))
-
-    per_device = min(
-        range(most, (most - 1) // 2, -1), key=lambda size: abs(size * rounded(size) * processes - batch)
-    )
-    steps = rounded(per_device)
+    sizes = [(size, max(1, round(batch / (size * processes)))) for size in range(most, (most - 1) // 2, -1)]
+    per_device, steps = min(sizes, key=lambda pair: abs(pair[0] * pair[1] * processes - batch))
     found = per_device * steps * processes
     words = f"batch {found} = {per_device} per device × {steps} accumulated × {processes} processes"
     if found != batch:
@@ -135,10 +110,8 @@ def _size(config: Mapping[str, Any], key: str, default: int) -> int:
     return int(value)
 
 
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    value = environment.get(name)
-    if value is None:
-        return None
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "0")
     if not value.isdigit():
         raise McpLoraError(f"{name}={value} in the environment is no number: unset {name}")
     return int(value)

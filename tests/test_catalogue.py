@@ -90,8 +90,6 @@ def test_arguments_are_checked(
 @pytest.mark.parametrize(
     "schema",
     [
-        {"properties": {"a": {"type": "dict"}}},
-        {"type": "any"},
         {"$ref": "http://127.0.0.1:9/schema.json"},
         {"$ref": "file:///etc/hostname"},
         {"properties": {"a": {"pattern": "["}}},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora import dataset, questions, samples
+from mcp_lora import dataset, languages, questions, samples
 from mcp_lora.dataset import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 
@@ -101,12 +101,12 @@ SUM = {
 
 
 def test_a_sample_in_both_forms(tmp_path: Path) -> None:
-    """An argument that is null and a number of more than 64 bits are kept."""
-    arguments = {"a": 10**30, "b": None}
+    """A number of more than 64 bits is kept."""
+    arguments = {"a": 10**30}
     row = record("加 1", function_call={"name": "get-sum", "arguments": arguments})
     row["tool_info"]["input_schema"]["$schema"] = "http://json-schema.org/draft-07/schema#"
     converted(tmp_path, write_json(tmp_path / "row.json", row))
-    function = {"name": "get-sum", "arguments": f'{{"a":{10**30},"b":null}}'}
+    function = {"name": "get-sum", "arguments": f'{{"a":{10**30}}}'}
     call = {"id": "call_1", "type": "function", "function": function}
     messages = [
         {"role": "system", "content": SYSTEM},
@@ -187,7 +187,7 @@ def test_every_shape_is_converted(tmp_path: Path, turns: str) -> None:
     out = tmp_path / "out"
     stats = converted(out, SHAPES / "rows", tools=[str(SHAPES / "tools")], turns=turns, test=0)
     accounts = {source["shape"]: source for source in stats["sources"]}
-    assert len(accounts) == 9
+    assert len(accounts) == 8
     assert all(account["written"] == {"train": 2} for account in accounts.values())
     roles = Counter(
         tuple(message["role"] for message in sample["messages"][1:])
@@ -321,7 +321,7 @@ def test_no_call_samples_lack_the_gold_tool_and_say_so(tmp_path: Path) -> None:
 def test_a_refusal_is_in_the_questions_language_where_its_script_tells() -> None:
     said = {"把3和4加": "工具", "足して": "ツール", "3과 4": "도구", "Сложи": "инструмент", "Añade": "tools"}
     for asked, word in said.items():
-        assert word in samples.refusal(asked)
+        assert word in languages.refusal(asked)
 
 
 def test_a_row_of_its_own_without_a_call_is_tested_apart(tmp_path: Path) -> None:
@@ -517,5 +517,11 @@ def test_real_data_of_every_kind(tmp_path: Path) -> None:
         counts[1] += sum(source["written"].values())
     assert by_shape["filtered"] == [6, 6]
     assert by_shape["function_call"] == [1724, 1705]
-    assert by_shape["trajectory"] == [100, 95]
-    assert stats["rejected"] == {"unknown-shape": 4850, "no-call": 10, "duplicate": 2, "schema": 12}
+    assert by_shape["messages"] == [100, 95]
+    assert stats["rejected"] == {
+        "unknown-shape": 4850,
+        "no-call": 10,
+        "duplicate": 2,
+        "schema": 7,
+        "failed-call": 5,
+    }

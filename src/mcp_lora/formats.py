@@ -176,10 +176,10 @@ def _said(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         raise Fault("unknown-shape", _what_it_looks_like(record))
     history = list(_messages(said, USER))
     yield from history
-    if right:
-        yield {"role": "assistant", "tool_calls": right}
-    elif right is not None:  # a list without a call
+    if right == []:  # no tool fits
         yield {"role": "assistant", "content": languages.refusal(str(question or ""))}
+    elif right is not None:
+        yield {"role": "assistant", "tool_calls": right if isinstance(right, list) else [right]}
     elif (answer := _first(record, _ANSWERS)) is not None and _role(history[-1]) not in (ANSWER, CALL):
         yield from _messages(answer, ANSWER)
 

@@ -93,9 +93,12 @@ def _tool(item: dict[str, Any], server: str, cleaned: list[str] | None) -> Tool:
     if not isinstance(schema, dict):
         raise Fault("no-schema", f"{name} has no input schema")
     description = item.get("description", item.get("tool_description"))
-    parameters = schema_of(schema, name)
-    if cleaned is not None and parameters != {"type": "object", "properties": {}} | schema:
-        cleaned.append("schema")
+    try:
+        parameters = schema_of(schema, name)
+        if cleaned is not None and parameters != {"type": "object", "properties": {}} | schema:
+            cleaned.append("schema")
+    except RecursionError:  # too deep to be a schema, which its validator says
+        parameters = {"type": "object", "properties": {}} | schema
     return Tool(server, name, str(description or ""), parameters)
 
 
@@ -108,19 +111,17 @@ def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:
     Raises:
         Fault: a parameter is no object.
     """
-    is_flat = not isinstance(parameters.get("properties"), dict) and parameters.get("type") != "object"
-    is_flat = is_flat and all(
-        isinstance(item, dict) for key, item in parameters.items() if not key.startswith("$")
-    )
-    if is_flat and parameters and not {"anyOf", "oneOf", "allOf", "$ref"} & set(parameters):
+    flat = {key: item for key, item in parameters.items() if not key.startswith("$")}
+    is_schema = parameters.get("type") == "object" or isinstance(parameters.get("properties"), dict)
+    if flat and not is_schema and all(isinstance(item, dict) for item in flat.values()):
         required = [
             key
-            for key, item in parameters.items()
+            for key, item in flat.items()
             if "optional" not in str(item.get("type")).lower()
             and "default" not in item
             and item.get("required") is not False
         ]
-        parameters = {"type": "object", "properties": parameters, "required": required}
+        parameters = {"type": "object", "properties": flat, "required": required}
     schema: dict[str, Any] = _schema(parameters)
     if not isinstance(schema.get("properties", {}), dict):
         raise Fault("no-schema", f"the properties of {name} are no object")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BIN, SHARED, make_project, run, write_json
+from conftest import BIN, SHARED, make_project, run
 from safetensors.torch import load_file
 
 from mcp_lora import steps
@@ -149,17 +149,19 @@ def test_five_rows_are_learned_from(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_plan_shows_what_is_fitted(
     tiny_model: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def plan(*words: str) -> tuple[str, str]:
+        command = ["train", "--dry-run", "--model", str(tiny_model), "--global-batch", "2", "val_size=0.25"]
+        with pytest.raises(SystemExit):
+            main([*command, *words])
+        return capsys.readouterr()
+
     monkeypatch.chdir(project)
-    stats = {"written": {"train": 100}, "no_call_samples": {}, "inputs": {}}
-    write_json(Path("data/llama_factory/stats.json"), stats)
-    words = ["train", "--dry-run", "--model", str(tiny_model), "--global-batch", "2", "val_size=0.015"]
     with pytest.raises(SystemExit):
-        main([*words, "eval_steps=3"])
-    shown = capsys.readouterr()
-    assert "warmup_steps: 4\n" in shown.out and "logging_steps: 2\n" in shown.out
-    assert "eval_steps: 3\n" in shown.out
-    assert "steps: 49, of 98 samples in batches of 2" in shown.out
-    assert "optimizer steps: 49, of 98 samples in batches of 2; warm-up steps: 4" in shown.err
-    with pytest.raises(SystemExit):
-        main([*words, "warmup_steps=49"])
-    assert "warmup_steps=49, but the run has 49 optimizer steps" in capsys.readouterr().err
+        main(["convert", "--test", "0"])
+    capsys.readouterr()
+    shown, said = plan("num_train_epochs=5", "eval_steps=3")
+    assert "warmup_steps: 4\n" in shown and "logging_steps: 2\n" in shown and "eval_steps: 3\n" in shown
+    assert "\nsteps: 45, of 18 samples in batches of 2" in shown
+    assert "optimizer steps: 45, of 18 samples in batches of 2; warm-up steps: 4" in said
+    assert "\nsteps: 5, of 18 samples" in plan("max_steps=5")[0]
+    assert "warmup_steps=9, but the run has 9 optimizer steps" in plan("warmup_steps=9")[1]

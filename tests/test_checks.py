@@ -13,11 +13,9 @@ def call(*values: Any, name: str = "sum") -> Turn:
     return Turn(CALL, "", tuple(ToolCall(name, {"a": value}) for value in values), ("",) * len(values))
 
 
-def checked(
-    *turns: Turn, whole: bool = True, system: str = "", limit: int = 100
-) -> tuple[list[Turn], list[str]]:
-    content = Content(list(turns), [SUM], system)
-    return check(content, Catalogue(), whole, limit), content.cleaned
+def checked(*turns: Turn, whole: bool = True) -> tuple[list[Turn], list[str]]:
+    content = Content(list(turns), [SUM])
+    return check(content, Catalogue(), whole, 100), content.cleaned
 
 
 @pytest.mark.parametrize(
@@ -28,6 +26,7 @@ def checked(
         (": Add.", "Add.", ["leading-colon"]),
         (":) Add.", ":) Add.", []),
         (":smile: Add.", ":smile: Add.", []),
+        (" : ", ":", ["white-space"]),
     ],
 )
 def test_questions_are_cleaned_and_counted(written: str, read: str, cleaned: list[str]) -> None:
@@ -91,8 +90,8 @@ def test_a_system_message_that_lists_the_tools_is_not_kept() -> None:
     [
         ([], "no-instruction"),
         ([QUESTION], "no-instruction"),
-        ([Turn(USER, " : "), call(1)], None),
         ([Turn(USER, " "), call(1)], "no-instruction"),
+        ([Turn(USER, " "), RESULT_3, call(1)], "no-instruction"),  # before what comes after it
         ([call(1)], "bad-order"),
         ([ANSWER_3, QUESTION, call(1)], "bad-order"),
         ([QUESTION, RESULT_3, ANSWER_3], "bad-order"),
@@ -102,22 +101,13 @@ def test_a_system_message_that_lists_the_tools_is_not_kept() -> None:
         ([QUESTION, call(1), RESULT_3, call("two")], "schema"),
     ],
 )
-def test_what_cannot_be_trained_on_is_a_fault(turns: list[Turn], reason: str | None) -> None:
-    if reason is None:
+def test_what_cannot_be_trained_on_is_a_fault(turns: list[Turn], reason: str) -> None:
+    with pytest.raises(Fault) as caught:
         checked(*turns)
-    else:
-        with pytest.raises(Fault) as caught:
-            checked(*turns)
-        assert caught.value.reason == reason
+    assert caught.value.reason == reason
 
 
 def test_without_tools_there_is_nothing_to_learn() -> None:
     with pytest.raises(Fault) as caught:
-        check(Content([QUESTION, ANSWER_3], []), Catalogue(), True, 100)
+        check(Content([QUESTION, ANSWER_3]), Catalogue(), True, 100)
     assert caught.value.reason == "no-tool"
-
-
-def test_an_empty_question_is_told_before_what_comes_after_it() -> None:
-    with pytest.raises(Fault) as caught:
-        checked(Turn(USER, " "), RESULT_3, call(1))
-    assert caught.value.reason == "no-instruction"

@@ -11,7 +11,7 @@ from conftest import SAMPLE, SHAPES, SHARED, catalogue_of, record, write_json
 from mcp_lora import files, readers
 from mcp_lora.errors import McpLoraError
 from mcp_lora.readers import newest_filtered
-from mcp_lora.records import ANSWER, CALL, RESULT, USER, Content, Fault, Tool, ToolCall, Turn
+from mcp_lora.records import ANSWER, CALL, RESULT, Content, Fault, Tool, ToolCall, Turn
 
 
 def content(row: Any, shape: str | None = None, server: str = "") -> Content | Fault:
@@ -37,47 +37,66 @@ def test_a_shape_is_known_by_its_keys(shape: str) -> None:
     assert {readers.recognise(row) for row in files.read(file)} == {shape}
 
 
-def test_filtered() -> None:
-    first = of("filtered")[0]
-    assert first.turns == [
-        Turn(USER, "What is 128 * 46?"),
-        Turn(CALL, "", (ToolCall("calculate", {"expression": "128 * 46"}),), ("",)),
-    ]
+@pytest.mark.parametrize(
+    ("shape", "row", "roles", "arguments", "tools"),
+    [
+        ("filtered", 0, "user call", [{"expression": "128 * 46"}], "office/calculate"),
+        ("function_call", 0, "user call", [{"query": "tallest lighthouse"}], "web/search"),
+        ("function_call", 1, "user call", [{"place": "Lima"}], "office/get_time"),
+        ("trajectory", 0, "user call result", [{"place": "Oslo"}], "office/get_time"),
+        (
+            "mcp_flow_test",
+            0,
+            "user call",
+            [{"expression": "19 + 21 + 44"}],
+            "office/calculate office/get_time",
+        ),
+        (
+            "openai",
+            0,
+            "user call result result answer",
+            [{"place": "Rome"}, {"place": "Quito"}],
+            "/get_time /calculate",
+        ),
+        ("openai", 1, "user answer", [], "/get_time /calculate"),
+        (
+            "sharegpt",
+            0,
+            "user call result answer",
+            [{"value": 12, "from": "kg", "to": "lb"}],
+            "/convert-unit /calculate",
+        ),
+        ("sharegpt", 1, "user call result", [{"expression": "3.5 * 8"}], "/calculate"),  # as Hermes writes it
+        ("xlam", 1, "user call", [{"customer": "Bo"}, {"customer": "Cy"}], "/list_orders"),
+        (
+            "toucan",
+            0,
+            "user call call result result answer",
+            [{"query": "tides Brest"}, {"query": "tides Cork"}],
+            "/search",
+        ),
+        ("toucan", 1, "user answer", [], "/search"),
+        ("toolmind", 0, "user call result answer", [{"expression": "17 ** 2"}], "/calculate"),
+        ("toolmind", 1, "user call", [{"expression": "18 ** 2"}], "/calculate"),
+    ],
+)
+def test_every_shape_is_read(shape: str, row: int, roles: str, arguments: list[Any], tools: str) -> None:
+    found = of(shape)[row]
+    assert [turn.role for turn in found.turns] == roles.split()
+    assert [call.arguments for turn in found.turns for call in turn.calls] == arguments
+    assert [f"{tool.server}/{tool.name}" for tool in found.tools] == tools.split()
+
+
+def test_what_is_said_beside_the_calls_and_in_the_results() -> None:
     schema = {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}
-    assert first.tools == [Tool("office", "calculate", "Evaluates an arithmetic expression", schema)]
-
-
-def test_a_row_without_a_schema_gets_it_from_the_catalogue() -> None:
-    search, clock, missing = of("function_call")
-    assert [tool.server for tool in search.tools + clock.tools] == ["web", "office"]
-    assert clock.turns[0].text == ": What time is it in Lima?"  # cleaned later
-    assert missing.reason == "not-in-catalogue" and "translate" in str(missing)
-
-
-def test_trajectory_results_are_their_text() -> None:
-    first = of("trajectory")[0]
-    assert [turn.role for turn in first.turns] == [USER, CALL, RESULT]
-    assert first.turns[2].text == "14:05"
-    assert first.tools[0].name == "get_time"
-
-
-def test_mcp_flow_test_files() -> None:
-    first = of("mcp_flow_test")[0]
-    assert first.turns[1].calls == (ToolCall("calculate", {"expression": "19 + 21 + 44"}),)
-    assert [(tool.server, tool.name) for tool in first.tools] == [
-        ("office", "calculate"),
-        ("office", "get_time"),
-    ]
-
-
-def test_openai_with_parallel_calls_and_without_any() -> None:
-    parallel, none, broken = of("openai")
-    assert parallel.system == "You are a desk clerk."
-    assert [call.arguments["place"] for call in parallel.turns[1].calls] == ["Rome", "Quito"]
-    assert [turn.role for turn in parallel.turns] == [USER, CALL, RESULT, RESULT, ANSWER]
-    assert [turn.ids for turn in parallel.turns[1:4]] == [("c1", "c2"), ("c1",), ("c2",)]
-    assert [turn.role for turn in none.turns] == [USER, ANSWER] and len(none.tools) == 2
-    assert broken.reason == "bad-json"
+    expected = [Tool("office", "calculate", "Evaluates an arithmetic expression", schema)]
+    assert of("filtered")[0].tools == expected
+    assert of("function_call")[1].turns[0].text == ": What time is it in Lima?"  # cleaned later
+    assert of("trajectory")[0].turns[2].text == "14:05"
+    assert of("openai")[0].system == "You are a desk clerk."
+    assert [turn.ids for turn in of("openai")[0].turns[1:4]] == [("c1", "c2"), ("c1",), ("c2",)]
+    hermes = of("sharegpt")[1]
+    assert [turn.text for turn in hermes.turns[1:]] == ["I will compute that.", "28"]
 
 
 def test_reasoning_text_and_ids_are_kept() -> None:
@@ -98,17 +117,8 @@ def test_reasoning_text_and_ids_are_kept() -> None:
     ]
 
 
-def test_sharegpt_and_hermes() -> None:
-    plain, hermes, _ = of("sharegpt")
-    assert plain.turns[1].calls[0].name == "convert-unit"
-    assert hermes.turns[1].calls == (ToolCall("calculate", {"expression": "3.5 * 8"}),)
-    assert hermes.turns[2] == Turn(RESULT, "28")
-    assert hermes.turns[1].text == "I will compute that."
-
-
 def test_xlam_parameters_become_a_schema() -> None:
-    first, parallel, _ = of("xlam")
-    assert first.tools[0].parameters == {
+    assert of("xlam")[0].tools[0].parameters == {
         "type": "object",
         "properties": {
             "customer": {"type": "string", "description": "Whose"},
@@ -117,7 +127,6 @@ def test_xlam_parameters_become_a_schema() -> None:
         },
         "required": ["customer"],
     }
-    assert len(parallel.turns[1].calls) == 2
 
 
 @pytest.mark.parametrize(
@@ -138,23 +147,10 @@ def test_a_python_type_becomes_a_schemas(written: str | None, kind: str | None) 
     assert schema["properties"]["p"].get("type") == kind
 
 
-def test_toucan_calls_are_python_literals_which_are_never_run() -> None:
-    parallel, irrelevant, broken = of("toucan")
-    assert [call.arguments["query"] for turn in parallel.turns for call in turn.calls] == [
-        "tides Brest",
-        "tides Cork",
-    ]
-    assert [turn.role for turn in irrelevant.turns] == [USER, ANSWER]
-    assert broken.reason == "bad-json"
+def test_a_python_literal_is_never_run() -> None:
     messages = json.dumps([{"role": "tool_call", "content": "__import__('os').abort()"}])
     found = content({"question": "q", "tools": "[]", "messages": messages})
     assert isinstance(found, Fault) and "neither JSON nor a Python literal" in str(found)
-
-
-def test_toolmind_arguments_are_a_string_or_an_object() -> None:
-    one, two, _ = of("toolmind")
-    assert one.turns[1].calls[0].arguments == {"expression": "17 ** 2"}
-    assert two.turns[1].calls[0].arguments == {"expression": "18 ** 2"}
 
 
 def test_the_same_rows_from_parquet(tmp_path: Path) -> None:
@@ -185,6 +181,8 @@ def test_a_shape_can_be_forced() -> None:
         ({"messages": [{"role": "narrator", "content": "x"}]}, "bad-message"),
         ({"messages": [{"role": "user", "content": {"x": 1}}]}, "bad-message"),
         ({"messages": "x"}, "bad-message"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "t", "arguments": "{"}]}]}, "bad-json"),
+        ({"source_instruction": "q", "function_call": {"name": "no", "arguments": {}}}, "not-in-catalogue"),
         ({"conversations": [{"from": "gpt", "value": "<functioncall> {}"}]}, "no-call"),
         ({"query": "q", "answers": "[]", "tools": "[]"}, "no-call"),
     ],
@@ -197,12 +195,6 @@ def test_a_faulty_row_has_a_reason_and_a_sentence(row: object, reason: str) -> N
 def test_a_catalogue_among_the_data_is_pointed_at() -> None:
     (found,) = contents(SHAPES / "tools/office.json")
     assert "--tools" in str(found)
-
-
-def test_a_tool_without_properties_gets_an_empty_set() -> None:
-    found = content(record(tool_info={"tool_name": "t", "tool_description": None, "input_schema": {}}))
-    assert isinstance(found, Content)
-    assert found.tools == [Tool("everything", "t", "", {"type": "object", "properties": {}})]
 
 
 def test_the_newest_file_goes_by_the_date_in_its_name(tmp_path: Path) -> None:

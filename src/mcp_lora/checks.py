@@ -12,15 +12,9 @@ _FOLLOWS = {USER: ("", CALL, ANSWER), RESULT: (CALL, RESULT), CALL: (USER, RESUL
 def check(content: Content, catalogue: Catalogue, whole: bool, max_observation: int) -> list[Turn]:
     """Return a row's turns as they can be trained on; what is normalized is added to `content.cleaned`.
 
-    Args:
-        content: as a reader gives it; a system message that lists the tools is taken out of it.
-        catalogue: checks arguments against schemas.
-        whole: keep the whole conversation, not only what goes up to the first call.
-        max_observation: a tool's result is shortened to so many characters.
-
-    Returns:
-        A conversation that begins with the user, alternates (USER, or the RESULTs of a CALL) with (CALL or
-        ANSWER) and ends with one of the latter.
+    They begin with the user, alternate (USER, or the RESULTs of a CALL) with (CALL or ANSWER) and end with
+    one of the latter. `whole` keeps what comes after the first call too; a tool's result is shortened to
+    `max_observation` characters; a system message that lists the tools is taken out of `content`.
 
     Raises:
         Fault: it cannot be used.

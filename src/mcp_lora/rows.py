@@ -130,7 +130,8 @@ class Rows:
                 for number, record in enumerate(files.read(file, advanced), start=1):
                     broken = isinstance(record, files.Broken)
                     shape = None if broken else self._settings.format or readers.recognise(record)
-                    account = self._account(name, shape or "?")
+                    key = name, shape or "?"
+                    account = self.accounts[key] = self.accounts.get(key) or Account(*key)
                     account.read += 1
                     try:
                         if broken:
@@ -161,21 +162,13 @@ class Rows:
         """Return the sum of all accounts' `cleaned`, `rejected` or `written`."""
         return sum((getattr(account, what) for account in self.accounts.values()), Counter())
 
-    def _account(self, file: str, shape: str) -> Account:
-        if (file, shape) not in self.accounts:
-            self.accounts[file, shape] = Account(file, shape)
-        return self.accounts[file, shape]
-
     def _row(self, account: Account, content: Content) -> Row:
-        own: list[int | Tool] = []
-        for place, tool in enumerate(content.tools):
-            number = self._catalogue.number(tool)
-            if number is None:
-                own.append(tool)
-            else:
-                own.append(number)
-                content.tools[place] = self._catalogue.tools[number]  # which keeps its validator
-        settings = self._settings
+        settings, known = self._settings, self._catalogue.tools
+        numbers = [self._catalogue.number(tool) for tool in content.tools]
+        own = [
+            tool if number is None else number for tool, number in zip(content.tools, numbers, strict=True)
+        ]
+        content.tools = [known[tool] if isinstance(tool, int) else tool for tool in own]  # with validators
         turns = check(content, self._catalogue, settings.turns == "all", settings.max_observation)
         system = content.system or SYSTEM
         said = [(turn.role, turn.text, turn.calls, turn.reasoning) for turn in turns]  # ids say nothing

@@ -205,16 +205,8 @@ def test_every_shape_is_converted(tmp_path: Path, turns: str) -> None:
 
 
 def test_candidates_are_distinct_and_hold_the_gold_tool(sample_data: Path) -> None:
-    servers = {item["tool_info"]["tool_name"]: item["server_info"]["server_name"] for item in load(SAMPLE)}
-    sizes = Counter(servers.values())
-    places = Counter()
     for sample in dataset.samples(sample_data, "train"):
-        right, offered = call_of(sample), names(sample)
-        assert len(offered) == len(set(offered)) == 10 and right in offered
-        mates = sum(servers[name] == servers[right] for name in offered) - 1
-        assert mates >= min(5, sizes[servers[right]] - 1)
-        places[offered.index(right)] += 1
-    assert sorted(places) == list(range(10))
+        assert len(names(sample)) == len(set(names(sample))) == 10 and call_of(sample) in names(sample)
 
 
 def test_another_definition_of_a_tool_stays_with_its_row(tmp_path: Path) -> None:
@@ -241,35 +233,25 @@ def test_a_catalogue_gives_more_candidates(tmp_path: Path) -> None:
 SPLIT = {"holdout_servers": 0.1, "holdout_tools": 0.1, "test": 0.1}
 
 
-def test_what_is_held_out_appears_nowhere_in_training(tmp_path: Path) -> None:
-    rows = many()
-    stats = converted(tmp_path, write_json(tmp_path / "rows.json", rows), **SPLIT)
+def test_what_is_held_out_appears_nowhere_in_training_of_this_or_more_data(tmp_path: Path) -> None:
+    rows, few, more = many(), tmp_path / "few", tmp_path / "more"
+    stats = converted(few, write_json(tmp_path / "few.json", rows[: len(rows) // 2]), **SPLIT)
+    converted(more, write_json(tmp_path / "more.json", rows), **SPLIT)
     assert list(stats["written"]) == ["train", "seen", "unseen_tool", "unseen_server"]
-    assert all((tmp_path / f"mcp_test_{name}.json").is_file() for name in list(stats["written"])[1:])
-    trained = list(dataset.samples(tmp_path, "train"))
+    for name in ("seen", "unseen_tool", "unseen_server"):
+        assert (few / f"mcp_test_{name}.json").is_file()
+        assert not instructions(few, name) & instructions(more, "train")
+    trained = list(dataset.samples(more, "train"))
     offered = {name for sample in trained for name in names(sample)}
     seen = {call_of(sample) for sample in trained}
-    tools = {
-        name: {call_of(sample) for sample in dataset.samples(tmp_path, name)} for name in stats["written"]
-    }
+    tools = {name: {call_of(sample) for sample in dataset.samples(more, name)} for name in stats["written"]}
     assert tools["seen"] <= seen
     assert not offered & (tools["unseen_tool"] | tools["unseen_server"])
     servers = {name.split("_")[0] for name in tools["unseen_server"]}
     assert not servers & {name.split("_")[0] for name in offered}
     for name in ("seen", "unseen_tool"):
-        for sample in dataset.samples(tmp_path, name):
+        for sample in dataset.samples(more, name):
             assert set(names(sample)) <= seen | {call_of(sample)}
-
-
-def test_more_data_moves_nothing_from_a_test_into_training(tmp_path: Path) -> None:
-    rows = many()
-    write_json(tmp_path / "few.json", rows[: len(rows) // 2])
-    write_json(tmp_path / "more.json", rows)
-    converted(tmp_path / "one", tmp_path / "few.json", **SPLIT)
-    converted(tmp_path / "two", tmp_path / "more.json", **SPLIT)
-    for name in ("seen", "unseen_tool", "unseen_server"):
-        before = instructions(tmp_path / "one", name)
-        assert before and not before & instructions(tmp_path / "two", "train")
 
 
 def test_a_tool_that_is_tested_as_seen_is_trained_on(tmp_path: Path) -> None:

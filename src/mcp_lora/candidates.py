@@ -85,7 +85,7 @@ class Pool:
             called: the names of those that are called; none where the right answer is not to call.
             count: how many candidates in all.
             content: a hash of the row, which seeds: other rows may come and go.
-            unseen_server: this tests a held-out server, whose tools may then be distractors.
+            unseen_server: the row tests a held-out server, whose tools may then be distractors.
         """
         self._random.seed(content)
         gold = [tool for tool in own if tool.name in called]

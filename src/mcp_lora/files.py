@@ -39,8 +39,7 @@ def find(places: list[Path]) -> list[Path]:
     """Return the files that are meant by files, folders (searched to the bottom) and globs.
 
     Raises:
-        McpLoraError: a place holds no file of a kind that can be read; all such are named. Or a
-            name is no UTF-8, and could not be printed.
+        McpLoraError: places hold no file that can be read, or a name is no UTF-8 and cannot be printed.
     """
     found: list[Path] = []
     missing = []

@@ -139,7 +139,8 @@ class Rows:
                 name, find = str(file), partial(self._catalogue.find, server=file.stem)
                 for number, record in enumerate(formats.records(files.read(file, advanced)), start=1):
                     broken = isinstance(record, files.Broken)
-                    account = self._account(name, "?" if broken else formats.recognise(record))
+                    key = name, "?" if broken else formats.recognise(record)
+                    account = self.accounts[key] = self.accounts.get(key) or Account(*key)
                     account.read += 1
                     try:
                         if broken:
@@ -169,22 +170,14 @@ class Rows:
         """Return the sum of all accounts' `cleaned`, `rejected` or `written`."""
         return sum((getattr(account, what) for account in self.accounts.values()), Counter())
 
-    def _account(self, file: str, shape: str) -> Account:
-        if (file, shape) not in self.accounts:
-            self.accounts[file, shape] = Account(file, shape)
-        return self.accounts[file, shape]
-
     def _row(self, account: Account, content: Content) -> tuple[Row, int]:
         """Return a row, and the hash of all that is trained on and shown of it."""
-        own: list[int | Tool] = []
-        for place, tool in enumerate(content.tools):
-            number = self._catalogue.number(tool)
-            if number is None:
-                own.append(tool)
-            else:
-                own.append(number)
-                content.tools[place] = self._catalogue.tools[number]  # which keeps its validator
-        settings = self._settings
+        settings, known = self._settings, self._catalogue.tools
+        numbers = [self._catalogue.number(tool) for tool in content.tools]
+        own = [
+            tool if number is None else number for tool, number in zip(content.tools, numbers, strict=True)
+        ]
+        content.tools = [known[tool] if isinstance(tool, int) else tool for tool in own]  # with validators
         turns = check(
             content,
             self._catalogue,
@@ -199,12 +192,10 @@ class Rows:
             self.later_calls += every - kept
         if turns[0].role != SYSTEM:
             turns.insert(0, Turn(SYSTEM, SYSTEM_MESSAGE))
-        said = [
-            (turn.role, turn.text, turn.calls, turn.reasoning, turn.trained) for turn in turns
-        ]  # ids say nothing
+        said = [turn._replace(ids=()) for turn in turns]  # which say nothing
         shown = [tool if isinstance(tool, int) else msgspec.structs.astuple(tool) for tool in own]
         same = hashlib.blake2b(as_json((said, shown)), digest_size=8).digest()
-        asked = next((turn.text for turn in turns if turn.role == USER), "")
+        asked = ""
         for turn in turns:
             if turn.calls and turn.trained:
                 break

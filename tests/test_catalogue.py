@@ -32,8 +32,8 @@ def test_both_kinds_of_file_are_read_and_what_is_no_tool_is_told(tmp_path: Path)
     assert catalogue.tools[4].parameters == {"type": "object", "properties": {}}
     assert [note.split("/")[-1] for note in notes] == [
         "web.json: a tool has no name",
-        "braces.json holds no tools that are new",
-        "empty.json holds no tools that are new",
+        "braces.json holds no tools",
+        "empty.json holds no tools",
     ]
 
 

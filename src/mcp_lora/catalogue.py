@@ -86,15 +86,16 @@ def load(found: list[Path], catalogue: Catalogue) -> list[str]:
     """
     notes = []
     for file in found:
-        before = len(catalogue.tools)
+        count = 0
         for record in files.read(file):
             try:
                 if isinstance(record, files.Broken):
                     raise Fault("not-json", record.sentence)
                 for tool in tools_in(record, file.stem):
                     catalogue.number(tool)
+                    count += 1
             except Fault as fault:
                 notes.append(f"{file}: {fault}")
-        if len(catalogue.tools) == before:
-            notes.append(f"{file} holds no tools that are new")
+        if not count:
+            notes.append(f"{file} holds no tools")
     return notes

@@ -367,9 +367,9 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
     ]
     _print_table(
         f"{statistics['read']} rows of {common if near.startswith('..') else near}",
-        ["file", "shape", "read", "cleaned", *written, "rejected"],
+        ["file", "format", "read", "cleaned", *written, "rejected"],
         rows,
-        texts=("file", "shape", "rejected"),
+        texts=("file", "format", "rejected"),
     )
     parts = [f"{count} in {name}" for name, count in written.items()]
     _say(

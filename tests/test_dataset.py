@@ -358,6 +358,76 @@ def test_big_files_are_json_lines(sample_data: Path, monkeypatch: pytest.MonkeyP
     assert not (sample_data / TRAIN_FILE).exists()
 
 
+def said(question: str, *called: str, system: str = "", **more: Any) -> dict[str, Any]:
+    """A record in OpenAI's form that calls tools one after another."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] * bool(system)
+    messages.append({"role": "user", "content": question})
+    for name in called:
+        function = {"name": name, "arguments": "{}"}
+        messages.append({"role": "assistant", "tool_calls": [{"id": name, "function": function}]})
+        messages.append({"role": "tool", "tool_call_id": name, "content": "done"})
+    tools = [{"name": name, "parameters": {}} for name in ("open", "close", "wait")]
+    return {"messages": [*messages, {"role": "assistant", "content": "Done."}], "tools": tools} | more
+
+
+def test_the_same_question_is_never_trained_on_and_tested(tmp_path: Path) -> None:
+    """Near copies of it are, in case, spaces and punctuation, whatever tool they are asked for."""
+    rows = [
+        said(text, tool)
+        for number in range(200)
+        for text, tool in (
+            (f"Do it, number {number}!", "open"),
+            (f"do it number {number}", "close"),
+            (f"Do it  number {number}?", "wait"),
+        )
+    ]
+    rows += [
+        said(f"{tool} {1000 + number}", tool) for number in range(100) for tool in ("open", "close", "wait")
+    ]
+    for more in ({"test": 0.3}, {"test": 0.3, "holdout_tools": 0.4}):
+        stats = converted(tmp_path, write_json(tmp_path / "rows.json", rows), candidates=2, **more)
+        asked = {
+            split: {"".join(filter(str.isdigit, question)) for question in instructions(tmp_path, split)}
+            for split in stats["written"]
+        }
+        assert len(asked) >= 2 and len(asked["train"]) > 50
+        assert not any(asked["train"] & asked[split] for split in asked if split != "train")
+
+
+def test_a_duplicate_is_equal_in_all_that_is_trained_on_and_shown(tmp_path: Path) -> None:
+    row = said("Go.", "open")
+    rows = [
+        row,
+        row,
+        said("Go.", "open", system="Be brief."),
+        row | {"tools": row["tools"][:1]},
+        said("Go.", "wait"),
+    ]
+    stats = converted(tmp_path, write_json(tmp_path / "rows.json", rows), test=0)
+    assert stats["rejected"] == {"duplicate": 1} and stats["written"] == {"train": 4}
+
+
+def test_a_sample_for_each_call_or_the_first_alone(tmp_path: Path) -> None:
+    source = write_json(tmp_path / "rows.json", [said("Go.", "open", "wait", "close")])
+    stats = convert(Settings([str(source)], test=0), tmp_path)
+    assert (stats["later_calls"], stats["samples"]) == (2, {"train": 1})
+    stats = convert(Settings([str(source)], test=0, turns="each"), tmp_path)
+    assert (stats["later_calls"], stats["written"], stats["samples"]) == (0, {"train": 1}, {"train": 3})
+    assert dataset.facts(tmp_path) == 3
+    for number, sample in enumerate(dataset.samples(tmp_path, "train")):
+        answers = [message for message in sample["messages"] if message["role"] == "assistant"]
+        assert [answer.get("weight") for answer in answers] == [0] * number + [None]
+        assert answers[-1]["tool_calls"][0]["function"]["name"] == ("open", "wait", "close")[number]
+
+
+def test_parameters_that_no_schema_knows_are_counted_by_tool(tmp_path: Path) -> None:
+    row = said("Go.", "open")
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"far": true}'
+    source = write_json(tmp_path / "rows.json", [row, said("Go.", "wait")])
+    assert converted(tmp_path, source, test=0)["unknown_parameters"] == {"open": 1}
+    assert converted(tmp_path, source, test=0, strict_schema=True)["rejected"] == {"schema": 1}
+
+
 def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -> None:
     before = contents(sample_data)
     bad = write_json(tmp_path / "sub/bad.json", [record(function_call={})])

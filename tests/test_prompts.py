@@ -276,6 +276,13 @@ def test_two_turns_share_a_sample_where_one_prompt_goes_on_from_the_other(texts:
     assert [len(targets(one.labels)) for one in hybrid.encode(row)] == [1, 1]
 
 
+def test_an_answer_of_weight_0_is_context(texts: dict[str, str]) -> None:
+    messages = [SYSTEM, QUESTION, ANSWER | {"weight": 0}, QUESTION, calling(CALLS["one call"])]
+    qwen = ChatTemplate(tokenizer_of(texts["Qwen-Qwen2.5-7B-Instruct"]))
+    (sample,) = qwen.encode({"messages": messages, "tools": TOOLS})
+    assert len(targets(sample.labels)) == 1 and "get-sum" in sample.target and "It is 7." in sample.prompt
+
+
 def test_thinking_is_off_where_it_can_be_and_trained_where_it_is_on(texts: dict[str, str]) -> None:
     answer = calling(CALLS["one call"]) | {"reasoning_content": "It wants a sum."}
     tokenizer = tokenizer_of(texts["Qwen-Qwen3-0.6B"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
+from mcp_lora.tools import takes_null
 
 # What each role may follow.
 _FOLLOWS = {USER: ("", CALL, ANSWER), RESULT: (CALL, RESULT), CALL: (USER, RESULT), ANSWER: (USER, RESULT)}
@@ -99,24 +100,8 @@ def _without_nulls(value: Any, schema: Any) -> Any:
     return {
         key: _without_nulls(item, properties.get(key))
         for key, item in value.items()
-        if item is not None or key in required or _takes_null(properties.get(key))
+        if item is not None or key in required or takes_null(properties.get(key))
     }
-
-
-def _takes_null(schema: Any) -> bool:
-    """Tell whether a parameter may be null; one that the schema does not know may not."""
-    if not isinstance(schema, dict):
-        return False
-    kinds = schema.get("type")
-    parts = [part for key in ("anyOf", "oneOf") for part in schema.get(key) or []]
-    return (
-        kinds == "null"
-        or (isinstance(kinds, list) and "null" in kinds)
-        or None in (schema.get("enum") or ())
-        or any(map(_takes_null, parts))
-        or (kinds is None and not parts and "enum" not in schema and "$ref" not in schema)
-        or schema.get("nullable") is True
-    )
 
 
 def _without_failed(turns: list[Turn], cleaned: list[str]) -> Iterator[Turn]:

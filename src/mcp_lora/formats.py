@@ -90,7 +90,7 @@ _KIND_OF = _by_name(
 _REASONING = _names("reasoning_content reasoning thinking thought")
 _ARGUMENTS = _names("arguments args parameters input kwargs")
 _RESULTS = _names("content output response result results value text")
-_IDS = _names("id call_id tool_call_id tool_use_id toolUseId")
+_IDS = _names("tool_call_id tool_use_id toolUseId call_id id")
 
 
 def recognise(record: Any) -> str:
@@ -155,7 +155,10 @@ def _unwrapped(record: Any) -> Any:
 
 def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
     """Return the first value that there is under any of these names."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
+    for name in names:
+        if (value := record.get(name)) is not None:
+            return value
+    return None
 
 
 def _server(record: Mapping[str, Any]) -> str:

@@ -192,7 +192,8 @@ class Rows:
             self.later_calls += every - kept
         if turns[0].role != SYSTEM:
             turns.insert(0, Turn(SYSTEM, SYSTEM_MESSAGE))
-        said = [turn._replace(ids=()) for turn in turns]  # which say nothing
+        # all of a turn but its ids, which say nothing
+        said = [(turn.role, turn.text, turn.calls, turn.reasoning, turn.trained) for turn in turns]
         shown = [tool if isinstance(tool, int) else msgspec.structs.astuple(tool) for tool in own]
         same = hashlib.blake2b(as_json((said, shown)), digest_size=8).digest()
         asked = ""

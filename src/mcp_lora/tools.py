@@ -135,7 +135,9 @@ def _schema(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     schema = {
-        key: item if key in _VALUES else _schema(item) for key, item in value.items() if item is not None
+        key: item if key in _VALUES else _schema(item)
+        for key, item in value.items()
+        if item is not None or (key == "default" and takes_null(value))
     }
     if isinstance(properties := schema.get("properties"), dict):
         required = [
@@ -164,3 +166,19 @@ def _type(kind: Any) -> Any:
     word = word.removeprefix("optional[").split("[")[0].split("(")[0].rstrip("] ").strip()
     plain = _TYPES.get(word, word)
     return plain if plain in _PLAIN else None
+
+
+def takes_null(schema: Any) -> bool:
+    """Tell whether a parameter may be null; one that the schema does not know may not."""
+    if not isinstance(schema, dict):
+        return False
+    kinds = schema.get("type")
+    parts = [part for key in ("anyOf", "oneOf") for part in schema.get(key) or []]
+    return (
+        kinds == "null"
+        or (isinstance(kinds, list) and "null" in kinds)
+        or None in (schema.get("enum") or ())
+        or any(map(takes_null, parts))
+        or (kinds is None and not parts and "enum" not in schema and "$ref" not in schema)
+        or schema.get("nullable") is True
+    )

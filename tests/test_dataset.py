@@ -440,6 +440,9 @@ def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -
         converted(sample_data, SHAPES / "rows/function_call.json")
     assert contents(sample_data) == before
     assert not (sample_data / ".new").exists()
+    beside = sample_data.with_name(f"{sample_data.name}.rejected.jsonl")
+    rejected = list(map(json.loads, beside.read_text(encoding="utf-8").splitlines()))
+    assert {line["reason"] for line in rejected} == {"not-in-catalogue"}
 
 
 def test_a_damaged_description_is_an_error(sample_data: Path) -> None:

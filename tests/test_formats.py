@@ -246,6 +246,14 @@ def test_a_session_log_is_a_record_for_each_session() -> None:
     assert list(formats.records([OPENAI, RECORDS["trl"]])) == [OPENAI, RECORDS["trl"]]
 
 
+def test_a_file_may_be_one_conversation_or_hold_its_rows_under_data() -> None:
+    assert list(formats.records(OPENAI)) == [OPENAI]
+    assert list(formats.records([{"data": [RECORDS["trl"], RECORDS["xlam"]]}])) == [
+        RECORDS["trl"],
+        RECORDS["xlam"],
+    ]
+
+
 ON_OFFER = {"tide": SCHEMA, "ping": {"type": "object", "properties": {}}}
 
 

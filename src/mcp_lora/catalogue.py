@@ -20,6 +20,7 @@ class Catalogue:
     def __init__(self) -> None:
         self.tools: list[Tool] = []
         self.by_server: dict[str, list[Tool]] = {}
+        self.consulted = 0  # how often a row had no tools of its own
         self.broken: dict[tuple[str, str], str] = {}  # tools with a schema that is no schema
         self._numbers: dict[tuple[str, str], int] = {}
         self._by_name: dict[str, list[Tool]] = {}
@@ -49,6 +50,7 @@ class Catalogue:
         Raises:
             Fault: there is none, or it is not clear which.
         """
+        self.consulted += 1
         number = self._numbers.get((server, name))
         if number is not None:
             return self.tools[number]

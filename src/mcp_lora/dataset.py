@@ -115,9 +115,17 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
     rejected = rows.total("rejected")
     if not rows.count:
         names = ", ".join(map(str, found[:3])) + (" …" if len(found) > 3 else "")
-        what = ", ".join(f"{count} × {reason}" for reason, count in rejected.most_common()) or "it is empty"
+        told = [f"{count} × {reason}, {rows.examples[reason]}" for reason, count in rejected.most_common(3)]
+        kept = new.parent.with_name(f"{new.parent.name}.rejected.jsonl")
+        if told:
+            (new / "rejected.jsonl").replace(kept)
+            told.append(f"all of them are in {kept}")
         advice = "--tools CATALOGUE" if "not-in-catalogue" in rejected else "OTHER_FILE"
-        raise McpLoraError(f"no usable row in {names} ({what}): mcp-lora convert {advice}")
+        raise McpLoraError(
+            f"no usable row in {names} ({'; '.join(told) or 'it is empty'}): mcp-lora convert {advice}"
+        )
+    if tool_files and not catalogue.consulted:
+        notes.append("no row needed --tools, its tools are candidates alone")
     samples = Samples(new, catalogue, rows, settings)
     files_of = samples.write(progress)
     if "train" not in files_of:

@@ -102,14 +102,27 @@ def recognise(record: Any) -> str:
 
 
 def records(found: Iterable[Any]) -> Iterator[Any]:
-    """Yield a file's records; the events of a session log, one a line, are one for each session."""
+    """Yield a file's records; the events of a session log, one a line, are one for each session.
+
+    Messages that stand in no conversation are one together, and {"data": […]} holds records.
+    """
     sessions: dict[Any, list[Any]] = {}
+    messages = []
     for record in found:
-        if not isinstance(record, dict) or "type" not in record or not _EVENT & record.keys():
+        if not isinstance(record, dict):
             yield record
-        elif {"message", "payload"} & record.keys():
-            sessions.setdefault(record.get("sessionId"), []).append(record)
+        elif "type" in record and _EVENT & record.keys():
+            if {"message", "payload"} & record.keys():
+                sessions.setdefault(record.get("sessionId"), []).append(record)
+        elif record.keys() == {"data"} and isinstance(record["data"], list):
+            yield from records(record["data"])
+        elif _role(record) and {"content", "value", "tool_calls"} & record.keys():
+            messages.append(record)
+        else:
+            yield record
     yield from sessions.values()
+    if messages:
+        yield messages
 
 
 def read(record: Any, find: Callable[[str], Tool]) -> Content:

@@ -108,6 +108,7 @@ class Rows:
         accounts: of all rows, by (file, shape).
         later_calls: calls after the first, which are in no sample.
         unknown: calls with parameters that the schema does not know, by tool.
+        examples: the first row that was rejected for each reason, in words.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, settings: Settings) -> None:
@@ -116,6 +117,7 @@ class Rows:
         self.accounts: dict[tuple[str, str], Account] = {}
         self.later_calls = 0
         self.unknown: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
         self._folder = folder
         self._catalogue = catalogue
         self._settings = settings
@@ -151,6 +153,7 @@ class Rows:
                             raise Fault("duplicate", "all that is trained on and shown is in an earlier row")
                     except Fault as fault:
                         account.rejected[fault.reason] += 1
+                        self.examples.setdefault(fault.reason, f"row {number}: {fault}")
                         rejected.write(_rejection(account, number, fault, record.text if broken else record))
                         continue
                     for what in content.cleaned:

@@ -51,6 +51,27 @@ def test_no_two_tools_of_one_name() -> None:
         assert gold in sampled and sorted(names(sampled)) == ["other0", "other1", "other2", "search"]
 
 
+def test_a_tool_that_does_what_the_gold_tool_does_is_no_distractor() -> None:
+    catalogue = Catalogue()
+    schema = {"type": "object", "properties": {}}
+    text = "Converts an amount from one currency to another at the rate of the day"
+    described = {
+        "currency_convert": "",
+        "convertCurrency": "",
+        "exchange": f"{text}.",
+        "translate": "Translates a text",
+    }
+    for name, description in described.items():
+        catalogue.number(Tool(f"of {name}", name, description, schema))
+    gold = Tool("bank", "convert_currency", text, schema)
+    sibling = Tool("bank", "convert_currencies", text, schema)
+    for tool in (gold, sibling):
+        catalogue.number(tool)
+    tools = Pool(catalogue, NOTHING)
+    sampled = names(tools.sample([gold], {"convert_currency"}, 10, content=1))
+    assert sorted(sampled) == ["convert_currencies", "convert_currency", "translate"] and tools.alike >= 3
+
+
 def test_a_small_pool_is_sampled_whole() -> None:
     tools, (gold, *_) = pool({"s": ["a", "b", "c", "d", "e"]})
     assert sorted(names(tools.sample([gold], {"a"}, 10, content=1))) == ["a", "b", "c", "d", "e"]

@@ -2,8 +2,11 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+
+from rapidfuzz import fuzz
 
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.records import Tool
@@ -53,10 +56,18 @@ class Split:
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < share * 2**64
 
 
+_ALIKE = 90  # of 100: names, word by word, or descriptions that are as similar say the same
+
+
 class Pool:
-    """The tools of a catalogue, to sample candidates from."""
+    """The tools of a catalogue, to sample candidates from.
+
+    Attributes:
+        alike: how often a tool was left out since it does what the gold tool does.
+    """
 
     def __init__(self, catalogue: Catalogue, split: Split) -> None:
+        self.alike = 0
         self._random = random.Random()
         self._by_server = catalogue.by_server
         # A row's own definition of a tool is known by the same names.
@@ -78,7 +89,8 @@ class Pool:
         """Sample the candidate tools of one question, the gold tools among them, in random order.
 
         A row that brings more tools than it calls has these as distractors first. Otherwise half of the
-        distractors are of the gold tool's server, where it has them, and the rest of others.
+        distractors are of the gold tool's server, where it has them, and the rest of others, without those
+        that are named or described as a gold tool is: to call them would be right.
 
         Args:
             own: the tools that the row brings.
@@ -98,18 +110,26 @@ class Pool:
         barred = set() if unseen_server else self._held_out
         self._fill(offered, first, near, barred)
         if gold:
-            self._fill(offered, size, self._seen, set())
+            self._fill(offered, size, self._seen, set(), gold)
         self._fill(offered, size, near, barred)
         return sorted(offered.values(), key=lambda tool: self._random.random())
 
     def _fill(
-        self, offered: dict[str, Tool], size: int, tools: Sequence[Tool], barred: set[tuple[str, str]]
+        self,
+        offered: dict[str, Tool],
+        size: int,
+        tools: Sequence[Tool],
+        barred: set[tuple[str, str]],
+        gold: Sequence[Tool] = (),
     ) -> None:
         """Offer more tools, up to a size: of names that are not on offer yet, and none that is barred."""
         if len(offered) >= size:
             return
         for tool in self._shuffled(tools, size - len(offered)):
             if tool.name not in offered and (tool.server, tool.name) not in barred:
+                if any(_are_alike(tool, other) for other in gold):
+                    self.alike += 1
+                    continue
                 offered[tool.name] = tool
                 if len(offered) == size:
                     return
@@ -119,3 +139,14 @@ class Pool:
         if len(tools) > count:
             yield from self._random.choices(tools, k=2 * count)
         yield from self._random.sample(tools, len(tools))
+
+
+def _are_alike(one: Tool, other: Tool) -> bool:
+    """Tell whether tools of two servers do the same; those of one server are meant to be told apart."""
+    if one.server and one.server == other.server:
+        return False
+    names = (re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", " ", tool.name).lower() for tool in (one, other))
+    if fuzz.token_sort_ratio(*names, score_cutoff=_ALIKE):
+        return True
+    described = len(one.description) > 20 and len(other.description) > 20
+    return described and bool(fuzz.ratio(one.description, other.description, score_cutoff=_ALIKE))

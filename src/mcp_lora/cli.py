@@ -380,6 +380,8 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
         _say(f"why rows were rejected is in {out / 'rejected.jsonl'}")
     for name, count in statistics["no_call_samples"].items():
         _say(f"{count} extra samples without the gold tool in {name}")
+    if statistics["alike"]:
+        _say(f"{statistics['alike']} candidates were left out that do what a gold tool does")
     if statistics["later_calls"]:
         _say(f"{statistics['later_calls']} later calls are in no sample: --turns each, or all")
     if unknown := statistics["unknown_parameters"]:

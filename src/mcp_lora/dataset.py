@@ -150,6 +150,7 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
         "cleaned": rows.total("cleaned"),
         "samples": {name: samples.count[name] for name in SPLITS if name in samples.count},
         "later_calls": rows.later_calls,
+        "alike": samples.pool.alike,
         "unknown_parameters": dict(rows.unknown.most_common()),
         "no_call_samples": {name: samples.extra[name] for name in SPLITS if name in samples.extra},
         "tools": len(rows.kept),

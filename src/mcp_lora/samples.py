@@ -59,6 +59,7 @@ class Samples:
     Attributes:
         extra: no-call samples that were made, by split.
         count: samples, by split.
+        pool: where the candidates come from.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, rows: Rows, settings: Settings) -> None:
@@ -70,7 +71,7 @@ class Samples:
         self._settings = settings
         split = Split(settings.holdout_servers, settings.holdout_tools, settings.test, settings.seed)
         self._split = split.within(rows.kept)
-        self._pool = Pool(catalogue, self._split)
+        self.pool = Pool(catalogue, self._split)
         self._kept = {*rows.kept.values()}
         self._open = contextlib.ExitStack()
         self._files: dict[str, list[IO[bytes]]] = {}
@@ -89,7 +90,7 @@ class Samples:
                 gold = self._gold(row)
                 split = self._split_of(row, gold, row.content in held_out)
                 count = self._settings.candidates
-                sampled = self._pool.sample(own, row.called, count, row.content, split == "unseen_server")
+                sampled = self.pool.sample(own, row.called, count, row.content, split == "unseen_server")
                 server = next((tool.server for tool in gold), "")
                 # A test asks for the call, and for nothing after it.
                 if split != "train":

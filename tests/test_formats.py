@@ -246,6 +246,19 @@ def test_a_session_log_is_a_record_for_each_session() -> None:
     assert list(formats.records([OPENAI, RECORDS["trl"]])) == [OPENAI, RECORDS["trl"]]
 
 
+def test_session_logs_are_redacted_unless_told_otherwise(tmp_path: Path) -> None:
+    events = json.loads(json.dumps(RECORDS["claude code"]).replace("I look it up.", "Mail ann@corp.example."))
+    source = tmp_path / "session.jsonl"
+    source.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    tools = [str(write_json(tmp_path / "sea.json", [BARE]))]
+    for redact, kept in ((None, False), (False, True)):
+        settings = dataset.Settings([str(source)], tools, test=0.0, redact=redact)
+        stats = dataset.convert(settings, tmp_path / "out")
+        assert stats["cleaned"].get("redacted mail address", 0) == (not kept)
+        text = (tmp_path / "out/train.jsonl").read_text(encoding="utf-8")
+        assert ("ann@corp.example" in text) == kept and "Mail " in text
+
+
 def test_a_file_may_be_one_conversation_or_hold_its_rows_under_data() -> None:
     assert list(formats.records(OPENAI)) == [OPENAI]
     assert list(formats.records([{"data": [RECORDS["trl"], RECORDS["xlam"]]}])) == [

@@ -48,6 +48,7 @@ _INPUTS = (
 )
 _TURNS = "Up to the first call, the whole conversation, or a sample for each of its calls."
 _STRICT_SCHEMA = "Reject parameters that the schema does not know."
+_REDACT = "Replace keys, mail addresses and home folders; by default in session logs."
 _OVERRIDES = "Settings in LLaMA-Factory's names."
 _REQUIRE = "End with 1 where it does not hold."
 _RUNS = f"A run's folder, by default {DEFAULT}; several are compared."
@@ -69,6 +70,7 @@ def convert(
     drop_reasoning: Annotated[bool, Option("--drop-reasoning", help="Leave out what was thought.")] = False,
     strict_schema: Annotated[bool, Option("--strict-schema", help=_STRICT_SCHEMA)] = False,
     keep_failed: Annotated[bool, Option("--keep-failed", help="Train on calls that failed, too.")] = False,
+    redact: Annotated[bool | None, Option("--redact/--no-redact", help=_REDACT)] = None,
     strict: Annotated[bool, Option("--strict", help="End with 1 if a row is rejected.")] = False,
     max_rejects: Annotated[str, Option(metavar="N", help="End with 1 if more: 5%, or a count.")] = "100%",
 ) -> None:
@@ -89,6 +91,7 @@ def convert(
         drop_reasoning,
         strict_schema,
         keep_failed,
+        redact,
     )
     with _progress() as progress, dataset.locked(out):
         statistics = dataset.convert(settings, out, progress)

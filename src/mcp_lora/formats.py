@@ -125,6 +125,12 @@ def records(found: Iterable[Any]) -> Iterator[Any]:
         yield messages
 
 
+def is_session(record: Any) -> bool:
+    """Tell whether a record is the events of a session log."""
+    first = record[0] if isinstance(record, list) and record else None
+    return isinstance(first, dict) and bool(_EVENT & first.keys())
+
+
 def read(record: Any, find: Callable[[str], Tool]) -> Content:
     """Return what a record holds.
 

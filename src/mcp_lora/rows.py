@@ -25,6 +25,7 @@ from mcp_lora import files, formats
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.checks import check
 from mcp_lora.records import RESULT, SYSTEM, USER, Content, Fault, Tool, Turn, as_json
+from mcp_lora.redact import redact
 
 # Models without a system message of their own are trained, and served, with this one.
 SYSTEM_MESSAGE = "You are a helpful assistant. Answer the user by calling the right tool."
@@ -50,6 +51,7 @@ class Settings:
         drop_reasoning: leave out what was thought.
         strict_schema: reject calls with parameters that the tool's schema does not know.
         keep_failed: train on calls of which the result is an error.
+        redact: replace keys, mail addresses and home folders; None does it in session logs.
     """
 
     inputs: list[str] = field(default_factory=list)
@@ -65,6 +67,7 @@ class Settings:
     drop_reasoning: bool = False
     strict_schema: bool = False
     keep_failed: bool = False
+    redact: bool | None = None
 
 
 @dataclass
@@ -144,6 +147,12 @@ class Rows:
                     key = name, "?" if broken else formats.recognise(record)
                     account = self.accounts[key] = self.accounts.get(key) or Account(*key)
                     account.read += 1
+                    is_log = formats.is_session(record)
+                    if self._settings.redact or (self._settings.redact is None and is_log):
+                        record, replaced = redact(record)
+                        account.cleaned.update(
+                            {f"redacted {kind}": count for kind, count in replaced.items()}
+                        )
                     try:
                         if broken:
                             raise Fault("not-json", record.sentence)

@@ -1,0 +1,87 @@
+"""Replace what must not be trained on in a record: keys and tokens, mail addresses, home folders.
+
+Keys are found by detect-secrets' plugins, and where a text names one (`password=…`, `Bearer …`). A stand-in
+has the same shape, and is the same everywhere in a record: a call's argument still is what the question says.
+"""
+
+import random
+import re
+import string
+from collections import Counter
+from functools import partial
+from typing import Any
+
+# Of detect-secrets, without those that find by entropy: a hash or an id in a log is no secret.
+_PLUGINS = """ArtifactoryDetector AWSKeyDetector AzureStorageKeyDetector BasicAuthDetector
+DiscordBotTokenDetector GitHubTokenDetector GitLabTokenDetector JwtTokenDetector MailchimpDetector
+NpmDetector OpenAIDetector PypiTokenDetector SendGridDetector SlackDetector StripeDetector TelegramBotTokenDetector TwilioKeyDetector"""
+_TOKEN = r"[\w.~+/-]"
+_NAMED = re.compile(
+    r"(?i)(?:\bbearer\s+|\b[\w-]*(?:api[_-]?key|token|secret|passw(?:or)?d)\w*[\"']?\s*[=:]\s*[\"']?)"
+    rf"({_TOKEN}{{8,}})|\b(sk-{_TOKEN}{{16,}})"
+)
+_MAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
+_HOME = re.compile(r"(?:/home/|/Users/|[A-Z]:\\Users\\)([\w.-]+)")
+
+
+def redact(record: Any) -> tuple[Any, Counter[str]]:
+    """Return a record with stand-ins, and how many different things were replaced, by kind."""
+    found: dict[str, str] = {}
+    _find(record, found)
+    kinds = Counter(found.values())
+    # the longest first: a mail address may hold the name of a home folder
+    ordered = sorted(found, key=len, reverse=True)
+    stand_ins = {secret: _stand_in(secret, found[secret]) for secret in ordered}
+    if not stand_ins:
+        return record, kinds
+    pattern = re.compile("|".join(map(re.escape, ordered)))
+    return _mapped(record, partial(pattern.sub, lambda match: stand_ins[match.group()])), kinds
+
+
+def _find(value: Any, found: dict[str, str]) -> None:
+    """Add what is to be replaced in a value, with its kind."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _find(item, found)
+    elif isinstance(value, str):
+        for match in _HOME.finditer(value):
+            found.setdefault(match.group(1), "home folder")
+        for address in _MAIL.findall(value):
+            found.setdefault(address, "mail address")
+        for named in _NAMED.finditer(value):
+            found.setdefault(named.group(1) or named.group(2), "key")
+        for secret in _known_keys(value):
+            found.setdefault(secret, "key")
+
+
+def _known_keys(text: str) -> list[str]:
+    from detect_secrets.core.scan import scan_line
+    from detect_secrets.settings import transient_settings
+
+    with transient_settings({"plugins_used": [{"name": name} for name in _PLUGINS.split()]}):
+        parts = [secret.secret_value for line in text.splitlines() for secret in scan_line(line)]
+    # of some kinds of token it returns the beginning alone
+    whole = (re.search(rf"{re.escape(part)}{_TOKEN}*", text) for part in parts if part)
+    return [match.group() for match in whole if match]
+
+
+def _stand_in(secret: str, kind: str) -> str:
+    """Return a text of the same shape, the same for the same secret."""
+    if kind == "home folder":
+        return "user"
+    chosen = random.Random(secret)
+    kept = len(secret) - len(secret.split("@")[0]) if kind == "mail address" else 0
+    name = secret[: len(secret) - kept]
+    letters = {**dict.fromkeys(string.ascii_lowercase, string.ascii_lowercase)}
+    letters |= dict.fromkeys(string.ascii_uppercase, string.ascii_uppercase)
+    letters |= dict.fromkeys(string.digits, string.digits)
+    made = "".join(chosen.choice(letters.get(letter, letter)) for letter in name)
+    return f"{made}@example.com" if kept else made
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value

@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any
 
 # Of detect-secrets, without those that find by entropy: a hash or an id in a log is no secret.
-_PLUGINS = """ArtifactoryDetector AWSKeyDetector AzureStorageKeyDetector BasicAuthDetector
-DiscordBotTokenDetector GitHubTokenDetector GitLabTokenDetector JwtTokenDetector MailchimpDetector
-NpmDetector OpenAIDetector PypiTokenDetector SendGridDetector SlackDetector StripeDetector TelegramBotTokenDetector TwilioKeyDetector"""
+_PLUGINS = """
+ArtifactoryDetector AWSKeyDetector AzureStorageKeyDetector BasicAuthDetector DiscordBotTokenDetector
+GitHubTokenDetector GitLabTokenDetector JwtTokenDetector MailchimpDetector NpmDetector OpenAIDetector
+PypiTokenDetector SendGridDetector SlackDetector StripeDetector TelegramBotTokenDetector TwilioKeyDetector
+"""
 _TOKEN = r"[\w.~+/-]"
 _NAMED = re.compile(
     r"(?i)(?:\bbearer\s+|\b[\w-]*(?:api[_-]?key|token|secret|passw(?:or)?d)\w*[\"']?\s*[=:]\s*[\"']?)"

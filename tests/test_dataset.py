@@ -423,6 +423,22 @@ def test_a_sample_for_each_call_or_the_first_alone(tmp_path: Path) -> None:
         assert answers[-1]["tool_calls"][0]["function"]["name"] == ("open", "wait", "close")[number]
 
 
+def test_a_row_is_explained_in_each_step(tmp_path: Path) -> None:
+    row = said("Go.", "open")
+    source = write_json(tmp_path / "rows.json", [said("Stop."), row, said("Go.", "shut")])
+    settings = Settings([str(source)])
+    steps = dict(dataset.explain(settings, 2))
+    assert (
+        list(steps) == ["as read (openai)", "as understood", "as written"]
+        and steps["as read (openai)"] == row
+    )
+    assert [turn["role"] for turn in steps["as understood"]] == ["user", "call", "result", "answer"]
+    assert call_of(steps["as written"][0]) == "open"
+    assert "shut is called, but not among the tools" in dict(dataset.explain(settings, 3))["rejected"]
+    with pytest.raises(McpLoraError, match="fewer than 4 rows"):
+        list(dataset.explain(settings, 4))
+
+
 def test_parameters_that_no_schema_knows_are_counted_by_tool(tmp_path: Path) -> None:
     row = said("Go.", "open")
     row["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"far": true}'

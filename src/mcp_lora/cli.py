@@ -71,6 +71,7 @@ def convert(
     strict_schema: Annotated[bool, Option("--strict-schema", help=_STRICT_SCHEMA)] = False,
     keep_failed: Annotated[bool, Option("--keep-failed", help="Train on calls that failed, too.")] = False,
     redact: Annotated[bool | None, Option("--redact/--no-redact", help=_REDACT)] = None,
+    explain: Annotated[int | None, Option(min=1, help="Show a row in each step, no more.")] = None,
     strict: Annotated[bool, Option("--strict", help="End with 1 if a row is rejected.")] = False,
     max_rejects: Annotated[str, Option(metavar="N", help="End with 1 if more: 5%, or a count.")] = "100%",
 ) -> None:
@@ -93,6 +94,10 @@ def convert(
         keep_failed,
         redact,
     )
+    if explain:
+        for step, what in dataset.explain(settings, explain):
+            typer.echo(f"# {step}\n{json.dumps(what, ensure_ascii=False, indent=2, default=str)}")
+        return
     with _progress() as progress, dataset.locked(out):
         statistics = dataset.convert(settings, out, progress)
     _print_statistics(statistics, out)

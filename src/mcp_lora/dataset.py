@@ -16,16 +16,20 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from mcp_lora import catalogue as catalogues
-from mcp_lora import files
+from mcp_lora import files, formats
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.errors import McpLoraError
+from mcp_lora.records import Fault
 from mcp_lora.rows import Progress as Progress
 from mcp_lora.rows import Rows
 from mcp_lora.rows import Settings as Settings
@@ -164,6 +168,34 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
         "settings": asdict(settings),
         "inputs": _hashes(found + tool_files),
     }
+
+
+def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
+    """Yield a row, counted from 1 over all inputs, as it is read, understood and written, or why it is rejected.
+
+    Raises:
+        McpLoraError: there are fewer rows, or the inputs cannot be read.
+    """
+    found = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
+    every = chain.from_iterable(formats.records(files.read(file)) for file in found)
+    record = next(islice(every, number - 1, None), None)
+    if record is None:
+        raise McpLoraError(f"there are fewer than {number} rows: mcp-lora convert --explain 1")
+    yield f"as read ({formats.recognise(record)})", record
+    with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
+        source, out = Path(folder, "row.jsonl"), Path(folder, "out")
+        source.write_text(json.dumps(record, default=str) + "\n", encoding="utf-8")
+        alone = replace(settings, inputs=[str(source)], test=0.0, holdout_tools=0.0, holdout_servers=0.0)
+        catalogue = Catalogue()
+        catalogues.load(files.find([Path(name) for name in settings.tools]), catalogue)
+        try:
+            content = formats.read(record, partial(catalogue.find, server=""))
+            yield "as understood", [turn._asdict() for turn in content.turns]
+            convert(alone, out)
+        except (Fault, McpLoraError) as error:
+            yield "rejected", str(error).split(";")[0]
+            return
+        yield "as written", list(samples(out, "train"))
 
 
 def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, share: None) -> Refreshed:

@@ -171,7 +171,7 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
 
 
 def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
-    """Yield a row, counted from 1 over all inputs, as it is read, understood and written, or why it is rejected.
+    """Yield a row as it is read, understood and written, or why it is rejected; the first of all inputs is 1.
 
     Raises:
         McpLoraError: there are fewer rows, or the inputs cannot be read.

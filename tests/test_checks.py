@@ -101,6 +101,9 @@ def test_a_call_that_failed_is_context() -> None:
     with pytest.raises(Fault) as caught:
         checked(QUESTION, call(1), failed)
     assert caught.value.reason == "failed-call"
+    says_so = Turn(RESULT, "Error: no such value")
+    assert not checked(QUESTION, call(1), says_so, again)[0][1].trained  # called again, otherwise
+    assert checked(QUESTION, call(1), says_so, ANSWER_3)[0][1].trained  # an answer may be about an error
 
 
 def test_what_was_thought_can_be_left_out() -> None:

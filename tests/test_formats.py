@@ -1,6 +1,7 @@
 """Every form that people publish or log: a record of each, and the conversation that is read from it."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,14 @@ def test_a_session_log_is_a_record_for_each_session() -> None:
     assert list(formats.records([OPENAI, RECORDS["trl"]])) == [OPENAI, RECORDS["trl"]]
 
 
+def test_the_docs_show_a_record_of_each_form() -> None:
+    docs = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    for name, record in RECORDS.items():
+        lines = record if name in WITHOUT_TOOLS else [record]  # a session log has a line an event
+        shown = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        assert f"### {name}\n\n```json\n{shown}\n```\n" in docs, name
+
+
 def test_session_logs_are_redacted_unless_told_otherwise(tmp_path: Path) -> None:
     events = json.loads(json.dumps(RECORDS["claude code"]).replace("I look it up.", "Mail ann@corp.example."))
     source = tmp_path / "session.jsonl"
@@ -466,6 +475,51 @@ def test_no_arguments_are_written_in_many_ways(given: Any) -> None:
 def test_a_tool_without_properties_gets_an_empty_set() -> None:
     content = read(RECORDS["filtered"] | {"tool_info": {"tool_name": "tide", "input_schema": {}}})
     assert content.tools == [Tool("sea", "tide", "", {"type": "object", "properties": {}})]
+
+
+JUNK: list[Any] = [
+    None,
+    3,
+    "",
+    [],
+    {},
+    "text",
+    [[]],
+    [None],
+    True,
+    1.5,
+    "[",
+    "[]",
+    {"type": 3},
+    {"name": ["x"]},
+]
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) in a value."""
+    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [one for key in keys for one in ((value, key), *places(value[key]))]
+
+
+def test_rows_of_every_form_with_anything_wrong_in_them_end_in_one_place(tmp_path: Path) -> None:
+    chosen = random.Random(3)
+    rows = []
+    for record in [*RECORDS.values()] * 40:
+        row = json.loads(json.dumps(record))
+        for container, key in chosen.sample(places(row), 2):
+            if isinstance(container, dict) and chosen.random() < 0.3:
+                container.pop(key, None)
+            elif isinstance(container, dict) or key < len(container):
+                container[key] = chosen.choice(JUNK)
+        rows.append(row)
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for turns in ("call", "all", "each"):
+        stats = dataset.convert(dataset.Settings([str(source)], turns=turns), tmp_path / "out")
+        assert (
+            stats["read"] == sum(stats["written"].values()) + sum(stats["rejected"].values()) >= len(rows) / 2
+        )
+        assert min(sum(stats["written"].values()), sum(stats["rejected"].values())) > 50
 
 
 CASES = ROOT.parent / "shared/cases"

@@ -12,6 +12,9 @@ from mcp_lora.tools import takes_null
 _FOLLOWS = {USER: ("", CALL, ANSWER), RESULT: (CALL, RESULT), CALL: (USER, RESULT), ANSWER: (USER, RESULT)}
 
 
+_ERROR = re.compile(r"\W*(?:error|exception|traceback|failed|failure|invalid)\b", re.IGNORECASE)
+
+
 def check(
     content: Content,
     catalogue: Catalogue,
@@ -105,15 +108,23 @@ def _without_nulls(value: Any, schema: Any) -> Any:
 
 
 def _without_failed(turns: list[Turn], cleaned: list[str]) -> Iterator[Turn]:
-    """Yield turns; a call of which the result is an error is context, and not trained on."""
+    """Yield turns; a call of which the result is an error is context, and not trained on.
+
+    A result that begins as errors do is one where the same tool is called again at once.
+    """
     for place, turn in enumerate(turns):
         if turn.role == CALL:
             results = []
             for later in turns[place + 1 :]:
                 if later.role != RESULT:
                     break
-                results.append(later.failed)
-            if any(results) and turn.trained:
+                results.append(later)
+            after = turns[place + 1 + len(results) : place + 2 + len(results)]
+            again = any(
+                call.name == other.name for one in after for other in one.calls for call in turn.calls
+            )
+            failed = any(one.failed or (again and _ERROR.match(one.text)) for one in results)
+            if failed and turn.trained:
                 cleaned.append("failed-call")
                 turn = turn._replace(trained=False)
         yield turn

@@ -400,7 +400,7 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
         )
     for what, count in statistics["cleaned"].items():
         _say(f"cleaned: {count} × {what}")
-    for broken in statistics["broken_schemas"]:
+    for broken in statistics["broken_schemas"][:3]:
         _say(f"warning: the schema of {broken['tool']} is none, its calls are unchecked: {broken['problem']}")
     for note in statistics["notes"]:
         _say(f"warning: {note}")

@@ -11,8 +11,8 @@ content, which is a text or parts; a part is a text, a thought, a call or a resu
                   {"role": "tool", "tool_call_id": "1", "content": "5888"}],
      "tools": [{"type": "function", "function": {"name": "calculate", "parameters": {…}}}]}
 
-FORMATS names the forms for the statistics; tests/test_formats.py shows a record of each. A form with other
-names is added to the tables below.
+FORMATS names the forms for the statistics; docs/data.md shows a record of each. A form with other names is
+added to the tables below.
 """
 
 import ast
@@ -202,8 +202,8 @@ def _said(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"role": "assistant", "content": languages.refusal(str(question or ""))}
     elif right is not None:
         yield {"role": "assistant", "tool_calls": right if isinstance(right, list) else [right]}
-    elif (answer := _first(record, _ANSWERS)) is not None and _role(history[-1]) not in (ANSWER, CALL):
-        yield from _messages(answer, ANSWER)
+    elif history and _role(history[-1]) not in (ANSWER, CALL):
+        yield from _messages(_first(record, _ANSWERS), ANSWER)
 
 
 def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:

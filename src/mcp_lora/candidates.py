@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -145,8 +144,7 @@ def _are_alike(one: Tool, other: Tool) -> bool:
     """Tell whether tools of two servers do the same; those of one server are meant to be told apart."""
     if one.server and one.server == other.server:
         return False
-    names = (re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", " ", tool.name).lower() for tool in (one, other))
-    if fuzz.token_sort_ratio(*names, score_cutoff=_ALIKE):
+    if fuzz.ratio(one.words, other.words, score_cutoff=_ALIKE):
         return True
     described = len(one.description) > 20 and len(other.description) > 20
     return described and bool(fuzz.ratio(one.description, other.description, score_cutoff=_ALIKE))

@@ -1,6 +1,7 @@
 """What readers yield and the rest of a conversion takes."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,6 +32,12 @@ class Tool(msgspec.Struct, frozen=True, dict=True):
             return jsonschema_rs.validator_for(self.parameters, validate_formats=False, offline=True)
         except ValueError as error:
             return str(error).split("\n")[0]
+
+    @cached_property
+    def words(self) -> str:
+        """The words of its name, sorted: convertCurrency and currency_convert are alike."""
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", " ", self.name).lower().split()
+        return " ".join(sorted(words))
 
     @cached_property
     def described(self) -> dict[str, Any]:

@@ -6,7 +6,10 @@ r"""Read tools of any form: MCP's, OpenAI's, Anthropic's, Gemini's, and lists of
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
+
+import msgspec
 
 from mcp_lora.records import Fault, Tool
 
@@ -81,6 +84,19 @@ def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) ->
 
 
 def _tool(item: dict[str, Any], server: str, cleaned: list[str] | None) -> Tool:
+    try:
+        tool, changed = _known(msgspec.json.encode(item), server)
+    except (ValueError, TypeError, RecursionError):
+        raise Fault("not-json-value", "a text in a tool is not JSON, or has no end") from None
+    if changed and cleaned is not None:
+        cleaned.append("schema")
+    return tool
+
+
+@lru_cache(maxsize=1 << 12)  # rows bring the same tools again and again
+def _known(text: bytes, server: str) -> tuple[Tool, bool]:
+    """Return the tool in a JSON text, and whether its schema had to be normalized."""
+    item = msgspec.json.decode(text)
     name = item.get("name", item.get("tool_name"))
     if not isinstance(name, str) or not name:
         raise Fault("no-tool", "a tool has no name")
@@ -93,13 +109,13 @@ def _tool(item: dict[str, Any], server: str, cleaned: list[str] | None) -> Tool:
     if not isinstance(schema, dict):
         raise Fault("no-schema", f"{name} has no input schema")
     description = item.get("description", item.get("tool_description"))
+    plain = {"type": "object", "properties": {}} | schema
     try:
         parameters = schema_of(schema, name)
-        if cleaned is not None and parameters != {"type": "object", "properties": {}} | schema:
-            cleaned.append("schema")
+        changed = parameters != plain
     except RecursionError:  # too deep to be a schema, which its validator says
-        parameters = {"type": "object", "properties": {}} | schema
-    return Tool(server, name, str(description or ""), parameters)
+        parameters, changed = plain, False
+    return Tool(server, name, str(description or ""), parameters), changed
 
 
 def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:

@@ -429,6 +429,16 @@ def test_the_same_rows_from_parquet_whose_decimals_are_numbers(tmp_path: Path) -
     assert list(files.read(tmp_path / "decimals.parquet")) == [{"a": 2.5, "b": [3]}]
 
 
+def test_results_in_parts_of_a_tools_message_and_questions_in_json(tmp_path: Path) -> None:
+    part = {"type": "tool_call_response", "id": "c1", "response": "2 m"}
+    for parts in ([part], [{"functionResponse": {"name": "tide", "response": {"result": "2 m"}}}]):
+        record = {"messages": [ASKED, CALLED, {"role": "tool", "parts": parts}], "tools": [TOOL]}
+        assert read(record).turns[-1].text == "2 m"
+    for question in ('{"alarm": "on"}', "{one} or {two}", "[1, 2]"):
+        turns = read({"instruction": question, "function_call": NAMED, "tools": [TOOL]}).turns
+        assert (turns[0].role, turns[0].text) == (USER, question)
+
+
 @pytest.mark.parametrize(
     ("row", "reason", "says"),
     [

@@ -25,7 +25,7 @@ from mcp_lora import languages, text_calls
 from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
 from mcp_lora.tools import tools_in
 
-# The forms by the keys that show them, the first that fits; None means that the record is a list.
+# The forms by the keys that show them, the first that fits.
 FORMATS: dict[str, set[str]] = {
     "filtered": {"tool_info"},
     "function_call": {"source_instruction"},
@@ -208,7 +208,11 @@ def _said(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
     """Yield the messages in a value; a bare text is one of `role`."""
-    value = _parsed(value)
+    if isinstance(value, str):
+        parsed = _parsed(value, quietly=True)
+        said = parsed if isinstance(parsed, list) else [parsed]
+        if any(isinstance(one, dict) and (_role(one) or _inner(one) is not None) for one in said):
+            value = parsed  # a question may be JSON, too
     if isinstance(value, str):
         turns = _GLAIVE.split(value)[1:]
         if not turns:
@@ -220,13 +224,18 @@ def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
         for item in value:
             yield from _messages(item, role)
     elif isinstance(value, dict):
-        inner = None if _role(value) else _first(value, ("messages", *_ANSWERS, "generations", "candidates"))
+        inner = None if _role(value) else _inner(value)
         if inner is None:
             yield value
         else:
             yield from _messages(inner, role)
     elif value is not None:
         raise Fault("bad-message", f"a message is no object but {type(value).__name__}")
+
+
+def _inner(value: Mapping[str, Any]) -> Any:
+    """Return the messages that a reply of a server, or a trace, holds."""
+    return _first(value, ("messages", *_ANSWERS, "generations", "candidates"))
 
 
 _GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
@@ -300,10 +309,12 @@ def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
         if isinstance(text := message.get(name), str) and text.strip():
             yield "thought", text
     value = _first(message, ("content", "parts", "value", "summary", "text", "refusal"))
-    for part in value if isinstance(value, list) and role != RESULT else [value]:
-        if isinstance(part, dict) and role != RESULT:
+    for part in value if isinstance(value, list) else [value]:
+        if role == RESULT and not (isinstance(part, dict) and _KIND_OF.get(_kind(part)) == "result"):
+            continue  # all of it is the result
+        if isinstance(part, dict):
             yield from _part(part)
-        elif part is not None and role != RESULT:
+        elif part is not None:
             if not isinstance(part, str):
                 raise Fault("bad-message", f"a message's content is no text but {type(part).__name__}")
             yield "text", part
@@ -313,15 +324,20 @@ def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
             yield "call", call
 
 
+def _kind(part: dict[str, Any]) -> str:
+    """Return what says of which kind a part is, its `type` or its one key, in lower case."""
+    names = [name.lower() for name in (part.get("type"), *part) if isinstance(name, str)]
+    return next((name for name in names if name in _KIND_OF), "")
+
+
 def _part(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield a part of a message's content, of which its `type` or its one key says what it is."""
-    names = [name for name in (part.get("type"), *part) if isinstance(name, str)]
-    name = next((name for name in names if name.lower() in _KIND_OF), None)
-    if name is None:
+    """Yield a part of a message's content."""
+    name = _kind(part)
+    if not name:
         kind = part.get("type") or ", ".join(part)
         raise Fault("bad-message", f"content has blocks of type {kind}, which are neither text nor calls")
-    kind = "thought" if part.get("thought") is True else _KIND_OF[name.lower()]
-    inner = part.get(name, part)
+    kind = "thought" if part.get("thought") is True else _KIND_OF[name]
+    inner = next((item for key, item in part.items() if key.lower() == name), part)
     if kind in ("call", "result"):
         value = _parsed(part["value"]) if "value" in part else inner if isinstance(inner, dict) else part
         yield kind, value

@@ -400,10 +400,15 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
         )
     for what, count in statistics["cleaned"].items():
         _say(f"cleaned: {count} × {what}")
-    for broken in statistics["broken_schemas"][:3]:
-        _say(f"warning: the schema of {broken['tool']} is none, its calls are unchecked: {broken['problem']}")
-    for note in statistics["notes"]:
+    if broken := statistics["broken_schemas"]:
+        worst = "; ".join(f"{one['tool']}: {one['problem']}" for one in broken[:3])
+        _say(
+            f"warning: {len(broken)} tools have a schema that is none, calls of them are unchecked ({worst})"
+        )
+    for note in (notes := statistics["notes"])[:3]:
         _say(f"warning: {note}")
+    if len(notes) > 3:
+        _say(f"warning: {len(notes) - 3} more notes are in {out / 'stats.json'}")
 
 
 def _print_sample(sample: Any, template: Any, ids: bool) -> None:

@@ -83,7 +83,8 @@ class Samples:
             LLaMA-Factory's file of each split that has samples.
         """
         rows = self._rows
-        held_out = {row.content for row in rows if self._held_out(self._gold(row))}
+        some = self._split.servers or self._split.tools
+        held_out = {row.content for row in rows if self._held_out(self._gold(row))} if some else set()
         with self._open:
             for place, row in enumerate(rows):
                 own = [self._tools[tool] if isinstance(tool, int) else tool for tool in row.own]

@@ -106,8 +106,9 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
     Raises:
         Fault: it calls a tool in a form that is not known, or a tool that is not on offer.
     """
+    forms = _formats() if any(name in text for name in schemas) else []  # most answers name no tool
     for variant in dict.fromkeys((text, _PYTHON.sub(_as_json, text))):
-        for form in _formats():
+        for form in forms:
             reading = form.read(variant, schemas)
             if reading.calls and not reading.broken and all(call.name in schemas for call in reading.calls):
                 if not reading.content.endswith(("{", "[", ":", "(")):

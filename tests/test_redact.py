@@ -25,7 +25,7 @@ RECORD = {
 
 def test_secrets_get_stand_ins_of_the_same_shape_everywhere_in_a_record() -> None:
     changed, kinds = redact(RECORD)
-    assert kinds == {"mail address": 1, "home folder": 1, "key": 5}
+    assert kinds == {"mail address": 1, "home folder": 2, "key": 5}
     text = json.dumps(changed)
     for secret in (
         "ann",
@@ -42,6 +42,17 @@ def test_secrets_get_stand_ins_of_the_same_shape_everywhere_in_a_record() -> Non
     assert password and password.group(1) in changed["messages"][1]["tool_calls"][0]["function"]["arguments"]
     assert "@example.com" in asked and "/home/user/notes" in asked and changed["count"] == 3
     assert redact(RECORD) == (changed, kinds)
+
+
+def test_code_and_packages_are_no_secrets() -> None:
+    code = {
+        "a": "tokenizer=AutoTokenizer.from_pretrained(name); max_tokens=4096000000; token: str",
+        "b": "npm install lodash@4.17.21, git clone git@github.com:org/repo.git",
+    }
+    assert redact(code) == (code, {})
+    # only where it is a folder's name: a name may be a common word
+    changed, _ = redact({"a": "cd /home/me/some", "b": "some of me", "c": '{"p": "C:\\\\Users\\\\ann\\\\x"}'})
+    assert changed["a"] == "cd /home/user/some" and changed["b"] == "some of me" and "ann" not in changed["c"]
 
 
 def test_what_holds_no_secret_stays_as_it_is() -> None:

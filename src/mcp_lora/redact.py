@@ -18,12 +18,14 @@ GitHubTokenDetector GitLabTokenDetector JwtTokenDetector MailchimpDetector NpmDe
 PypiTokenDetector SendGridDetector SlackDetector StripeDetector TelegramBotTokenDetector TwilioKeyDetector
 """
 _TOKEN = r"[\w.~+/-]"
+# A value holds a letter and a digit, or code such as `tokenizer=AutoTokenizer.from_pretrained` would be one.
 _NAMED = re.compile(
-    r"(?i)(?:\bbearer\s+|\b[\w-]*(?:api[_-]?key|token|secret|passw(?:or)?d)\w*[\"']?\s*[=:]\s*[\"']?)"
-    rf"({_TOKEN}{{8,}})|\b(sk-{_TOKEN}{{16,}})"
+    r"(?i)(?:\bbearer\s+|(?:api[_-]?key|token|secret(?:[_-](?:access[_-])?key)?|passw(?:or)?d)[\"']?\s*[=:]\s*[\"']?)"
+    rf"(?={_TOKEN}*\d)(?={_TOKEN}*[a-z])({_TOKEN}{{8,}})|\b(sk-{_TOKEN}{{16,}})"
 )
-_MAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-_HOME = re.compile(r"(?:/home/|/Users/|[A-Z]:\\Users\\)([\w.-]+)")
+# Neither git@github.com nor lodash@4.17.21 is one.
+_MAIL = re.compile(r"\b(?!git@)[\w.+-]+@(?:[\w-]+\.)+[A-Za-z]{2,}\b")
+_HOME = re.compile(r"((?:/home/|/Users/|[A-Z]:\\{1,2}Users\\{1,2}))[\w.-]+")
 
 
 def redact(record: Any) -> tuple[Any, Counter[str]]:
@@ -31,7 +33,7 @@ def redact(record: Any) -> tuple[Any, Counter[str]]:
     found: dict[str, str] = {}
     _find(record, found)
     kinds = Counter(found.values())
-    # the longest first: a mail address may hold the name of a home folder
+    # the longest first: /home/ann is the beginning of /home/anna
     ordered = sorted(found, key=len, reverse=True)
     stand_ins = {secret: _stand_in(secret, found[secret]) for secret in ordered}
     if not stand_ins:
@@ -47,7 +49,7 @@ def _find(value: Any, found: dict[str, str]) -> None:
             _find(item, found)
     elif isinstance(value, str):
         for match in _HOME.finditer(value):
-            found.setdefault(match.group(1), "home folder")
+            found.setdefault(match.group(), "home folder")
         for address in _MAIL.findall(value):
             found.setdefault(address, "mail address")
         for named in _NAMED.finditer(value):
@@ -70,7 +72,7 @@ def _known_keys(text: str) -> list[str]:
 def _stand_in(secret: str, kind: str) -> str:
     """Return a text of the same shape, the same for the same secret."""
     if kind == "home folder":
-        return "user"
+        return str(_HOME.sub(lambda match: f"{match.group(1)}user", secret))
     chosen = random.Random(secret)
     kept = len(secret) - len(secret.split("@")[0]) if kind == "mail address" else 0
     name = secret[: len(secret) - kept]

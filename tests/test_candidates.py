@@ -60,16 +60,20 @@ def test_a_tool_that_does_what_the_gold_tool_does_is_no_distractor() -> None:
         "convertCurrency": "",
         "exchange": f"{text}.",
         "translate": "Translates a text",
+        "查询天气": "",
     }
     for name, description in described.items():
         catalogue.number(Tool(f"of {name}", name, description, schema))
     gold = Tool("bank", "convert_currency", text, schema)
+    chinese = Tool("bank", "预订酒店", "", schema)
     sibling = Tool("bank", "convert_currencies", text, schema)
     for tool in (gold, sibling):
         catalogue.number(tool)
     tools = Pool(catalogue, NOTHING)
     sampled = names(tools.sample([gold], {"convert_currency"}, 10, content=1))
-    assert sorted(sampled) == ["convert_currencies", "convert_currency", "translate"] and tools.alike >= 3
+    assert sorted(sampled) == ["convert_currencies", "convert_currency", "translate", "查询天气"]
+    assert tools.synonyms >= 3
+    assert "查询天气" in names(tools.sample([chinese], {"预订酒店"}, 10, content=1))
 
 
 def test_a_small_pool_is_sampled_whole() -> None:

@@ -48,7 +48,7 @@ def fail(capsys: Capture, *words: str) -> str:
         ("train --dry-run gradient_accumulation_steps=two", "gradient_accumulation_steps=two is no number"),
         ("train --dry-run per_device_train_batch_size=0", "size=0 is no whole number from 1"),
         ("train --dry-run deepspeed=nowhere.json", "there is no nowhere.json"),
-        ("eval outputs/none", "holds no run"),
+        ("eval outputs/none", "contains no run"),
         ("eval --endpoint URL", "mcp-lora eval --endpoint URL --model NAME"),
         ("eval --base-only --adapter-only", "exclude each other"),
         ("chat outputs/none", "mcp-lora train --output"),

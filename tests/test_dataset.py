@@ -416,7 +416,7 @@ def test_a_sample_for_each_call_or_the_first_alone(tmp_path: Path) -> None:
     assert (stats["later_calls"], stats["samples"]) == (2, {"train": 1})
     stats = convert(Settings([str(source)], test=0, turns="each"), tmp_path)
     assert (stats["later_calls"], stats["written"], stats["samples"]) == (0, {"train": 1}, {"train": 3})
-    assert dataset.facts(tmp_path) == 3
+    assert dataset.training_samples(tmp_path) == 3
     for number, sample in enumerate(dataset.samples(tmp_path, "train")):
         answers = [message for message in sample["messages"] if message["role"] == "assistant"]
         assert [answer.get("weight") for answer in answers] == [0] * number + [None]
@@ -437,6 +437,29 @@ def test_a_row_is_explained_in_each_step(tmp_path: Path) -> None:
     assert "shut is called, but not among the tools" in dict(dataset.explain(settings, 3))["rejected"]
     with pytest.raises(McpLoraError, match="fewer than 4 rows"):
         list(dataset.explain(settings, 4))
+    broken = tmp_path / "rows.jsonl"
+    broken.write_text("{broken\n")
+    steps = dict(dataset.explain(Settings([str(broken)]), 1))
+    assert steps["as read (?)"] == "{broken" and "not JSON" in steps["rejected"]
+
+
+def test_an_input_is_not_written_over(tmp_path: Path) -> None:
+    source = tmp_path / "train.jsonl"
+    source.write_text(json.dumps(said("Go.", "open")) + "\n")
+    before = source.read_bytes()
+    with pytest.raises(McpLoraError, match="would be written over: mcp-lora convert --out OTHER_FOLDER"):
+        convert(Settings([str(source)], test=0), tmp_path)
+    assert source.read_bytes() == before
+
+
+def test_a_row_of_which_the_calls_are_context_is_tested_as_one_without_a_call(tmp_path: Path) -> None:
+    rows = [said(f"Go {number}.", "open") for number in range(60)]
+    for row in rows[:30]:
+        row["messages"][1]["weight"] = 0
+    converted(tmp_path, write_json(tmp_path / "rows.json", rows), test=0.5, turns="all")
+    tests = {split: list(dataset.samples(tmp_path, split)) for split in ("seen", "no_call")}
+    assert all("tool_calls" in one["messages"][-1] for one in tests["seen"])
+    assert tests["no_call"] and all(one["messages"][-1]["content"] == "Done." for one in tests["no_call"])
 
 
 def test_parameters_that_no_schema_knows_are_counted_by_tool(tmp_path: Path) -> None:
@@ -506,7 +529,7 @@ def test_a_conversion_that_is_killed_leaves_the_old_one_or_is_made_again(
     before, after = contents(old), contents(new)
     killed_at(step, number, old)
     unharmed = contents(old) == before
-    assert unharmed == (dataset.facts(old) is not None) == (step == "_dump")
+    assert unharmed == (dataset.training_samples(old) is not None) == (step == "_dump")
     assert dataset.is_up_to_date(old) == unharmed
     # no rows of the old one stand beside new ones
     left = {file: content for file, content in contents(old).items() if file != "stats.json"}
@@ -547,9 +570,9 @@ def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None
     source = write_json(tmp_path / "row.json", record())
     kept = {"inputs": [str(source)], "candidates": 3, "test": 0.1, "seed": 42}
     write_json(tmp_path / "out/stats.json", {"settings": kept, "files": [str(source)]})
-    assert dataset.facts(tmp_path / "out") is None
+    assert dataset.training_samples(tmp_path / "out") is None
     again = refresh(None, tmp_path / "out").statistics
-    assert again and again["settings"]["candidates"] == 3 and dataset.facts(tmp_path / "out") == 1
+    assert again and again["settings"]["candidates"] == 3 and dataset.training_samples(tmp_path / "out") == 1
 
 
 def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

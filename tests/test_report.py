@@ -186,7 +186,7 @@ def test_the_command(folders: list[Path], tmp_path: Path) -> None:
     done = run([BIN / "mcp-lora", "report", folders[0]], tmp_path)
     assert done.returncode == 0 and f"the page is {folders[0] / 'report.html'}" in done.stderr
     done = run([BIN / "mcp-lora", "report"], tmp_path)
-    assert done.returncode == 2 and "outputs/mcp_lora holds no run" in done.stderr
+    assert done.returncode == 2 and "outputs/mcp_lora contains no run" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -62,11 +62,11 @@ class Pool:
     """The tools of a catalogue, to sample candidates from.
 
     Attributes:
-        alike: how often a tool was left out since it does what the gold tool does.
+        synonyms: how often a tool was left out as it does what the gold tool does.
     """
 
     def __init__(self, catalogue: Catalogue, split: Split) -> None:
-        self.alike = 0
+        self.synonyms = 0
         self._random = random.Random()
         self._by_server = catalogue.by_server
         # A row's own definition of a tool is known by the same names.
@@ -127,7 +127,7 @@ class Pool:
         for tool in self._shuffled(tools, size - len(offered)):
             if tool.name not in offered and (tool.server, tool.name) not in barred:
                 if any(_are_alike(tool, other) for other in gold):
-                    self.alike += 1
+                    self.synonyms += 1
                     continue
                 offered[tool.name] = tool
                 if len(offered) == size:

@@ -96,7 +96,8 @@ def convert(
     )
     if explain:
         for step, what in dataset.explain(settings, explain):
-            typer.echo(f"# {step}\n{json.dumps(what, ensure_ascii=False, indent=2, default=str)}")
+            text = json.dumps(what, ensure_ascii=False, indent=2, default=str)
+            typer.echo(f"# {step}\n{text}".encode(errors="backslashreplace"))  # half a surrogate pair
         return
     with _progress() as progress, dataset.locked(out):
         statistics = dataset.convert(settings, out, progress)
@@ -388,8 +389,8 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
         _say(f"why rows were rejected is in {out / 'rejected.jsonl'}")
     for name, count in statistics["no_call_samples"].items():
         _say(f"{count} extra samples without the gold tool in {name}")
-    if statistics["alike"]:
-        _say(f"{statistics['alike']} candidates were left out that do what a gold tool does")
+    if statistics["synonyms"]:
+        _say(f"{statistics['synonyms']} candidates were left out that do what a gold tool does")
     if statistics["later_calls"]:
         _say(f"{statistics['later_calls']} later calls are in no sample: --turns each, or all")
     if unknown := statistics["unknown_parameters"]:

@@ -3,7 +3,6 @@
 The keys are LLaMA-Factory's own (see mcp_lora.engine.problems). A preset is a YAML file in train_configs/:
 
     model_name_or_path: Qwen/Qwen2.5-7B-Instruct
-    template: qwen
     lora_rank: 64
     learning_rate: 2.0e-4
 """
@@ -210,7 +209,8 @@ def parameters(model: str) -> float | None:
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="np") as tensors:
-                count += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+                for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                    count += prod(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
             raise McpLoraError(f"{file} is damaged ({error}): copy the model again") from None
     named = re.search(r"(\d+(?:\.\d+)?)b\b", folder.name.lower())

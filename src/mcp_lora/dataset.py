@@ -95,6 +95,8 @@ def convert(
             f"and mcp-lora train dataset_dir=OTHER_FOLDER"
         )
     found = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
+    if own := [file for file in found if file.resolve().parent == out.resolve() and file.name in _written()]:
+        raise McpLoraError(f"{own[0]} would be written over: mcp-lora convert --out OTHER_FOLDER")
     new = out / ".new"
     with _writing(out):
         shutil.rmtree(new, ignore_errors=True)  # what a conversion that was killed has left
@@ -154,7 +156,7 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
         "cleaned": rows.total("cleaned"),
         "samples": {name: samples.count[name] for name in SPLITS if name in samples.count},
         "later_calls": rows.later_calls,
-        "alike": samples.pool.alike,
+        "synonyms": samples.pool.synonyms,
         "unknown_parameters": dict(rows.unknown.most_common()),
         "no_call_samples": {name: samples.extra[name] for name in SPLITS if name in samples.extra},
         "tools": len(rows.kept),
@@ -181,6 +183,10 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
     record = next(islice(every, number - 1, None), None)
     if record is None:
         raise McpLoraError(f"there are fewer than {number} rows: mcp-lora convert --explain 1")
+    if isinstance(record, files.Broken):
+        yield "as read (?)", record.text
+        yield "rejected", record.sentence
+        return
     yield f"as read ({formats.recognise(record)})", record
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
         source, out = Path(folder, "row.jsonl"), Path(folder, "out")
@@ -275,8 +281,8 @@ def statistics(folder: Path) -> dict[str, Any] | None:
     return stats if {"inputs", "samples"} <= stats.keys() else None
 
 
-def facts(folder: Path) -> int | None:
-    """Return how many rows a conversion has to train on, None where there is none.
+def training_samples(folder: Path) -> int | None:
+    """Return how many samples a conversion has to train on, None where there is none.
 
     Raises:
         McpLoraError: its description is damaged.
@@ -370,6 +376,14 @@ def _dump(content: Any, file: Path) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
+def _written() -> set[str]:
+    """Return the names of the files that a conversion may write, but for stats.json."""
+    names = {"dataset_info.json", "rejected.jsonl"}
+    for split in SPLITS:
+        names |= {f"{split}.jsonl", f"{stem(split)}.json", f"{stem(split)}.jsonl"}
+    return names
+
+
 def _replace(out: Path, new: Path, settings: Settings) -> None:
     """Put a new conversion's files in the place of the old one's.
 
@@ -379,10 +393,7 @@ def _replace(out: Path, new: Path, settings: Settings) -> None:
     _dump({"settings": asdict(settings)}, new / "unfinished")
     (new / "unfinished").replace(out / _STATS)
     shutil.rmtree(out / RENDERED, ignore_errors=True)
-    old = {"dataset_info.json", "rejected.jsonl"}
-    for split in SPLITS:
-        old |= {f"{split}.jsonl", f"{stem(split)}.json", f"{stem(split)}.jsonl"}
-    for name in old:
+    for name in _written():
         (out / name).unlink(missing_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == _STATS):
         file.replace(out / file.name)

@@ -94,7 +94,7 @@ def evaluate(
         limit: questions of each.
         models: BASE, ADAPTER or both.
         endpoint: ask this instead; what is kept of the base model's answers is compared with it.
-        progress: is told how far a model's questions are.
+        progress: receives the share of a model's questions that are answered.
 
     Raises:
         McpLoraError: there is no adapter or nothing is held out, the engine or the server fails, or the

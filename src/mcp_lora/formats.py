@@ -15,13 +15,13 @@ FORMATS names the forms for the statistics; docs/data.md shows a record of each.
 added to the tables below.
 """
 
-import ast
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mcp_lora import languages, text_calls
+from mcp_lora.prompts.calls import literal
 from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
 from mcp_lora.tools import tools_in
 
@@ -453,12 +453,8 @@ def _parsed(value: Any, quietly: bool = False) -> Any:
 def _literal(text: str) -> Any:
     """Return what JSON, or a Python literal as Toucan writes it, holds."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return literal(text)
+    except ValueError:
         raise Fault("bad-json", f"a call is neither JSON nor a Python literal: {text[:80]}") from None
 
 

@@ -36,7 +36,7 @@ class Tool(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def words(self) -> str:
         """The words of its name, sorted: convertCurrency and currency_convert are alike."""
-        words = re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z0-9]+", " ", self.name).lower().split()
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", self.name).lower().split()
         return " ".join(sorted(words))
 
     @cached_property
@@ -60,7 +60,7 @@ class Turn(NamedTuple):
 
     Attributes:
         role: SYSTEM, USER, CALL, RESULT or ANSWER.
-        text: what is said; beside the calls where the role is CALL.
+        text: the message's content; beside the calls where the role is CALL.
         calls: in parallel, where the role is CALL.
         ids: one of each call, or that of the call that a result belongs to; "" where the data has none.
         reasoning: what was thought before, where the role is CALL or ANSWER.
@@ -84,6 +84,7 @@ class Content:
     Attributes:
         cleaned: what was normalized in it.
         unknown: the tools that it calls with parameters which their schemas do not know.
+        later: calls after the first, where only that is kept.
         fault: why the conversation ends where it does, if not at its end.
     """
 
@@ -91,6 +92,7 @@ class Content:
     tools: list[Tool] = field(default_factory=list)
     cleaned: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    later: int = 0
     fault: "Fault | None" = None
 
 

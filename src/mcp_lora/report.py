@@ -1,7 +1,7 @@
 """A page about a run, or about several side by side: one HTML file that needs nothing else.
 
 It is made of the files in the runs' folders: run.yaml, manifest.json, trainer_state.json, eval/*.jsonl.
-Whatever is missing there is said in its place. The page itself is report.html, a Jinja template.
+The page notes which of them are missing. The page itself is report.html, a Jinja template.
 """
 
 import difflib
@@ -52,7 +52,7 @@ def write(folders: Sequence[Path]) -> Path:
     """Write and return report.html in a run's folder; of several runs comparison.html in the first one's.
 
     Raises:
-        McpLoraError: a folder holds no run or a damaged one, or the page cannot be written.
+        McpLoraError: a folder contains no run or a damaged one, or the page cannot be written.
     """
     several = len(folders) > 1
     file = folders[0] / ("comparison.html" if several else "report.html")

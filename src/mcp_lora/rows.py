@@ -87,7 +87,8 @@ class Row(msgspec.Struct):
 
     Attributes:
         file, shape: where it comes from, for its account.
-        content, other: two hashes of 64 bits of its question, without case, spaces and punctuation.
+        asked, drawn: two hashes of 64 bits of its question, without case, spaces and punctuation; they decide
+            its split, and whether it gets a no-call sample.
         own: the tools that it brings, each a number of the catalogue or a definition of its own.
         called: the names of the tools that it calls.
         messages: the conversation, in OpenAI's form.
@@ -95,8 +96,8 @@ class Row(msgspec.Struct):
 
     file: str
     shape: str
-    content: int
-    other: int
+    asked: int
+    drawn: int
     own: list[int | Tool]
     called: list[str]
     messages: list[dict[str, Any]]
@@ -107,7 +108,7 @@ class Rows:
 
     Attributes:
         count: how many there are.
-        kept: by called tool, (server, name), the highest content hash of its rows.
+        kept: by called tool, (server, name), the highest hash of its questions.
         accounts: of all rows, by (file, shape).
         later_calls: calls after the first, which are in no sample.
         unknown: calls with parameters that the schema does not know, by tool.
@@ -168,6 +169,7 @@ class Rows:
                     for what in content.cleaned:
                         account.cleaned[what] += 1
                     self.unknown.update(content.unknown)
+                    self.later_calls += content.later
                     spool.write(msgspec.json.encode(row) + b"\n")
                     self.count += 1
                 before += file.stat().st_size
@@ -193,15 +195,15 @@ class Rows:
         turns = check(
             content,
             self._catalogue,
-            settings.turns != "call",
-            settings.max_observation,
-            settings.strict_schema,
-            settings.keep_failed,
-            settings.drop_reasoning,
+            whole=settings.turns != "call",
+            max_observation=settings.max_observation,
+            strict_schema=settings.strict_schema,
+            keep_failed=settings.keep_failed,
+            drop_reasoning=settings.drop_reasoning,
         )
         if settings.turns == "call":
             every, kept = (sum(len(turn.calls) for turn in each) for each in (content.turns, turns))
-            self.later_calls += every - kept
+            content.later = every - kept
         if turns[0].role != SYSTEM:
             turns.insert(0, Turn(SYSTEM, SYSTEM_MESSAGE))
         # all of a turn but its ids, which say nothing
@@ -214,13 +216,13 @@ class Rows:
                 break
             asked = turn.text if turn.role == USER else asked
         digest = hashlib.blake2b(f"{settings.seed}\n{_bare(asked)}".encode(), digest_size=16).digest()
-        hashed, other = int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
+        hashed, drawn = int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
         called = list({call.name: None for turn in turns for call in turn.calls})
         for tool in content.tools:
             if called and tool.name == called[0]:
                 key = tool.server, tool.name
                 self.kept[key] = max(hashed, self.kept.get(key, -1))
-        row = Row(account.file, account.shape, hashed, other, own, called, messages_of(turns))
+        row = Row(account.file, account.shape, hashed, drawn, own, called, messages_of(turns))
         return row, int.from_bytes(same, signed=True)
 
 

@@ -171,7 +171,7 @@ def write_config(run: Path, config: Mapping[str, Any]) -> Path:
 def read_run(run: Path) -> dict[str, Any]:
     """Return the configuration that a run was made with; a McpLoraError where the folder has no run."""
     if not (run / "run.yaml").is_file():
-        raise McpLoraError(f"{run} holds no run (no run.yaml): mcp-lora train --output {run}")
+        raise McpLoraError(f"{run} contains no run (no run.yaml): mcp-lora train --output {run}")
     return read_config(run / "run.yaml")
 
 

@@ -84,14 +84,16 @@ class Samples:
         """
         rows = self._rows
         some = self._split.servers or self._split.tools
-        held_out = {row.content for row in rows if self._held_out(self._gold(row))} if some else set()
+        held_out = {row.asked for row in rows if self._held_out(self._gold(row))} if some else set()
         with self._open:
             for place, row in enumerate(rows):
                 own = [self._tools[tool] if isinstance(tool, int) else tool for tool in row.own]
                 gold = self._gold(row)
-                split = self._split_of(row, gold, row.content in held_out)
+                split = self._split_of(row, gold, row.asked in held_out)
+                if split != "train" and not _calls(row.messages):
+                    split = "no_call"  # its calls are context, the right answer is not to call
                 count = self._settings.candidates
-                sampled = self.pool.sample(own, row.called, count, row.content, split == "unseen_server")
+                sampled = self.pool.sample(own, row.called, count, row.asked, split == "unseen_server")
                 server = next((tool.server for tool in gold), "")
                 # A test asks for the call, and for nothing after it.
                 if split != "train":
@@ -102,7 +104,7 @@ class Samples:
                 else:
                     self._write(split, row.messages, sampled, server)
                 rows.accounts[row.file, row.shape].written[split] += 1
-                if gold and row.other < self._settings.no_call * 2**64:
+                if gold and row.drawn < self._settings.no_call * 2**64:
                     self._write_no_call(split, row, [tool for tool in sampled if tool.name not in row.called])
                 if place % 1000 == 0:
                     progress("writing", place / rows.count)
@@ -130,7 +132,7 @@ class Samples:
             return test
         # One question of a tool is always trained on, or it would not be a seen tool. That it is the
         # one with the highest hash lets questions move from training into the test, never back.
-        if not asked_in_a_test and (not self._split.row(row.content) or row.content in self._kept):
+        if not asked_in_a_test and (not self._split.row(row.asked) or row.asked in self._kept):
             return "train"
         return "seen" if gold else "no_call"
 
@@ -190,22 +192,26 @@ def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _up_to_the_call(messages: list[Any]) -> list[Any]:
-    """Return the messages up to and with the first call; all of them where none calls."""
-    calls = (
+def _calls(messages: list[Any]) -> list[int]:
+    """Return the places of the calls that are trained on."""
+    return [
         place
         for place, message in enumerate(messages)
         if "tool_calls" in message and message.get("weight") != 0
-    )
-    return messages[: next(calls, len(messages)) + 1]
+    ]
+
+
+def _up_to_the_call(messages: list[Any]) -> list[Any]:
+    """Return the messages up to and with the first call; all of them where none calls."""
+    calls = _calls(messages)
+    return messages[: calls[0] + 1] if calls else messages
 
 
 def _each_call(messages: list[Any]) -> Iterator[list[Any]]:
     """Yield the messages up to and with each call that is trained on; those before it are context."""
-    for place, message in enumerate(messages):
-        if "tool_calls" in message and message.get("weight") != 0:
-            before = [one | {"weight": 0} if one["role"] == "assistant" else one for one in messages[:place]]
-            yield [*before, message]
+    for place in _calls(messages):
+        before = [one | {"weight": 0} if one["role"] == "assistant" else one for one in messages[:place]]
+        yield [*before, messages[place]]
 
 
 def _finished(lines: Path) -> Path:

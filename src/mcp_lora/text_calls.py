@@ -128,5 +128,5 @@ def _as_json(found: re.Match[str]) -> str:
     try:
         value = literal(found.group())
         return json.dumps(value) if isinstance(value, dict) else found.group()
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+    except ValueError:
         return found.group()

@@ -174,7 +174,7 @@ def _needed_memory(plan: Plan) -> list[str]:
 
 def _training_rows(config: Mapping[str, Any]) -> int | None:
     """Return how many rows are trained on, without those of val_size; None where nothing is converted."""
-    known = dataset.facts(Path(str(config.get("dataset_dir"))))
+    known = dataset.training_samples(Path(str(config.get("dataset_dir"))))
     if known is None:
         return None
     rows = int(min(known, configuration.number(config, "max_samples", math.inf)))

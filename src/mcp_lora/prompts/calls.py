@@ -323,12 +323,8 @@ def _loose(literal: str) -> str:
 def _typed(value: str) -> Any:
     """Return a bare value that is no text; some templates write it as Python does."""
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        pass
-    try:
         return literal(value)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except ValueError:
         return value
 
 
@@ -357,12 +353,19 @@ def _literal(node: ast.expr) -> Any:
 
 
 def literal(text: str) -> Any:
-    """Return the value of a text in Python's syntax, JSON's words for true, false and null included.
+    """Return the value of a text of JSON, or in Python's syntax; nothing of it is run.
 
     Raises:
-        ValueError, SyntaxError, RecursionError, MemoryError: it is no literal.
+        ValueError: it is neither.
     """
-    return _literal(ast.parse(text.strip(), mode="eval").body)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return _literal(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(str(error)) from None
 
 
 def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:

@@ -19,7 +19,7 @@ its own. For Qwen2.5 the sample above becomes
     <tool_call>\n{"name": "get-sum", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>
 
 What is the same for every prompt, so that training, evaluation and a server agree: thinking is off where the
-template can switch it off (a server is told with chat_template_kwargs, enable_thinking=false); the date is
+template can switch it off (servers take chat_template_kwargs, enable_thinking=false); the date is
 DATE (date_string, strftime_now); calls are numbered from 000000001.
 """
 

@@ -13,7 +13,7 @@ from conftest import ROOT, SHAPES, SHARED, catalogue_of, write_json
 from mcp_lora import dataset, files, formats
 from mcp_lora.errors import McpLoraError
 from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
-from mcp_lora.tools import schema_of
+from mcp_lora.tools import schema_of, tools_in
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 FUNCTION = {"name": "tide", "description": "Tide", "parameters": SCHEMA}
@@ -253,6 +253,12 @@ def test_the_docs_show_a_record_of_each_form() -> None:
         lines = record if name in WITHOUT_TOOLS else [record]  # a session log has a line an event
         shown = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
         assert f"### {name}\n\n```json\n{shown}\n```\n" in docs, name
+
+
+def test_the_docs_show_tools_that_are_read() -> None:
+    docs = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    lines = docs.split("## Tools")[1].split("```json\n")[1].split("```")[0].splitlines()
+    assert len(lines) > 5 and all([tool.name for tool in tools_in(line)] == ["tide"] for line in lines)
 
 
 def test_session_logs_are_redacted_unless_told_otherwise(tmp_path: Path) -> None:

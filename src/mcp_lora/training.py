@@ -216,7 +216,7 @@ def run(plan: Plan, say: Say, retry: bool = True, overwrite: bool = False) -> No
 def _render(plan: Plan, say: Say) -> Plan:
     """Render the training data with the model's chat template, and fit what depends on its size."""
     template = prompts.load(plan.config)
-    say(f"prompts by {template.note}" + (", with thinking off" * template.is_thinking_off))
+    say(f"prompts: {template.note}" + (", with thinking off" * template.is_thinking_off))
     folder = Path(plan.config["dataset_dir"])
     path, made = rendered.render(
         template, dataset.file_of(folder, "train"), folder / dataset.RENDERED, plan.config

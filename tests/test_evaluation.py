@@ -284,6 +284,8 @@ def test_a_folder_that_cannot_be_written_is_told(run: Path) -> None:
     told = pytest.raises(McpLoraError, match="eval.* cannot be written .*mcp-lora eval")
     with server(lambda body: completion(content="No.")) as (url, _), told:
         evaluate(run, CPU, limit=1, endpoint=Endpoint(url, "m"))
+    left = [thread.name for thread in threading.enumerate() if "_handle_workers" in thread.name]
+    assert not left, "the threads that ask a server outlive the failure"
 
 
 def test_an_adapter_is_looked_for_before_anything_is_asked(run: Path) -> None:

@@ -8,7 +8,7 @@ The engine writes generated_predictions.jsonl, in the order of the questions; on
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def by_engine(
     settings: dict[str, Any],
     machine: Machine,
     command: str,
-) -> Iterator[tuple[Question, Said]]:
+) -> Generator[tuple[Question, Said]]:
     """Let LLaMA-Factory answer, greedily, in batches of questions of like length.
 
     It is given the token ids of each prompt, as in training (see mcp_lora.prompts.rendered).
@@ -89,7 +89,7 @@ def by_endpoint(
     model: str,
     max_tokens: int,
     template: ChatTemplate,
-) -> Iterator[tuple[Question, Said]]:
+) -> Generator[tuple[Question, Said]]:
     """Ask a server that speaks OpenAI's chat protocol, several questions at once, in the order of answers.
 
     The key is OPENAI_API_KEY of the environment, if the server wants one. What fails for the moment is
@@ -137,9 +137,8 @@ def by_endpoint(
             return None
 
     # Its threads are daemons, as nobody who interrupts wants to wait for a server that does not answer.
-    with ThreadPool(_AT_ONCE) as pool:
+    with client, ThreadPool(_AT_ONCE) as pool:
         yield from filter(None, pool.imap_unordered(ask, questions))
-    client.close()
     if failures:
         raise McpLoraError(
             f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "

@@ -9,6 +9,7 @@ import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,10 @@ def evaluate(
                 missing = book.missing(asked)
                 settings = runs.serving_config(run, loaded) | batch
                 found = answering.by_engine(missing, template, settings, machine, f"mcp-lora eval {run}")
-            for done, (question, said) in enumerate(found, 1):
-                book.add(question, said)
-                progress(f"asking {name}", done / len(missing))
+            with closing(found):  # of what is being asked nothing outlives a failure to keep an answer
+                for done, (question, said) in enumerate(found, 1):
+                    book.add(question, said)
+                    progress(f"asking {name}", done / len(missing))
             answers[name] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=left_out)
         metrics = {key: value for key, value in vars(evaluation).items() if key != "answers"}

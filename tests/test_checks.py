@@ -4,7 +4,7 @@ import pytest
 
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.checks import check
-from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, ToolCall, Turn
+from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Settings, ToolCall, Turn
 from mcp_lora.tools import tools_in
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -17,7 +17,12 @@ def call(*values: Any, name: str = "sum") -> Turn:
 
 def checked(*turns: Turn, whole: bool = True, **options: bool) -> tuple[list[Turn], list[str]]:
     content = Content(list(turns), [SUM])
-    return check(content, Catalogue(), whole, 100, **options), content.cleaned
+    return kept(content, whole, **options), content.cleaned
+
+
+def kept(content: Content, whole: bool = False, **options: bool) -> list[Turn]:
+    settings = Settings(turns="all" if whole else "call", max_observation=100, **options)
+    return check(content, Catalogue(), settings)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,8 @@ def test_a_call_that_failed_is_context() -> None:
     turns, cleaned = checked(QUESTION, call(1), failed, again, whole=False)
     assert turns == [QUESTION, call(1)._replace(trained=False), failed, again] and cleaned == ["failed-call"]
     assert checked(QUESTION, call(1), failed, again, keep_failed=True)[0][1].trained
+    later = checked(QUESTION, call(1), RESULT_3, call(2), failed, again, whole=False)
+    assert later == ([QUESTION, call(1)], [])  # of what is left off nothing is counted
     with pytest.raises(Fault) as caught:
         checked(QUESTION, call(1), failed)
     assert caught.value.reason == "failed-call"
@@ -113,7 +120,7 @@ def test_what_was_thought_can_be_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "given", "kept"),
+    ("schema", "given", "left"),
     [
         ({"type": "integer"}, {"a": None}, {}),
         ({"type": ["integer", "null"]}, {"a": None}, {"a": None}),
@@ -124,19 +131,19 @@ def test_what_was_thought_can_be_left_out() -> None:
     ],
 )
 def test_nulls_that_a_table_has_filled_in_are_no_arguments(
-    schema: dict[str, Any], given: dict[str, Any], kept: dict[str, Any]
+    schema: dict[str, Any], given: dict[str, Any], left: dict[str, Any]
 ) -> None:
     parameters = {"type": "object", "properties": {"a": schema}}
     content = Content([QUESTION, Turn(CALL, "", (ToolCall("t", given),), ("",))])
     content.tools = list(tools_in({"name": "t", "parameters": parameters}))
-    assert check(content, Catalogue(), False, 100)[1].calls[0].arguments == kept
-    assert content.cleaned == ["null-argument"] * (kept != given)
+    assert kept(content, False)[1].calls[0].arguments == left
+    assert content.cleaned == ["null-argument"] * (left != given)
 
 
 def test_parameters_that_the_schema_does_not_know_are_counted_or_refused() -> None:
     turn = Turn(CALL, "", (ToolCall("sum", {"a": 1, "z": 2}),), ("",))
     content = Content([QUESTION, turn], [SUM])
-    check(content, Catalogue(), False, 100)
+    kept(content, False)
     assert content.unknown == ["sum"]
     with pytest.raises(Fault, match="sum has no z"):
         checked(QUESTION, turn, strict_schema=True)
@@ -144,12 +151,13 @@ def test_parameters_that_the_schema_does_not_know_are_counted_or_refused() -> No
 
 def test_a_broken_message_later_on_costs_what_comes_after_it() -> None:
     content = Content([QUESTION, call(1), RESULT_3], [SUM], fault=Fault("bad-json", "x"))
-    assert check(content, Catalogue(), False, 100) == [QUESTION, call(1)] and content.cleaned == []
+    assert kept(content, False) == [QUESTION, call(1)] and content.cleaned == []
     content = Content([QUESTION, call(1), RESULT_3], [SUM], fault=Fault("bad-json", "x"))
-    assert check(content, Catalogue(), True, 100) == [QUESTION, call(1)]
+    assert kept(content, True) == [QUESTION, call(1)]
     assert content.cleaned == ["trailing-result", "ends-at-a-broken-message"]
+    assert checked(QUESTION, call(1), ANSWER_3) == ([QUESTION, call(1)], ["ends-at-a-broken-message"])
     with pytest.raises(Fault, match="x"):
-        check(Content([QUESTION], [SUM], fault=Fault("bad-json", "x")), Catalogue(), False, 100)
+        kept(Content([QUESTION], [SUM], fault=Fault("bad-json", "x")), False)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +170,7 @@ def test_a_broken_message_later_on_costs_what_comes_after_it() -> None:
         ([call(1)], "bad-order"),
         ([ANSWER_3, QUESTION, call(1)], "bad-order"),
         ([QUESTION, RESULT_3, ANSWER_3], "bad-order"),
-        ([QUESTION, call(1), ANSWER_3], "bad-order"),
+        ([QUESTION, call(1), QUESTION, RESULT_3], None),
         ([QUESTION, call(1, name="other")], "unknown-tool"),
         ([QUESTION, call("one")], "schema"),
         ([QUESTION, call(1), RESULT_3, call("two")], "schema"),
@@ -179,7 +187,7 @@ def test_what_cannot_be_trained_on_is_a_fault(turns: list[Turn], reason: str | N
 
 def test_without_tools_there_is_nothing_to_learn() -> None:
     with pytest.raises(Fault) as caught:
-        check(Content([QUESTION, ANSWER_3], []), Catalogue(), True, 100)
+        kept(Content([QUESTION, ANSWER_3], []), True)
     assert caught.value.reason == "no-tool"
 
 

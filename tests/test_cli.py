@@ -135,7 +135,7 @@ def test_convert_prints_the_statistics(capsys: Capture, project: Path, faulty: s
     ]
     assert cells == [
         ["rows.json", "filtered", "2", "0", "1", "1 no-call"],
-        ["rows.json", "?", "1", "0", "0", "1 unknown-shape"],
+        ["rows.json", "?", "1", "0", "0", "1 unknown-format"],
     ]
     assert "read 3 rows = 1 in train + 2 rejected; 1 tools of 1 servers" in shown.err
     assert "data/llama_factory/rejected.jsonl" in shown.err

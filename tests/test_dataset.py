@@ -167,8 +167,8 @@ def test_every_row_ends_in_exactly_one_place(tmp_path: Path) -> None:
     source.write_text(json.dumps(rows + faulty))
     out = tmp_path / "out"
     stats = converted(out, source)
-    assert stats["rejected"] == {"no-call": 1, "unknown-shape": 1, "duplicate": 1, "not-json-value": 1}
-    assert [(account["shape"], account["read"]) for account in stats["sources"]] == [
+    assert stats["rejected"] == {"no-call": 1, "unknown-format": 1, "duplicate": 1, "not-json-value": 1}
+    assert [(account["format"], account["read"]) for account in stats["sources"]] == [
         ("filtered", 53),
         ("?", 1),
     ]
@@ -186,7 +186,7 @@ def test_every_row_ends_in_exactly_one_place(tmp_path: Path) -> None:
 def test_every_shape_is_converted(tmp_path: Path, turns: str) -> None:
     out = tmp_path / "out"
     stats = converted(out, SHAPES / "rows", tools=[str(SHAPES / "tools")], turns=turns, test=0)
-    accounts = {source["shape"]: source for source in stats["sources"]}
+    accounts = {source["format"]: source for source in stats["sources"]}
     assert len(accounts) == 8
     assert all(account["written"] == {"train": 2} for account in accounts.values())
     roles = Counter(
@@ -609,14 +609,14 @@ def test_real_data_of_every_kind(tmp_path: Path) -> None:
     stats = converted(tmp_path, SHARED, tools=[str(SHARED / "tools"), str(SHARED / "mcp_tools")])
     by_shape: dict[str, list[int]] = {}
     for source in stats["sources"]:
-        counts = by_shape.setdefault(source["shape"], [0, 0])
+        counts = by_shape.setdefault(source["format"], [0, 0])
         counts[0] += source["read"]
         counts[1] += sum(source["written"].values())
     assert by_shape["filtered"] == [6, 6]
     assert by_shape["function_call"] == [1724, 1705]
     assert by_shape["messages"] == [100, 95]
     assert stats["rejected"] == {
-        "unknown-shape": 4850,
+        "unknown-format": 4850,
         "no-call": 10,
         "duplicate": 2,
         "schema": 7,

@@ -448,9 +448,9 @@ def test_results_in_parts_of_a_tools_message_and_questions_in_json(tmp_path: Pat
 @pytest.mark.parametrize(
     ("row", "reason", "says"),
     [
-        ("text", "unknown-shape", "not str"),
-        ({"a": 1}, "unknown-shape", "keys: a"),
-        ({"name": "t", "description": "d"}, "unknown-shape", "--tools"),
+        ("text", "unknown-format", "not str"),
+        ({"a": 1}, "unknown-format", "keys: a"),
+        ({"name": "t", "description": "d"}, "unknown-format", "--tools"),
         ({"messages": [{"human": "x"}], "tools": [TOOL]}, "bad-message", "keys human"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "bad-message", "type image"),
         ({"messages": [{"role": "user", "content": 3}]}, "bad-message", "int"),

@@ -2,75 +2,93 @@
 
 import re
 from collections.abc import Iterator
+from itertools import groupby, takewhile
 from typing import Any
 
 from mcp_lora.catalogue import Catalogue
-from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
+from mcp_lora.records import (
+    ANSWER,
+    CALL,
+    RESULT,
+    SYSTEM,
+    USER,
+    Content,
+    Fault,
+    Settings,
+    Tool,
+    ToolCall,
+    Turn,
+)
 from mcp_lora.tools import takes_null
 
 # What each role may follow.
 _FOLLOWS = {USER: ("", CALL, ANSWER), RESULT: (CALL, RESULT), CALL: (USER, RESULT), ANSWER: (USER, RESULT)}
-
-
 _ERROR = re.compile(r"\W*(?:error|exception|traceback|failed|failure|invalid)\b", re.IGNORECASE)
 
 
-def check(
-    content: Content,
-    catalogue: Catalogue,
-    whole: bool,
-    max_observation: int,
-    strict_schema: bool = False,
-    keep_failed: bool = False,
-    drop_reasoning: bool = False,
-) -> list[Turn]:
+def check(content: Content, catalogue: Catalogue, settings: Settings) -> list[Turn]:
     """Return a row's turns as they can be trained on; what is normalized is added to `content.cleaned`.
 
     Args:
         content: as a reader gives it.
         catalogue: checks arguments against schemas.
-        whole: keep the whole conversation, not only what goes up to the first call.
-        max_observation: a tool's result is shortened to so many characters.
-        strict_schema: refuse parameters that a tool's schema does not know.
-        keep_failed: train on calls of which the result is an error.
-        drop_reasoning: leave out what was thought.
+        settings: how much of the conversation is kept, and what is refused.
 
     Returns:
         A conversation that begins with the user, after a system message if there is one, alternates (USER, or
         the RESULTs of a CALL) with (CALL or ANSWER) and ends with one of the latter. Later system messages
-        stand where they stood.
+        stand where they stood. What comes after a message that is broken or out of order is left off.
 
     Raises:
         Fault: it cannot be used.
     """
-    cleaned = content.cleaned
-    turns = content.turns if keep_failed else list(_without_failed(content.turns, cleaned))
+    cleaned, whole = content.cleaned, settings.turns != "call"
+    turns = content.turns if settings.keep_failed else list(_without_failed(content.turns))
     turns = turns if whole else _up_to_the_call(turns)
-    turns = _joined([_clean(turn, max_observation, drop_reasoning, cleaned) for turn in turns])
+    failed = sum(was.trained and not now.trained for was, now in zip(content.turns, turns, strict=False))
+    cleaned += ["failed-call"] * failed
+    turns = _joined([_clean(turn, settings, cleaned) for turn in turns])
+    first = next((turn for turn in turns if turn.role != SYSTEM), Turn(USER))
+    if first.role == USER and not first.text:
+        raise Fault("no-instruction", "there is no question")
+    place, fault = _out_of_order(turns)
+    if fault and whole:
+        content.fault, turns = fault, turns[:place]
+    elif fault:
+        raise fault
     while turns and turns[-1].role in (SYSTEM, USER, RESULT):
         cleaned.append(f"trailing-{turns.pop().role}")
-    said = [turn for turn in turns if turn.role != SYSTEM]
-    if content.fault and not any(turn.trained for turn in said if turn.role in (CALL, ANSWER)):
+    trained = [turn for turn in turns if turn.role in (CALL, ANSWER) and turn.trained]
+    if content.fault and not trained:
         raise content.fault
-    if content.fault and (whole or not any(turn.calls for turn in said)):
+    if content.fault and (whole or not any(turn.calls for turn in turns)):
         cleaned.append("ends-at-a-broken-message")
-    if not said or (said[0].role == USER and not said[0].text):
+    if not turns:
         raise Fault("no-instruction", "there is no question with an answer")
-    before = ""
-    for place, turn in enumerate(said, start=1):
-        if before not in _FOLLOWS[turn.role]:
-            raise Fault("bad-order", f"turn {place} is a {turn.role}, after {before or 'nothing'}")
-        before = turn.role
-    if not any(turn.trained for turn in said if turn.role in (CALL, ANSWER)):
+    if not trained:
         raise Fault("failed-call", "every call failed, and nothing else is to be trained on")
     tools = {tool.name: tool for tool in content.tools}
     if not tools:
         raise Fault("no-tool", "no tool is on offer")
+    return [
+        turn._replace(
+            calls=tuple(
+                _checked(call, tools, catalogue, settings.strict_schema, content) for call in turn.calls
+            )
+        )
+        for turn in turns
+    ]
+
+
+def _out_of_order(turns: list[Turn]) -> tuple[int, Fault | None]:
+    """Return the first place where a turn may not stand, and why."""
+    before = ""
     for place, turn in enumerate(turns):
-        if turn.calls:
-            calls = [_checked(call, tools, catalogue, strict_schema, content) for call in turn.calls]
-            turns[place] = turn._replace(calls=tuple(calls))
-    return turns
+        if turn.role != SYSTEM:
+            if before not in _FOLLOWS[turn.role]:
+                return place, Fault("bad-order", f"a {turn.role} comes after {before or 'nothing'}")
+            before = turn.role
+    return len(turns), None
 
 
 def _checked(
@@ -107,46 +125,33 @@ def _without_nulls(value: Any, schema: Any) -> Any:
     }
 
 
-def _without_failed(turns: list[Turn], cleaned: list[str]) -> Iterator[Turn]:
+def _without_failed(turns: list[Turn]) -> Iterator[Turn]:
     """Yield turns; a call of which the result is an error is context, and not trained on.
 
     A result that begins as errors do is one where the same tool is called again at once.
     """
     for place, turn in enumerate(turns):
         if turn.role == CALL:
-            results = []
-            for later in turns[place + 1 :]:
-                if later.role != RESULT:
-                    break
-                results.append(later)
+            results = list(takewhile(lambda one: one.role == RESULT, turns[place + 1 :]))
             after = turns[place + 1 + len(results) : place + 2 + len(results)]
-            again = any(
-                call.name == other.name for one in after for other in one.calls for call in turn.calls
-            )
-            failed = any(one.failed or (again and _ERROR.match(one.text)) for one in results)
-            if failed and turn.trained:
-                cleaned.append("failed-call")
+            next_calls = {call.name for one in after for call in one.calls}
+            again = not next_calls.isdisjoint(call.name for call in turn.calls)
+            if any(one.failed or (again and _ERROR.match(one.text)) for one in results):
                 turn = turn._replace(trained=False)
         yield turn
 
 
 def _up_to_the_call(turns: list[Turn]) -> list[Turn]:
     """Return the turns up to the first call that is trained on, and those in parallel; else to an answer."""
-    calls = [place for place, turn in enumerate(turns) if turn.role == CALL and turn.trained]
-    if calls:
-        end = calls[0] + 1
-        while end < len(turns) and turns[end].role == CALL:
-            end += 1
-        return turns[:end]
-    answers = [
-        place
-        for place, turn in enumerate(turns)
-        if turn.role == ANSWER and turn.text.strip() and turn.trained
-    ]
-    return turns[: answers[0] + 1] if answers else turns
+    for role in (CALL, ANSWER):
+        for place, turn in enumerate(turns):
+            if turn.role == role and turn.trained and (turn.calls or turn.text.strip()):
+                parallel = takewhile(lambda one: one.role == CALL, turns[place + 1 :])
+                return [*turns[: place + 1], *(parallel if role == CALL else ())]
+    return turns
 
 
-def _clean(turn: Turn, max_observation: int, drop_reasoning: bool, cleaned: list[str]) -> Turn:
+def _clean(turn: Turn, settings: Settings, cleaned: list[str]) -> Turn:
     """Take the leading ": " that generators leave, and white space, off a question; shorten a result."""
     text = turn.text
     if turn.role == USER:
@@ -156,11 +161,10 @@ def _clean(turn: Turn, max_observation: int, drop_reasoning: bool, cleaned: list
             cleaned.append("leading-colon")
         elif text != turn.text:
             cleaned.append("white-space")
-    elif turn.role == RESULT and len(text) > max_observation:
-        left_out = len(text) - max_observation
-        text = f"{text[:max_observation]}\n[… {left_out} more characters]"
+    elif turn.role == RESULT and (left_out := len(text) - settings.max_observation) > 0:
+        text = f"{text[: settings.max_observation]}\n[… {left_out} more characters]"
         cleaned.append("shortened-result")
-    if drop_reasoning and turn.reasoning:
+    if settings.drop_reasoning and turn.reasoning:
         cleaned.append("dropped-reasoning")
         turn = turn._replace(reasoning="")
     return turn if text == turn.text else turn._replace(text=text)
@@ -189,13 +193,12 @@ def _joined(turns: list[Turn]) -> list[Turn]:
         else:
             joined.append(turn)
     joined = [turn for turn in joined if turn.role != ANSWER or turn.text.strip()]
-    for place, turn in enumerate(joined):
-        if turn.role == CALL:
-            end = place + 1
-            while end < len(joined) and joined[end].role == RESULT:
-                end += 1
-            order = {name: number for number, name in enumerate(turn.ids) if name}
-            joined[place + 1 : end] = sorted(
-                joined[place + 1 : end], key=lambda one: order.get(one.ids[0] if one.ids else "", len(order))
-            )
-    return joined
+    order: dict[str, int] = {}
+    ordered: list[Turn] = []
+    for role, group in groupby(joined, key=lambda turn: turn.role):
+        found = list(group)
+        if role == RESULT:
+            found.sort(key=lambda one: order.get(one.ids[0] if one.ids else "", len(order)))
+        ordered += found
+        order = {name: number for number, name in enumerate(found[-1].ids) if name}
+    return ordered

@@ -366,9 +366,9 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
     rows = [
         [
             os.path.relpath(file, common),
-            source["shape"],
+            source["format"],
             source["read"],
-            sum(source["cleaned"].values()),
+            _counts(source["cleaned"]) or 0,
             *(source["written"].get(split, 0) for split in written),
             _counts(source["rejected"]) or 0,
         ]
@@ -376,9 +376,9 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
     ]
     _print_table(
         f"{statistics['read']} rows of {common if near.startswith('..') else near}",
-        ["file", "format", "read", "cleaned", *written, "rejected"],
+        ["file", "format", "read", "normalized", *written, "rejected"],
         rows,
-        texts=("file", "format", "rejected"),
+        texts=("file", "format", "normalized", "rejected"),
     )
     parts = [f"{count} in {name}" for name, count in written.items()]
     _say(
@@ -399,8 +399,6 @@ def _print_statistics(statistics: dict[str, Any], out: Path) -> None:
         _say(
             f"warning: {total} calls have parameters that the schema does not know ({worst}): --strict-schema"
         )
-    for what, count in statistics["cleaned"].items():
-        _say(f"cleaned: {count} × {what}")
     if broken := statistics["broken_schemas"]:
         worst = "; ".join(f"{one['tool']}: {one['problem']}" for one in broken[:3])
         _say(

@@ -30,9 +30,9 @@ from mcp_lora import files, formats
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.errors import McpLoraError
 from mcp_lora.records import Fault
+from mcp_lora.records import Settings as Settings
 from mcp_lora.rows import Progress as Progress
 from mcp_lora.rows import Rows
-from mcp_lora.rows import Settings as Settings
 from mcp_lora.samples import SPLITS as SPLITS
 from mcp_lora.samples import Samples, stem
 
@@ -121,7 +121,11 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
     rejected = rows.total("rejected")
     if not rows.count:
         names = ", ".join(map(str, found[:3])) + (" …" if len(found) > 3 else "")
-        told = [f"{count} × {reason}, {rows.examples[reason]}" for reason, count in rejected.most_common(3)]
+        told = [
+            f"{count} × {reason}, row{'s' * (count > 1)} {', '.join(map(str, rows.examples[reason][1]))}"
+            f"{' …' * (count > 3)}: {rows.examples[reason][0]}"
+            for reason, count in rejected.most_common(3)
+        ]
         kept = new.parent.with_name(f"{new.parent.name}.rejected.jsonl")
         if told:
             (new / "rejected.jsonl").replace(kept)

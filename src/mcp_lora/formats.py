@@ -164,7 +164,9 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
 def _unwrapped(record: Any) -> Any:
     """Return a record's own keys and those of what wraps its request."""
     if not isinstance(record, dict):
-        raise Fault("unknown-shape", f"a row is an object or a list of messages, not {type(record).__name__}")
+        raise Fault(
+            "unknown-format", f"a row is an object or a list of messages, not {type(record).__name__}"
+        )
     for name in _WRAPPERS:
         inner = _parsed(record.get(name))
         if isinstance(inner, dict):
@@ -195,7 +197,7 @@ def _said(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     traces = [key for key in record if key.endswith("__trace")]  # NeMo Data Designer's
     said = question if right is not None and question is not None else _first(record, (*_HISTORY, *traces))
     if said is None:
-        raise Fault("unknown-shape", _what_it_looks_like(record))
+        raise Fault("unknown-format", _what_it_looks_like(record))
     history = list(_messages(said, USER))
     yield from history
     if right == []:  # no tool fits
@@ -298,7 +300,8 @@ def _turns(message: dict[str, Any], content: Content) -> Iterator[Turn]:
         if not calls and text.strip():
             schemas = {tool.name: tool.parameters for tool in content.tools}
             if reading := text_calls.read(text, schemas):
-                turn, text = _calls_of(reading.calls), reading.content
+                turn = Turn(CALL, calls=tuple(reading.calls), ids=("",) * len(reading.calls))
+                text = reading.content
         weight = opened.get("weight")
         yield turn._replace(text=text.strip(), reasoning="\n".join(thoughts), trained=weight != 0)
 
@@ -348,11 +351,11 @@ def _part(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _results(item: Mapping[str, Any]) -> Iterator[Turn]:
     """Yield the results in a message or a part: one, or each <tool_response> of a text."""
     value = _first(item, _RESULTS)
-    given = next((name for key in _IDS if isinstance(name := item.get(key), str) and name.isprintable()), "")
-    text = _result_text(value)
-    failed = bool(item.get("is_error") or item.get("isError")) or _is_error(value)
+    known = _parsed(value, quietly=True)
+    failed = item.get("is_error") or item.get("isError") or (isinstance(known, dict) and known.get("isError"))
+    given, text = _id(item), _result_text(value)
     for part in _TOOL_RESPONSE.findall(text) or [text]:
-        yield Turn(RESULT, part, ids=(given,) if given else (), failed=failed)
+        yield Turn(RESULT, part, ids=(given,) if given else (), failed=bool(failed))
 
 
 _TOOL_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
@@ -373,9 +376,10 @@ def _result_text(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _is_error(value: Any) -> bool:
-    known = _parsed(value, quietly=True)
-    return isinstance(known, dict) and known.get("isError") is True
+def _id(item: Any) -> str:
+    """Return the id of a call, or of the call that a result belongs to; "" where it has none."""
+    given = (item.get(key) for key in _IDS) if isinstance(item, dict) else ()
+    return next((name for name in given if isinstance(name, str) and name.isprintable()), "")
 
 
 def _call(items: list[Any]) -> Turn:
@@ -383,21 +387,18 @@ def _call(items: list[Any]) -> Turn:
     calls, ids = [], []
     for item in items:
         item = _literal(item) if isinstance(item, str) else item
-        ids.append(
-            next((name for key in _IDS if isinstance(name := item.get(key), str) and name.isprintable()), "")
-            if isinstance(item, dict)
-            else ""
-        )
-        if isinstance(item, dict) and isinstance(item.get("custom"), dict):
+        ids.append(_id(item))
+        item = item if isinstance(item, dict) else {}
+        if isinstance(item.get("custom"), dict):
             raise Fault("custom-call", "a custom tool call holds free text, no arguments")
-        if isinstance(item, dict) and isinstance(item.get("function"), dict):
+        if isinstance(item.get("function"), dict):
             item = item["function"]
-        if isinstance(item, dict) and "name" not in item and len(item) == 1:
+        if "name" not in item and len(item) == 1:
             ((name, values),) = item.items()
             if isinstance(values, dict) and all(isinstance(value, list) for value in values.values()):
                 chosen = {key: value[0] for key, value in values.items() if value and value[0] != ""}
                 item = {"name": name, "arguments": chosen}
-        if not isinstance(item, dict) or not isinstance(name := item.get("name"), str) or not name:
+        if not isinstance(name := item.get("name"), str) or not name:
             raise Fault("no-call", "a call has no name, or there is none")
         arguments = _first(item, _ARGUMENTS)
         for _ in range(2):  # encoded twice, at times
@@ -410,10 +411,6 @@ def _call(items: list[Any]) -> Turn:
     if not calls:
         raise Fault("no-call", "the list of calls is empty")
     return Turn(CALL, "", tuple(calls), tuple(ids))
-
-
-def _calls_of(calls: list[ToolCall]) -> Turn:
-    return Turn(CALL, calls=tuple(calls), ids=("",) * len(calls))
 
 
 def _without_thought(text: str) -> tuple[str, str]:
@@ -461,4 +458,7 @@ def _literal(text: str) -> Any:
 def _what_it_looks_like(record: Mapping[str, Any]) -> str:
     if "tools" in record or {"name", "description"} <= set(record):
         return "a tool catalogue, which holds no call: give it with --tools"
-    return f"no known form has these keys: {', '.join(map(str, record)) or 'none'}"
+    keys = ", ".join(map(str, record)) or "none"
+    return (
+        f'no known format has these keys: {keys}; bring {{"messages": […], "tools": […]}}, see docs/data.md'
+    )

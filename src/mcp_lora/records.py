@@ -13,6 +13,43 @@ import msgspec
 SYSTEM, USER, CALL, RESULT, ANSWER = "system", "user", "call", "result", "answer"
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How to convert; kept in stats.json, so that changed data is converted in the same way.
+
+    Attributes:
+        inputs: files, folders or globs; none means the newest data/filtered/filtered_*.json.
+        tools: tool catalogues, files or folders.
+        turns: "call" goes up to and with the first call, "all" keeps the whole conversation, "each" makes a
+            sample of every call in it, with what stands before as context.
+        max_observation: characters that a tool's result may have.
+        candidates: candidate tools of a sample, the gold tool included.
+        holdout_servers, holdout_tools: share of the servers and of the tools that is held out.
+        test: share of the other rows that is held out, from 0 to below 1.
+        no_call: share of extra samples in which the gold tool is missing.
+        seed: decides what is held out, the candidate tools and their order.
+        drop_reasoning: leave out what was thought.
+        strict_schema: reject calls with parameters that the tool's schema does not know.
+        keep_failed: train on calls of which the result is an error.
+        redact: replace keys, mail addresses and home folders; None does it in session logs.
+    """
+
+    inputs: list[str] = field(default_factory=list)
+    tools: list[str] = field(default_factory=list)
+    turns: str = "call"
+    max_observation: int = 4000
+    candidates: int = 10
+    holdout_servers: float = 0.0
+    holdout_tools: float = 0.0
+    test: float = 0.1
+    no_call: float = 0.0
+    seed: int = 42
+    drop_reasoning: bool = False
+    strict_schema: bool = False
+    keep_failed: bool = False
+    redact: bool | None = None
+
+
 class Tool(msgspec.Struct, frozen=True, dict=True):
     """A tool that a server offers; known by (server, name), as names recur across servers.
 

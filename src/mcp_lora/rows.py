@@ -24,7 +24,7 @@ import msgspec
 from mcp_lora import files, formats
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.checks import check
-from mcp_lora.records import RESULT, SYSTEM, USER, Content, Fault, Tool, Turn, as_json
+from mcp_lora.records import RESULT, SYSTEM, USER, Content, Fault, Settings, Tool, Turn, as_json
 from mcp_lora.redact import redact
 
 # Models without a system message of their own are trained, and served, with this one.
@@ -33,49 +33,12 @@ SYSTEM_MESSAGE = "You are a helpful assistant. Answer the user by calling the ri
 Progress = Callable[[str, float], None]  # receives what is being done, and which share of it is done
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to convert; kept in stats.json, so that changed data is converted in the same way.
-
-    Attributes:
-        inputs: files, folders or globs; none means the newest data/filtered/filtered_*.json.
-        tools: tool catalogues, files or folders.
-        turns: "call" goes up to and with the first call, "all" keeps the whole conversation, "each" makes a
-            sample of every call in it, with what stands before as context.
-        max_observation: characters that a tool's result may have.
-        candidates: candidate tools of a sample, the gold tool included.
-        holdout_servers, holdout_tools: share of the servers and of the tools that is held out.
-        test: share of the other rows that is held out, from 0 to below 1.
-        no_call: share of extra samples in which the gold tool is missing.
-        seed: decides what is held out, the candidate tools and their order.
-        drop_reasoning: leave out what was thought.
-        strict_schema: reject calls with parameters that the tool's schema does not know.
-        keep_failed: train on calls of which the result is an error.
-        redact: replace keys, mail addresses and home folders; None does it in session logs.
-    """
-
-    inputs: list[str] = field(default_factory=list)
-    tools: list[str] = field(default_factory=list)
-    turns: str = "call"
-    max_observation: int = 4000
-    candidates: int = 10
-    holdout_servers: float = 0.0
-    holdout_tools: float = 0.0
-    test: float = 0.1
-    no_call: float = 0.0
-    seed: int = 42
-    drop_reasoning: bool = False
-    strict_schema: bool = False
-    keep_failed: bool = False
-    redact: bool | None = None
-
-
 @dataclass
 class Account:
-    """Of one shape in one file: `read` is the sum of `written`, by split, and of `rejected`."""
+    """Of one format in one file: `read` is the sum of `written`, by split, and of `rejected`."""
 
     file: str
-    shape: str
+    format: str
     read: int = 0
     cleaned: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
@@ -86,7 +49,7 @@ class Row(msgspec.Struct):
     """A row that can be used.
 
     Attributes:
-        file, shape: where it comes from, for its account.
+        file, format: where it comes from, for its account.
         asked, drawn: two hashes of 64 bits of its question, without case, spaces and punctuation; they decide
             its split, and whether it gets a no-call sample.
         own: the tools that it brings, each a number of the catalogue or a definition of its own.
@@ -95,7 +58,7 @@ class Row(msgspec.Struct):
     """
 
     file: str
-    shape: str
+    format: str
     asked: int
     drawn: int
     own: list[int | Tool]
@@ -109,10 +72,10 @@ class Rows:
     Attributes:
         count: how many there are.
         kept: by called tool, (server, name), the highest hash of its questions.
-        accounts: of all rows, by (file, shape).
+        accounts: of all rows, by (file, format).
         later_calls: calls after the first, which are in no sample.
         unknown: calls with parameters that the schema does not know, by tool.
-        examples: the first row that was rejected for each reason, in words.
+        examples: why the first row was rejected, and the numbers of the first three, by reason.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, settings: Settings) -> None:
@@ -121,7 +84,7 @@ class Rows:
         self.accounts: dict[tuple[str, str], Account] = {}
         self.later_calls = 0
         self.unknown: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
+        self.examples: dict[str, tuple[str, list[int]]] = {}
         self._folder = folder
         self._catalogue = catalogue
         self._settings = settings
@@ -163,7 +126,8 @@ class Rows:
                             raise Fault("duplicate", "all that is trained on and shown is in an earlier row")
                     except Fault as fault:
                         account.rejected[fault.reason] += 1
-                        self.examples.setdefault(fault.reason, f"row {number}: {fault}")
+                        numbers = self.examples.setdefault(fault.reason, (str(fault), []))[1]
+                        numbers += [number] * (len(numbers) < 3)
                         rejected.write(_rejection(account, number, fault, record.text if broken else record))
                         continue
                     for what in content.cleaned:
@@ -192,15 +156,7 @@ class Rows:
             tool if number is None else number for tool, number in zip(content.tools, numbers, strict=True)
         ]
         content.tools = [known[tool] if isinstance(tool, int) else tool for tool in own]  # with validators
-        turns = check(
-            content,
-            self._catalogue,
-            whole=settings.turns != "call",
-            max_observation=settings.max_observation,
-            strict_schema=settings.strict_schema,
-            keep_failed=settings.keep_failed,
-            drop_reasoning=settings.drop_reasoning,
-        )
+        turns = check(content, self._catalogue, settings)
         if settings.turns == "call":
             every, kept = (sum(len(turn.calls) for turn in each) for each in (content.turns, turns))
             content.later = every - kept
@@ -222,7 +178,7 @@ class Rows:
             if called and tool.name == called[0]:
                 key = tool.server, tool.name
                 self.kept[key] = max(hashed, self.kept.get(key, -1))
-        row = Row(account.file, account.shape, hashed, drawn, own, called, messages_of(turns))
+        row = Row(account.file, account.format, hashed, drawn, own, called, messages_of(turns))
         return row, int.from_bytes(same, signed=True)
 
 

@@ -31,8 +31,8 @@ from mcp_lora import languages
 from mcp_lora.candidates import Pool, Split
 from mcp_lora.catalogue import Catalogue
 from mcp_lora.files import BUFFER
-from mcp_lora.records import Tool
-from mcp_lora.rows import Progress, Row, Rows, Settings
+from mcp_lora.records import Settings, Tool
+from mcp_lora.rows import Progress, Row, Rows
 
 # The splits, and what LLaMA-Factory's form of each is named.
 SPLITS = {
@@ -103,7 +103,7 @@ class Samples:
                         self._write(split, messages, sampled, server)
                 else:
                     self._write(split, row.messages, sampled, server)
-                rows.accounts[row.file, row.shape].written[split] += 1
+                rows.accounts[row.file, row.format].written[split] += 1
                 if gold and row.drawn < self._settings.no_call * 2**64:
                     self._write_no_call(split, row, [tool for tool in sampled if tool.name not in row.called])
                 if place % 1000 == 0:

@@ -200,6 +200,102 @@ RECORDS: dict[str, Any] = {
             {"from": "assistant", "value": "[tide(city='Oslo')]"},
         ],
     },
+    "hermes, in python's quotes": {
+        "conversations": [
+            {"from": "system", "value": f"<tools>{[TOOL]}</tools>"},
+            {"from": "human", "value": "Tide in Oslo?"},
+            {"from": "gpt", "value": f"<tool_call>\n{NAMED}\n</tool_call>"},
+        ]
+    },
+    "bfcl, calls as text": {
+        "question": [[ASKED]],
+        "function": [FUNCTION],
+        "ground_truth": ["tide(city='Oslo')"],
+    },
+    "nemo gym": {
+        "responses_create_params": {"input": [ASKED], "tools": [{"type": "function"} | FUNCTION]},
+        "expected_calls": [NAMED],
+    },
+    "alpaca": {"instruction": "Tide in Oslo?", "input": "", "output": json.dumps(NAMED), "tools": [FUNCTION]},
+    "bedrock": {
+        "messages": [
+            {"role": "user", "content": [{"text": "Tide in Oslo?"}]},
+            {
+                "role": "assistant",
+                "content": [{"toolUse": {"toolUseId": "c1", "name": "tide", "input": ARGUMENTS}}],
+            },
+            {
+                "role": "user",
+                "content": [{"toolResult": {"toolUseId": "c1", "content": [{"text": "2 m"}]}}],
+            },
+            {"role": "assistant", "content": [{"text": "2 m."}]},
+        ],
+        "toolConfig": {"tools": [{"toolSpec": {"name": "tide", "inputSchema": {"json": SCHEMA}}}]},
+    },
+    "ai sdk": {
+        "messages": [
+            ASKED,
+            {
+                "role": "assistant",
+                "content": [{"type": "tool-call", "toolCallId": "c1", "toolName": "tide", "args": ARGUMENTS}],
+            },
+            {
+                "role": "tool",
+                "content": [{"type": "tool-result", "toolCallId": "c1", "toolName": "tide", "result": "2 m"}],
+            },
+            DONE[1],
+        ],
+        "tools": [TOOL],
+    },
+    "langchain, constructors": {
+        "messages": [
+            {
+                "lc": 1,
+                "type": "constructor",
+                "id": ["langchain", "schema", "messages", "HumanMessage"],
+                "kwargs": {"content": "Tide in Oslo?"},
+            },
+            {
+                "lc": 1,
+                "type": "constructor",
+                "id": ["langchain", "schema", "messages", "AIMessage"],
+                "kwargs": {"content": "", "additional_kwargs": {"tool_calls": [OPENAI_CALL]}},
+            },
+        ],
+        "tools": [TOOL],
+    },
+    "langsmith, with its settings": {
+        "inputs": {"messages": [[ASKED]]},
+        "outputs": {"generations": [[{"text": "", "message": CALLED}]]},
+        "extra": {"invocation_params": {"tools": [TOOL]}},
+    },
+    "litellm": {
+        "messages": [ASKED],
+        "optional_params": {"tools": [TOOL]},
+        "response": {"choices": [{"message": CALLED}]},
+    },
+    "langfuse": {"input": {"messages": [ASKED], "tools": [TOOL]}, "output": CALLED},
+    "opentelemetry's protocol": {
+        "attributes": [
+            {
+                "key": "gen_ai.input.messages",
+                "value": {
+                    "stringValue": json.dumps(
+                        [{"role": "user", "parts": [{"type": "text", "content": "Tide in Oslo?"}]}]
+                    )
+                },
+            },
+            {
+                "key": "gen_ai.output.messages",
+                "value": {
+                    "stringValue": json.dumps(
+                        [{"role": "assistant", "parts": [{"type": "tool_call", "id": "c1"} | NAMED]}]
+                    )
+                },
+            },
+            {"key": "gen_ai.tool.definitions", "value": {"stringValue": json.dumps([FUNCTION])}},
+        ]
+    },
     "swift": {
         "messages": [
             ASKED,
@@ -231,7 +327,7 @@ def test_a_record_of_each_form_is_read(name: str, tmp_path: Path) -> None:
     assert (tool.server == "sea") == (name in (*WITHOUT_TOOLS, "filtered"))
     thoughts = "".join(turn.reasoning for turn in said)
     assert thoughts == ("Ask the tool." if name in THINKING else "")
-    if len(said) > 3 or "output" in RECORDS[name]:
+    if len(said) > 3 or name == "responses":
         assert [turn.text for turn in said if turn.role == RESULT] == ["2 m"]
         assert (said[-1].role, said[-1].text) == (ANSWER, "2 m.")
     system = "".join(turn.text for turn in content.turns if turn.role == SYSTEM)
@@ -298,7 +394,20 @@ ON_OFFER = {"tide": SCHEMA, "ping": {"type": "object", "properties": {}}}
         ('[TOOL_CALLS][{"name": "ping", "arguments": {}}]', ["ping"], ""),
         ("<|channel|>commentary to=functions.ping <|constrain|>json<|message|>{}<|call|>", ["ping"], ""),
         ('{"tool": "tide", "args": {"city": "Oslo"}}', ["tide"], ""),
-        ('Write {"name": "ping", "arguments": {}} for that.', [], None),
+        (
+            "Go.\n<tool_call>tide\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>",
+            ["tide"],
+            "Go.",
+        ),
+        ("<|python_start|>[ping()]<|python_end|>", ["ping"], ""),
+        ('<|action_start|><|plugin|>\n{"name": "ping", "parameters": {}}<|action_end|>', ["ping"], ""),
+        ('Action: ```json\n[{"tool_name": "ping", "parameters": {}}]\n```', ["ping"], ""),
+        ('tide\n{"city": "Oslo"}', ["tide"], ""),
+        ('>>>tide\n{"city": "Oslo"}', ["tide"], ""),
+        ("```tool_code\ntide(city='Oslo')\n```", ["tide"], ""),
+        ('{"thought": "", "tool_calls": [{"name": "ping", "arguments": {}}]}', ["ping"], ""),
+        ('Sure:\n```json\n{"name": "ping", "arguments": {}}\n```', ["ping"], "Sure:"),
+        ("I would ask tide about Oslo, which takes {city}.", [], None),
         ('{"name": "bob", "arguments": {}}', [], None),
         ("It is in [tide].", [], None),
     ],
@@ -315,6 +424,10 @@ def test_a_call_as_text_that_cannot_be_read_is_never_an_answer() -> None:
     for text in (
         '<tool_call>{"name": "ping", "argu',
         '<tool_call>{"name": "bob", "arguments": {}}</tool_call>',
+        'Write {"name": "tide", "arguments": {}} for that.',
+        "result = tide('Oslo')",
+        "<use><name>tide</name></use>",
+        'tide {"city": "Os',
     ):
         content = read({"messages": [ASKED, {"role": "assistant", "content": text}], "tools": [TOOL]})
         assert content.fault and content.fault.reason == "call-as-text" and len(content.turns) == 1

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mcp_lora import languages, text_calls
-from mcp_lora.prompts.calls import literal
+from mcp_lora.prompts.calls import THOUGHTS, literal
 from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
 from mcp_lora.tools import tools_in
 
@@ -54,12 +54,13 @@ def _by_name(groups: dict[str, str]) -> dict[str, str]:
 
 
 # What holds a record's parts, whatever the form; of several names the first that there is counts.
-_WRAPPERS = _names("attributes request body inputs data extra")
-_QUESTIONS = _names("instruction source_instruction query question")
-_HISTORY = _names(
-    "messages conversations conversation contents traj trajectory trace dialog chat prompt input"
+_WRAPPERS = _names(
+    "attributes request body input inputs data extra invocation_params optional_params toolConfig "
+    "responses_create_params"
 )
-_HISTORY += ("gen_ai.input.messages", *_QUESTIONS)
+_QUESTIONS = _names("instruction source_instruction query question")
+_HISTORY = _names("messages conversations conversation contents traj trajectory trace dialog chat prompt")
+_HISTORY += ("gen_ai.input.messages", *_QUESTIONS, "input")
 _ANSWERS = _names("completion output outputs response gen_ai.output.messages choices message chosen")
 _RIGHT = _names("function_call answers ground_truth tool_calls expected_tool_calls expected_calls")
 _TOOLS = _names("tools functions function available_tools tool_defs tool_definitions tool_info")
@@ -70,27 +71,26 @@ _EVENT = {"sessionId", "leafUuid", "payload"}  # what shows a line of a session 
 # Of a message and its parts.
 _ROLE_OF = _by_name(
     {
-        SYSTEM: "system developer systemmessage system_prompt",
+        SYSTEM: "system developer systemmessage systemprompt",
         USER: "user human humanmessage question",
-        ANSWER: "assistant gpt ai aimessage aimessagechunk model bot agent chatgpt reasoning",
-        CALL: "tool_call tool_calls function_call",
-        RESULT: "tool function observation tool_response tool_result ipython toolmessage functionmessage "
-        "environment function_call_output",
+        ANSWER: "answer assistant gpt ai aimessage aimessagechunk model bot chatbot agent chatgpt reasoning",
+        CALL: "toolcall toolcalls functioncall",
+        RESULT: "tool function observation toolresponse toolresult ipython toolmessage functionmessage "
+        "environment functioncalloutput functionresponse",
     }
 )
-_KIND_OF = _by_name(
-    {
-        "text": "text input_text output_text markdown refusal",
-        "thought": "thinking reasoning redacted_thinking summary_text reasoning_text thought",
-        "call": "tool_use tool_call function_call functioncall server_tool_use",
-        "result": "tool_result function_call_output tool_call_response functionresponse function_response "
-        "tool_response",
-    }
-)
+# The kind of a part by its plain name (see `_plain`): mcp_tool_use, tool-call, toolResult.
+_KINDS = {
+    "thought": re.compile(r"thinking|reasoning(text)?|summarytext|thought"),
+    "result": re.compile(r".*(tool|function)(call)?(result|response|output)"),
+    "call": re.compile(r".*(tooluse|toolcall|functioncall)"),
+    "text": re.compile(r".*text|markdown|refusal"),
+}
 _REASONING = _names("reasoning_content reasoning thinking thought")
+_NAMES = _names("name toolName tool_name")
 _ARGUMENTS = _names("arguments args parameters input kwargs")
 _RESULTS = _names("content output response result results value text")
-_IDS = _names("tool_call_id tool_use_id toolUseId call_id id")
+_IDS = _names("tool_call_id tool_use_id toolUseId toolCallId call_id id")
 
 
 def recognise(record: Any) -> str:
@@ -169,15 +169,18 @@ def _unwrapped(record: Any) -> Any:
         )
     for name in _WRAPPERS:
         inner = _parsed(record.get(name))
+        if name == "attributes" and isinstance(inner, list):  # OpenTelemetry's protocol
+            pairs = [one for one in inner if isinstance(one, dict) and isinstance(one.get("value"), dict)]
+            inner = {str(one.get("key")): next(iter(one["value"].values()), None) for one in pairs}
         if isinstance(inner, dict):
             record = inner | {key: value for key, value in record.items() if key != name}
     return record
 
 
 def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """Return the first value that there is under any of these names."""
+    """Return the first value that there is under any of these names; an empty text is none."""
     for name in names:
-        if (value := record.get(name)) is not None:
+        if (value := record.get(name)) not in (None, ""):
             return value
     return None
 
@@ -196,6 +199,8 @@ def _said(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     right, question = _parsed(_first(record, _RIGHT)), _first(record, _QUESTIONS)
     traces = [key for key in record if key.endswith("__trace")]  # NeMo Data Designer's
     said = question if right is not None and question is not None else _first(record, (*_HISTORY, *traces))
+    if said and said == record.get("instruction") and isinstance(record.get("input"), str):  # Alpaca's
+        said = f"{said}\n{record['input']}".strip()
     if said is None:
         raise Fault("unknown-format", _what_it_looks_like(record))
     history = list(_messages(said, USER))
@@ -203,7 +208,11 @@ def _said(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if right == []:  # no tool fits
         yield {"role": "assistant", "content": languages.refusal(str(question or ""))}
     elif right is not None:
-        yield {"role": "assistant", "tool_calls": right if isinstance(right, list) else [right]}
+        right = right if isinstance(right, list) else [right]
+        if all(isinstance(one, str) and one.rstrip().endswith(")") for one in right):  # add(a=1)
+            yield {"role": "assistant", "content": f"[{', '.join(right)}]"}
+        else:
+            yield {"role": "assistant", "tool_calls": right}
     elif history and _role(history[-1]) not in (ANSWER, CALL):
         yield from _messages(_first(record, _ANSWERS), ANSWER)
 
@@ -247,8 +256,13 @@ def _role(message: Mapping[str, Any]) -> str | None:
     """Return the role of a message, None for one that we do not know."""
     named = message.get("role") or message.get("from") or message.get("type")
     if isinstance(message.get("lc"), int) and isinstance(message.get("id"), list):
-        named = message["id"][-1]
-    return _ROLE_OF.get(named.lower()) if isinstance(named, str) else None
+        named = (message["id"] or [""])[-1]
+    return _ROLE_OF.get(_plain(named)) if isinstance(named, str) else None
+
+
+def _plain(name: str) -> str:
+    """Return a name without case and separators: tool-call and toolCall are tool_call."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def _opened(message: dict[str, Any]) -> dict[str, Any] | None:
@@ -311,9 +325,9 @@ def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
     for name in _REASONING:
         if isinstance(text := message.get(name), str) and text.strip():
             yield "thought", text
-    value = _first(message, ("content", "parts", "value", "summary", "text", "refusal"))
+    value = _first(message, ("content", "parts", "value", "summary", "text", "refusal", "message"))
     for part in value if isinstance(value, list) else [value]:
-        if role == RESULT and not (isinstance(part, dict) and _KIND_OF.get(_kind(part)) == "result"):
+        if role == RESULT and not (isinstance(part, dict) and _kind(part)[0] == "result"):
             continue  # all of it is the result
         if isinstance(part, dict):
             yield from _part(part)
@@ -321,26 +335,31 @@ def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
             if not isinstance(part, str):
                 raise Fault("bad-message", f"a message's content is no text but {type(part).__name__}")
             yield "text", part
+    more = message.get("additional_kwargs")  # LangChain's
     for name in ("tool_calls", "function_call"):
-        calls = _literal(message[name]) if isinstance(message.get(name), str) else message.get(name)
+        calls = message.get(name) or (more.get(name) if isinstance(more, dict) else None)
+        calls = _literal(calls) if isinstance(calls, str) else calls
         for call in calls if isinstance(calls, list) else [calls] * bool(calls):
             yield "call", call
 
 
-def _kind(part: dict[str, Any]) -> str:
-    """Return what says of which kind a part is, its `type` or its one key, in lower case."""
-    names = [name.lower() for name in (part.get("type"), *part) if isinstance(name, str)]
-    return next((name for name in names if name in _KIND_OF), "")
+def _kind(part: dict[str, Any]) -> tuple[str, str]:
+    """Return of which kind a part is, and what says so: its `type`, or the key that holds it."""
+    for name in (part.get("type"), *part):
+        for kind, pattern in _KINDS.items():
+            if isinstance(name, str) and pattern.fullmatch(_plain(name)):
+                return kind, name
+    return "", ""
 
 
 def _part(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield a part of a message's content."""
-    name = _kind(part)
-    if not name:
+    kind, name = _kind(part)
+    if not kind:
         kind = part.get("type") or ", ".join(part)
         raise Fault("bad-message", f"content has blocks of type {kind}, which are neither text nor calls")
-    kind = "thought" if part.get("thought") is True else _KIND_OF[name]
-    inner = next((item for key, item in part.items() if key.lower() == name), part)
+    kind = "thought" if part.get("thought") is True else kind
+    inner = part.get(name, part)
     if kind in ("call", "result"):
         value = _parsed(part["value"]) if "value" in part else inner if isinstance(inner, dict) else part
         yield kind, value
@@ -370,7 +389,12 @@ def _result_text(value: Any) -> str:
         return str(value["result"])
     known = _parsed(value, quietly=True)
     parts = known.get("content") if isinstance(known, dict) else known
-    if isinstance(parts, list) and parts and all(isinstance(part, dict) and "type" in part for part in parts):
+    if (
+        isinstance(parts, list)
+        and parts
+        and all(isinstance(part, dict) for part in parts)
+        and all({"type", "text"} & part.keys() for part in parts)
+    ):
         texts = [_first(part, ("text", "value", "content")) for part in parts]
         return "\n".join(text for text in texts if isinstance(text, str))
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
@@ -398,7 +422,7 @@ def _call(items: list[Any]) -> Turn:
             if isinstance(values, dict) and all(isinstance(value, list) for value in values.values()):
                 chosen = {key: value[0] for key, value in values.items() if value and value[0] != ""}
                 item = {"name": name, "arguments": chosen}
-        if not isinstance(name := item.get("name"), str) or not name:
+        if not isinstance(name := _first(item, _NAMES), str):
             raise Fault("no-call", "a call has no name, or there is none")
         arguments = _first(item, _ARGUMENTS)
         for _ in range(2):  # encoded twice, at times
@@ -415,13 +439,17 @@ def _call(items: list[Any]) -> Turn:
 
 def _without_thought(text: str) -> tuple[str, str]:
     """Return a text without the thought that opens it, and the thought."""
-    found = re.match(r"\s*<think>\s*(.*?)\s*</think>\s*", text, re.DOTALL)
-    return (text[found.end() :], found.group(1)) if found else (text, "")
+    for opening, closing in THOUGHTS:
+        before, found, after = text.partition(closing)
+        if found and before.lstrip().startswith(opening):
+            return after.lstrip(), before.lstrip().removeprefix(opening).strip()
+    return text, ""
 
 
 def _without_tools(text: str) -> tuple[str, list[Tool]]:
     """Return a system message without the tools that it lists as JSON, and these tools."""
     tools: list[Tool] = []
+    text = re.sub(r"(?<=<tools>).*?(?=</tools>)", text_calls.as_json, text, flags=re.DOTALL)
     kept, place = "", 0
     for found in re.finditer(r"[\[{]", text):
         if found.start() < place:
@@ -437,12 +465,12 @@ def _without_tools(text: str) -> tuple[str, list[Tool]]:
 
 
 def _parsed(value: Any, quietly: bool = False) -> Any:
-    """Return what a string of JSON holds where it looks like an object or array, anything else as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+    """Return what a string of JSON, or Python, holds where it looks like an object or array."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and value.rstrip()[-1:] in ("}", "]"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            if not quietly and value.rstrip()[-1:] in ("}", "]"):
+            return literal(value)
+        except ValueError:
+            if not quietly:
                 raise Fault("bad-json", f"a field is no JSON: {value[:80]}") from None
     return value
 

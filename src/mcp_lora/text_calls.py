@@ -6,7 +6,9 @@ read. The first that reads a text wins; what is written around a call stays the 
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -25,13 +27,9 @@ def _each(form: str, between: str = "\n") -> _Writer:
                 name=name,
                 arguments=json.dumps(arguments),
                 call=json.dumps({"name": name, "arguments": arguments}),
-                keywords=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
-                parameters="".join(
-                    f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items()
-                ),
-                attributes="".join(
-                    f'<parameter name="{key}">{value}</parameter>\n' for key, value in arguments.items()
-                ),
+                parameters=_pairs("<parameter={}>\n{}\n</parameter>\n", arguments),
+                attributes=_pairs('<parameter name="{}">{}</parameter>\n', arguments),
+                keys=_pairs("<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n", arguments),
             )
             for name, arguments in calls
         )
@@ -39,9 +37,15 @@ def _each(form: str, between: str = "\n") -> _Writer:
     return write
 
 
-def _list(opening: str = "", closing: str = "") -> _Writer:
+def _pairs(form: str, arguments: Mapping[str, Any]) -> str:
+    return "".join(form.format(key, value) for key, value in arguments.items())
+
+
+def _list(opening: str = "", closing: str = "", name: str = "name", arguments: str = "arguments") -> _Writer:
     """Write all calls as one JSON array."""
-    return lambda calls: opening + json.dumps([call._asdict() for call in calls]) + closing
+    return lambda calls: (
+        opening + json.dumps([{name: call.name, arguments: call.arguments} for call in calls]) + closing
+    )
 
 
 def _object(name: str, arguments: str) -> _Writer:
@@ -49,8 +53,19 @@ def _object(name: str, arguments: str) -> _Writer:
     return lambda calls: "\n".join(json.dumps({name: call.name, arguments: call.arguments}) for call in calls)
 
 
+def _python(opening: str, closing: str) -> _Writer:
+    """Write calls in Python's syntax."""
+    return lambda calls: opening + ", ".join(map(_in_python, calls)) + closing
+
+
+def _in_python(call: ToolCall) -> str:
+    return f"{call.name}({', '.join(f'{key}={value!r}' for key, value in call.arguments.items())})"
+
+
 _FORMS = (
     _each("<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"),  # Qwen3-Coder
+    _each("<tool_call>{name}\n{keys}</tool_call>"),  # GLM-4.5
+    _each("<tool_call>{name}\n```json\n{arguments}\n```</tool_call>"),  # Hunyuan
     _each("<tool_call>\n{call}\n</tool_call>"),  # Hermes, Qwen
     _list("<tool_call>", "</tool_call>"),
     _list("<tool_calls>", "</tool_calls>"),
@@ -65,15 +80,26 @@ _FORMS = (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```"
         "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
     ),  # DeepSeek
+    _each('<function_calls>\n<invoke name="{name}">\n{attributes}</invoke>\n</function_calls>'),  # MiniMax
     _each(
-        '<function_calls>\n<invoke name="{name}">\n{attributes}</invoke>\n</function_calls>'
-    ),  # Anthropic, MiniMax
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:0<|tool_call_argument_begin|>{arguments}"
+        "<|tool_call_end|><|tool_calls_section_end|>"
+    ),  # Kimi K2
     _each("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"),
+    _each(">>>{name}\n{arguments}"),  # Functionary
+    _list("functools"),  # Firefunction
+    _list("Action: ```json\n", "\n```", "tool_name", "parameters"),  # Command R
+    _list("<|START_ACTION|>", "<|END_ACTION|>", "tool_name", "parameters"),
     _each("Action: {name}\nAction Input: {arguments}"),  # ReAct
     _each("```json\n{call}\n```"),
     _list("```json\n", "\n```"),
-    lambda calls: f"[{_each('{name}({keywords})', ', ')(calls)}]",  # ToolACE, Llama 4
-    _each("{name}({keywords})"),
+    _python("<tool_call>", "</tool_call>"),
+    _python("<function_calls>", "</function_calls>"),  # Olmo
+    _python("```tool_code\n", "\n```"),  # Gemma
+    _python("<<function>>", ""),  # Gorilla
+    _python("Call: ", "<bot_end>"),  # NexusRaven
+    _python("[", "]"),  # ToolACE, Llama 4
+    _python("", ""),
     _list(),
     _each("{call}"),
     *map(
@@ -82,13 +108,17 @@ _FORMS = (
         ("args", "arguments", "arguments", "action_input", "parameters"),
     ),
 )
-# What begins a call in forms that are not read, or in a broken one.
-_MARKS = re.compile(
-    r"<\|?/?(?:tool|function)_?calls?\b|<functioncall>|<function=|<TOOLCALL>|<invoke "
-    r"|<\|python_tag\|>|\[TOOL_CALLS\]|<｜tool▁call|to=functions\.|^Action:.*^Action Input:",
-    re.IGNORECASE | re.MULTILINE | re.DOTALL,
+# What begins a call in forms that are not read, or in a broken one: words, and a tool's name in its place.
+_MARKS = (
+    r"<\|?/?(?:tool|function)_?call|<functioncall>|<function=|<TOOLCALL>|<invoke "
+    r"|<\|python_tag\|>|\[TOOL_CALLS\]|<｜tool▁call|to=functions\.|^Action:.*^Action Input:"
 )
+_NAMED = r"\b(?:{names})\s*\{{|\b(?:{names})\([^)\s]|:\s*[\"'](?:{names})[\"']|>\s*(?:{names})\s*<"
+_FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL
 _PYTHON = re.compile(r"\{.*?\}(?=\s*(?:[<\]]|$|```))", re.DOTALL)
+# Around the calls: marks of a template, which it writes itself, and what holds them in an object.
+_TAGS = re.compile(r"(?:<[^<>\s]{1,40}>|<\|start\|>assistant|\s)+$")
+_HOLDERS = ("tool_calls", "tool_call", "function_call", "function_calls", "calls")
 
 
 @cache
@@ -106,27 +136,44 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
     Raises:
         Fault: it calls a tool in a form that is not known, or a tool that is not on offer.
     """
-    forms = _formats() if any(name in text for name in schemas) else []  # most answers name no tool
-    for variant in dict.fromkeys((text, _PYTHON.sub(_as_json, text))):
-        for form in forms:
-            reading = form.read(variant, schemas)
-            if reading.calls and not reading.broken and all(call.name in schemas for call in reading.calls):
-                if not reading.content.endswith(("{", "[", ":", "(")):
-                    return reading
-                raise _unread(text)
-    if _MARKS.search(text):
+    if any(name in text for name in schemas):  # most answers name no tool
+        for variant in dict.fromkeys(_variants(text, schemas)):
+            for form in _formats():
+                reading = form.read(variant, schemas)
+                known = all(call.name in schemas for call in reading.calls)
+                is_part = re.search(r"[{\[(]$|[\"']\s*:$", reading.content)
+                if reading.calls and known and not reading.broken and not is_part:
+                    return replace(reading, content=_TAGS.sub("", reading.content))
+        names = "|".join(map(re.escape, schemas))
+        if re.search(_NAMED.format(names=names), text):
+            raise _unread(text)
+    if re.search(_MARKS, text, _FLAGS):
         raise _unread(text)
     return None
+
+
+def _variants(text: str, schemas: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a text, and as it would be in a form that is read."""
+    yield text
+    yield _PYTHON.sub(as_json, text)
+    if text.lstrip().startswith(tuple(schemas)):  # GLM-4 begins with the name
+        yield f"[TOOL_CALLS]{text.strip()}"
+    bare = re.sub(r"^\s*```(?:json)?\s*|\s*```\s*$", "", text)
+    if bare.startswith("{") and bare.endswith("}"):
+        yield bare
+        with suppress(ValueError):
+            value = literal(bare)
+            yield from (json.dumps(value[holder]) for holder in _HOLDERS if holder in value)
 
 
 def _unread(text: str) -> Fault:
     return Fault("call-as-text", f"a call is written as text that cannot be read: {text.strip()[:80]}")
 
 
-def _as_json(found: re.Match[str]) -> str:
+def as_json(found: re.Match[str]) -> str:
     """Return an object in Python's syntax as JSON, anything else as it is."""
     try:
         value = literal(found.group())
-        return json.dumps(value) if isinstance(value, dict) else found.group()
+        return json.dumps(value) if isinstance(value, dict | list) else found.group()
     except ValueError:
         return found.group()

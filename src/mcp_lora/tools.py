@@ -11,9 +11,11 @@ from typing import Any
 
 import msgspec
 
+from mcp_lora.prompts.calls import literal
 from mcp_lora.records import Fault, Tool
 
 _SCHEMAS = ("parameters", "inputSchema", "input_schema", "parametersJsonSchema", "schema", "arguments")
+_WRAPPERS = ("result", "function", "toolSpec")  # of a reply to tools/list, OpenAI's, Bedrock's
 _LISTS = ("function_declarations", "functionDeclarations", "tools", "functions")
 # Python's and Gemini's names of JSON Schema's types.
 _TYPES = {
@@ -47,8 +49,8 @@ def tools_in(value: Any, server: str = "", cleaned: list[str] | None = None) -> 
     """
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = literal(value)
+        except ValueError:
             raise Fault("no-tool", f"tools are no JSON: {value[:80]}") from None
     if isinstance(value, list):
         for item in value:
@@ -65,10 +67,8 @@ def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) ->
     inner = next((value[name] for name in _LISTS if isinstance(value.get(name), list | dict)), None)
     if inner is not None:
         yield from tools_in(inner, named if isinstance(named, str) and named else server, cleaned)
-    elif isinstance(value.get("result"), dict):  # a reply to tools/list
-        yield from tools_in(value["result"], server, cleaned)
-    elif isinstance(value.get("function"), dict):
-        yield from tools_in(value["function"], server, cleaned)
+    elif wrapped := next((value[name] for name in _WRAPPERS if isinstance(value.get(name), dict)), None):
+        yield from tools_in(wrapped, server, cleaned)
     elif "name" in value or "tool_name" in value:
         yield _tool(value, server, cleaned)
     elif (
@@ -108,6 +108,9 @@ def _known(text: bytes, server: str) -> tuple[Tool, bool]:
             schema = None
     if not isinstance(schema, dict):
         raise Fault("no-schema", f"{name} has no input schema")
+    schema = (
+        schema["json"] if isinstance(schema.get("json"), dict) and len(schema) == 1 else schema
+    )  # Bedrock's
     description = item.get("description", item.get("tool_description"))
     plain = {"type": "object", "properties": {}} | schema
     try:

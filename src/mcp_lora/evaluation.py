@@ -3,7 +3,6 @@
 RUN/eval/ holds the answers (see mcp_lora.answers) and metrics.json, the figures.
 """
 
-import hashlib
 import json
 import operator
 import re
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import answering, questions, runs
+from mcp_lora import answering, files, questions, runs
 from mcp_lora.answers import Answer, Judge, Notebook
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
@@ -281,6 +280,4 @@ def _rendered(
 
 def _hash(adapter: Path) -> str:
     """Return the hash of an adapter's weights."""
-    file = next(iter(adapter.glob("adapter_model.*")), adapter / "adapter_config.json")
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return files.sha256(next(iter(adapter.glob("adapter_model.*")), adapter / "adapter_config.json"))

@@ -7,6 +7,7 @@ are no UTF-8 become lone surrogates, which cost the row that they are in and no 
 
 import codecs
 import gzip
+import hashlib
 import json
 import re
 import zlib
@@ -80,6 +81,12 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
             yield from _lines(file, progress)
     except (OSError, EOFError, zlib.error) as error:
         yield _stopped(error)
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _lines(file: Path, progress: Progress) -> Iterator[Any]:

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mcp_lora import languages, text_calls
-from mcp_lora.prompts.calls import THOUGHTS, literal
-from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
+from mcp_lora.prompts.calls import THOUGHTS
+from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn, literal
 from mcp_lora.tools import tools_in
 
 # The forms by the keys that show them, the first that fits.

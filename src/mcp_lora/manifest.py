@@ -14,7 +14,6 @@
 set's rendered.json. `ended` and `exit` are null while it trains, and stay so where it was killed.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import dataset
+from mcp_lora import dataset, files
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.prompts.render import hub_arguments
 
@@ -133,7 +132,4 @@ def _git_commit() -> str | None:
 
 
 def _hashed(file: Path | None) -> dict[str, str] | None:
-    if not file or not file.is_file():
-        return None
-    with file.open("rb") as stream:
-        return {"file": str(file), "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"file": str(file), "sha256": files.sha256(file)} if file and file.is_file() else None

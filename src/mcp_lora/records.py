@@ -1,5 +1,6 @@
 """What readers yield and the rest of a conversion takes."""
 
+import ast
 import json
 import re
 from dataclasses import dataclass, field
@@ -157,3 +158,32 @@ def as_json(value: Any) -> bytes:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+class _Constants(ast.NodeTransformer):
+    """Replaces JSON's words in Python's syntax."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        known = {"true": True, "false": False, "null": None}
+        return ast.Constant(known[node.id]) if node.id in known else node
+
+
+def value_of(node: ast.expr) -> Any:
+    """Return a Python literal's value, JSON's words for true, false and null included."""
+    return ast.literal_eval(_Constants().visit(node))
+
+
+def literal(text: str) -> Any:
+    """Return the value of a text of JSON, or in Python's syntax; nothing of it is run.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return value_of(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(str(error)) from None

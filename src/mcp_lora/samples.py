@@ -42,15 +42,14 @@ SPLITS = {
     "unseen_server": "mcp_test_unseen_server",
     "no_call": "mcp_test_no_call",
 }
-LIMIT = 100_000_000  # bytes; a bigger file is JSON Lines, which the engine reads as a stream
 # Between the results of parallel calls: LLaMA-Factory allows one turn for all of them and joins them so
 # itself (its data/converter.py, OpenAIDatasetConverter).
 _BETWEEN_RESULTS = "\n</tool_response>\n<tool_response>\n"
 
 
-def stem(split: str) -> str:
-    """Return the name, less its ending, of LLaMA-Factory's file of a split."""
-    return "mcp_train_data" if split == "train" else SPLITS[split]
+def engine_file(split: str) -> str:
+    """Return the name of LLaMA-Factory's file of a split."""
+    return "mcp_train_data.json" if split == "train" else f"{SPLITS[split]}.json"
 
 
 class Samples:
@@ -76,25 +75,20 @@ class Samples:
         self._open = contextlib.ExitStack()
         self._files: dict[str, list[IO[bytes]]] = {}
 
-    def write(self, progress: Progress) -> dict[str, Path]:
-        """Write a sample for every row, and no-call samples of some.
-
-        Returns:
-            LLaMA-Factory's file of each split that has samples.
-        """
+    def write(self, progress: Progress) -> None:
+        """Write a sample for every row, and no-call samples of some."""
         rows = self._rows
         some = self._split.servers or self._split.tools
         held_out = {row.asked for row in rows if self._held_out(self._gold(row))} if some else set()
         with self._open:
             for place, row in enumerate(rows):
-                own = [self._tools[tool] if isinstance(tool, int) else tool for tool in row.own]
-                gold = self._gold(row)
+                own, gold = self._own(row), self._gold(row)
                 split = self._split_of(row, gold, row.asked in held_out)
                 if split != "train" and not _calls(row.messages):
                     split = "no_call"  # its calls are context, the right answer is not to call
                 count = self._settings.candidates
                 sampled = self.pool.sample(own, row.called, count, row.asked, split == "unseen_server")
-                server = next((tool.server for tool in gold), "")
+                server = gold[0].server if gold else ""
                 # A test asks for the call, and for nothing after it.
                 if split != "train":
                     self._write(split, _up_to_the_call(row.messages), sampled, server)
@@ -108,15 +102,14 @@ class Samples:
                     self._write_no_call(split, row, [tool for tool in sampled if tool.name not in row.called])
                 if place % 1000 == 0:
                     progress("writing", place / rows.count)
-        return {
-            split: _finished(self._folder / f"{stem(split)}.lines")
-            for split in SPLITS
-            if split in self._files
-        }
+            for _, array in self._files.values():
+                array.write(b"\n]\n")
+
+    def _own(self, row: Row) -> list[Tool]:
+        return [self._tools[tool] if isinstance(tool, int) else tool for tool in row.own]
 
     def _gold(self, row: Row) -> list[Tool]:
-        own = (self._tools[tool] if isinstance(tool, int) else tool for tool in row.own)
-        return [tool for tool in own if tool.name in row.called]
+        return [tool for tool in self._own(row) if tool.name in row.called]
 
     def _held_out(self, gold: list[Tool]) -> str | None:
         """Return the test of held-out servers or tools that a question belongs to."""
@@ -141,11 +134,14 @@ class Samples:
         if split != "train":
             sample["server"] = server
         if split not in self._files:
-            paths = (self._folder / f"{split}.jsonl", self._folder / f"{stem(split)}.lines")
-            self._files[split] = [self._open.enter_context(path.open("wb", BUFFER)) for path in paths]
+            names = (f"{split}.jsonl", engine_file(split))
+            self._files[split] = [
+                self._open.enter_context((self._folder / name).open("wb", BUFFER)) for name in names
+            ]
+        lines, array = self._files[split]
+        lines.write(msgspec.json.encode(sample) + b"\n")
+        array.write((b",\n" if self.count[split] else b"[\n") + msgspec.json.encode(llama_factory(sample)))
         self.count[split] += 1
-        for file, form in zip(self._files[split], (sample, llama_factory(sample)), strict=True):
-            file.write(msgspec.json.encode(form) + b"\n")
 
     def _write_no_call(self, split: str, row: Row, distractors: list[Tool]) -> None:
         """Write the row's question once more, without the gold tool and with the answer that says so."""
@@ -212,18 +208,3 @@ def _each_call(messages: list[Any]) -> Iterator[list[Any]]:
     for place in _calls(messages):
         before = [one | {"weight": 0} if one["role"] == "assistant" else one for one in messages[:place]]
         yield [*before, messages[place]]
-
-
-def _finished(lines: Path) -> Path:
-    """Turn JSON Lines into a file that LLaMA-Factory reads, an array with a line each unless it is big."""
-    if lines.stat().st_size > LIMIT:
-        return lines.rename(lines.with_suffix(".jsonl"))
-    file = lines.with_suffix(".json")
-    with lines.open("rb", BUFFER) as source, file.open("wb", BUFFER) as target:
-        before = b"[\n"
-        for line in source:
-            target.write(before + line.rstrip(b"\n"))
-            before = b",\n"
-        target.write(b"\n]\n")
-    lines.unlink()
-    return file

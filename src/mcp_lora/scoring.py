@@ -8,13 +8,14 @@ leaderboard's own checker.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from mcp_lora.records import ToolCall
+from mcp_lora.tools import parts_of, types_of
 
 # What can go wrong with an answer, in the order in which it is looked for.
 ERRORS = (
@@ -143,11 +144,12 @@ def same(expected: Any, given: Any, schema: Schema | bool = True, root: Schema |
     root = root or {}
     if _kind(expected) is not _kind(given):
         return False
-    parts = list(_parts(schema, root))
     if isinstance(expected, str):
         return _bare(expected) == _bare(given)
     if isinstance(expected, list):
-        items = next((part["items"] for part in parts if isinstance(part.get("items"), dict)), True)
+        items = next(
+            (part["items"] for part in parts_of(schema, root) if isinstance(part.get("items"), dict)), True
+        )
         return len(expected) == len(given) and all(
             same(one, other, items, root) for one, other in zip(expected, given, strict=True)
         )
@@ -156,8 +158,7 @@ def same(expected: Any, given: Any, schema: Schema | bool = True, root: Schema |
         return expected.keys() == given.keys() and all(
             same(value, given[name], properties.get(name, True), root) for name, value in expected.items()
         )
-    types = [part.get("type") for part in parts]
-    kinds = {kind for each in types for kind in (each if isinstance(each, list) else [each])}
+    kinds = types_of(schema, root)
     whole = "integer" in kinds and "number" not in kinds
     return bool(expected == given) and not (whole and isinstance(given, float))
 
@@ -173,31 +174,11 @@ def _kind(value: Any) -> type:
 
 def _properties(schema: Any, root: Schema) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for part in _parts(schema, root):
+    for part in parts_of(schema, root):
         properties = part.get("properties")
         if isinstance(properties, dict):
             found |= {name: value for name, value in properties.items() if isinstance(value, dict)}
     return found
-
-
-def _parts(schema: Any, root: Schema) -> Iterator[Schema]:
-    """Yield a schema and those that it is made of, each once: `$ref` within it, anyOf, oneOf, allOf."""
-    waiting, met = [schema], set()
-    while waiting:
-        part = waiting.pop()
-        if not isinstance(part, Mapping) or id(part) in met:
-            continue
-        met.add(id(part))
-        yield part
-        reference = part.get("$ref")
-        if isinstance(reference, str) and reference.startswith("#/"):
-            found: Any = root
-            for step in reference[2:].split("/"):
-                step = step.replace("~1", "/").replace("~0", "~")
-                found = found.get(step) if isinstance(found, Mapping) else None
-            waiting.append(found)
-        for key in ("anyOf", "oneOf", "allOf"):
-            waiting += parts if isinstance(parts := part.get(key), list) else []
 
 
 def _canonical(call: ToolCall) -> bytes:

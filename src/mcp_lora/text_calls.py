@@ -12,8 +12,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from mcp_lora.prompts.calls import CallFormat, Reading, literal
-from mcp_lora.records import Fault, ToolCall
+from mcp_lora.prompts.calls import CallFormat, Reading
+from mcp_lora.records import Fault, ToolCall, literal
 
 _Writer = Callable[[list[ToolCall]], str]
 

@@ -5,14 +5,13 @@ r"""Read tools of any form: MCP's, OpenAI's, Anthropic's, Gemini's, and lists of
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import msgspec
 
-from mcp_lora.prompts.calls import literal
-from mcp_lora.records import Fault, Tool
+from mcp_lora.records import Fault, Tool, literal
 
 _SCHEMAS = ("parameters", "inputSchema", "input_schema", "parametersJsonSchema", "schema", "arguments")
 _WRAPPERS = ("result", "function", "toolSpec")  # of a reply to tools/list, OpenAI's, Bedrock's
@@ -189,15 +188,37 @@ def _type(kind: Any) -> Any:
 
 def takes_null(schema: Any) -> bool:
     """Tell whether a parameter may be null; one that the schema does not know may not."""
-    if not isinstance(schema, dict):
-        return False
-    kinds = schema.get("type")
-    parts = [part for key in ("anyOf", "oneOf") for part in schema.get(key) or []]
+    found, kinds = list(parts_of(schema)), types_of(schema)
+    enums = [part["enum"] for part in found if isinstance(part.get("enum"), list)]
     return (
-        kinds == "null"
-        or (isinstance(kinds, list) and "null" in kinds)
-        or None in (schema.get("enum") or ())
-        or any(map(takes_null, parts))
-        or (kinds is None and not parts and "enum" not in schema and "$ref" not in schema)
-        or schema.get("nullable") is True
+        "null" in kinds
+        or any(None in enum for enum in enums)
+        or any(part.get("nullable") is True for part in found)
+        or (len(found) == 1 and kinds == {None} and not enums and "$ref" not in schema)
     )
+
+
+def types_of(schema: Any, root: Mapping[str, Any] | None = None) -> set[Any]:
+    """Return the types that a schema names, and None where a part of it names none."""
+    named = (part.get("type") for part in parts_of(schema, root))
+    return {kind for kinds in named for kind in (kinds if isinstance(kinds, list) else [kinds])}
+
+
+def parts_of(schema: Any, root: Mapping[str, Any] | None = None) -> Iterator[Mapping[str, Any]]:
+    """Yield a schema and those that it is made of, each once: `$ref` within it, anyOf, oneOf, allOf."""
+    waiting, met = [schema], set()
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, Mapping) or id(part) in met:
+            continue
+        met.add(id(part))
+        yield part
+        reference = part.get("$ref")
+        if root and isinstance(reference, str) and reference.startswith("#/"):
+            found: Any = root
+            for step in reference[2:].split("/"):
+                step = step.replace("~1", "/").replace("~0", "~")
+                found = found.get(step) if isinstance(found, Mapping) else None
+            waiting.append(found)
+        for key in ("anyOf", "oneOf", "allOf"):
+            waiting += parts if isinstance(parts := part.get(key), list) else []

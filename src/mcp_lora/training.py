@@ -174,10 +174,10 @@ def _needed_memory(plan: Plan) -> list[str]:
 
 def _training_rows(config: Mapping[str, Any]) -> int | None:
     """Return how many rows are trained on, without those of val_size; None where nothing is converted."""
-    known = dataset.training_samples(Path(str(config.get("dataset_dir"))))
-    if known is None:
+    stats = dataset.statistics(Path(str(config.get("dataset_dir"))))
+    if stats is None:
         return None
-    rows = int(min(known, configuration.number(config, "max_samples", math.inf)))
+    rows = int(min(stats["samples"]["train"], configuration.number(config, "max_samples", math.inf)))
     held_out = configuration.number(config, "val_size", 0)
     # datasets' train_test_split rounds a share up
     return rows - (math.ceil(rows * held_out) if held_out < 1 else int(held_out))

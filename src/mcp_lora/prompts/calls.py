@@ -13,11 +13,12 @@ import ast
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mcp_lora.records import ToolCall
+from mcp_lora.records import ToolCall, literal, value_of
+from mcp_lora.tools import types_of
 
 # How models mark their thoughts: DeepSeek, Qwen and most others; Gemma 4; Mistral; Seed; Cohere.
 THOUGHTS = (
@@ -243,7 +244,7 @@ class CallFormat:
                 call = ast.parse(f"f{text[bracket:end]}", mode="eval").body
                 if not isinstance(call, ast.Call) or call.args:
                     return None
-                arguments = {str(word.arg): _literal(word.value) for word in call.keywords}
+                arguments = {str(word.arg): value_of(word.value) for word in call.keywords}
             except (SyntaxError, ValueError, RecursionError, MemoryError):
                 continue
             return ToolCall(name, arguments), end
@@ -302,16 +303,8 @@ def _name_at(text: str, schemas: Schemas, middle: str) -> str:
 
 def _takes_text(schema: Any, value: str) -> bool:
     """Tell whether a bare value is a text: where its schema takes one."""
-    kinds = [*_types(schema)]
+    kinds = types_of(schema)
     return "string" in kinds and not ("null" in kinds and value in ("null", "None"))
-
-
-def _types(schema: Any) -> Iterator[Any]:
-    if isinstance(schema, dict):
-        kind = schema.get("type")
-        yield from kind if isinstance(kind, list) else [kind]
-        for part in [*(schema.get("anyOf") or []), *(schema.get("oneOf") or [])]:
-            yield from _types(part)
 
 
 def _loose(literal: str) -> str:
@@ -337,35 +330,6 @@ def _as_json(text: str, quote: str) -> str:
         else:
             parts[place] = re.sub(r'([{,]\s*)([^\s:"{}\[\],<>|][^:"{}\[\],<>|]*?)\s*:', r'\1"\2":', part)
     return "".join(parts)
-
-
-class _Constants(ast.NodeTransformer):
-    """Replaces JSON's words in Python's syntax."""
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        known = {"true": True, "false": False, "null": None}
-        return ast.Constant(known[node.id]) if node.id in known else node
-
-
-def _literal(node: ast.expr) -> Any:
-    """Return a Python literal's value, JSON's words for true, false and null included."""
-    return ast.literal_eval(_Constants().visit(node))
-
-
-def literal(text: str) -> Any:
-    """Return the value of a text of JSON, or in Python's syntax; nothing of it is run.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return _literal(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(str(error)) from None
 
 
 def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:

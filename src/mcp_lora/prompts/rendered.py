@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mcp_lora import files
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts.render import ChatTemplate, Encoded, called
 from mcp_lora.records import Fault
@@ -145,9 +146,7 @@ def _key(template: ChatTemplate, file: Path, chosen: Mapping[str, Any]) -> str:
     rest = json.dumps([special, template.thinking, chosen, versions])
     code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.*"))]
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        digest.update(hashlib.file_digest(stream, "sha256").digest())
-    for part in (vocabulary, tokenizer.chat_template, rest, *code):
+    for part in (files.sha256(file), vocabulary, tokenizer.chat_template, rest, *code):
         digest.update(hashlib.sha256(part.encode(errors="surrogatepass")).digest())
     return digest.hexdigest()[:16]
 

@@ -1,6 +1,8 @@
 """The command line on the user's mistakes: one line, the next command, exit code 2."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,29 @@ def fail(capsys: Capture, *words: str) -> str:
 def test_a_mistake_is_one_line_before_anything_is_done(capsys: Capture, words: str, said: str) -> None:
     assert said in fail(capsys, *words.split())
     assert not Path("data/llama_factory").exists() and not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("words", [["convert", ""], ["train", "--data", ""], ["train", "--data="]])
+def test_an_empty_argument_is_an_unset_variable(capsys: Capture, words: list[str]) -> None:
+    said = fail(capsys, *words)
+    assert "unset variable?" in said and words[-2 if len(words) > 2 else -1] in said
+
+
+def test_an_interruption_names_the_command_that_goes_on(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(Path("here/adapter_config.json"), {})
+
+    def said(*words: str) -> str:
+        monkeypatch.setattr("mcp_lora.engine.require", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as caught:
+            main([*words])
+        assert caught.value.code == 128 + signal.SIGTERM
+        return capsys.readouterr().err
+
+    train = "to go on: mcp-lora train --output here lora_rank=8 --overwrite"
+    assert train in said("train", "--resume", "--output", "here", "lora_rank=8")
+    assert "to go on: mcp-lora eval 'my run' --limit 3" in said("eval", "my run", "--limit", "3")
 
 
 @pytest.mark.skipif(config.detect_machine().gpus > 0, reason="this machine has a GPU")

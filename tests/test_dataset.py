@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -437,13 +438,11 @@ def test_a_row_is_explained_in_each_step(tmp_path: Path) -> None:
     assert steps["as read (?)"] == "{broken" and "not JSON" in steps["rejected"]
 
 
-def test_an_input_is_not_written_over(tmp_path: Path) -> None:
-    source = tmp_path / "train.jsonl"
-    source.write_text(json.dumps(said("Go.", "open")) + "\n")
-    before = source.read_bytes()
+def test_an_input_is_not_written_over(sample_data: Path) -> None:
+    before = contents(sample_data)
     with pytest.raises(McpLoraError, match="would be written over: mcp-lora convert --out OTHER_FOLDER"):
-        convert(Settings([str(source)], test=0), tmp_path)
-    assert source.read_bytes() == before
+        converted(sample_data, sample_data / "train.jsonl")
+    assert contents(sample_data) == before
 
 
 def test_a_row_of_which_the_calls_are_context_is_tested_as_one_without_a_call(tmp_path: Path) -> None:
@@ -548,7 +547,7 @@ def test_changed_contents_are_converted_with_the_last_settings(tmp_path: Path) -
     os.utime(source, (1, 1))
     assert not dataset.is_up_to_date(out)
     done = refresh(None, out)
-    assert done.statistics and done.statistics["read"] == 12 and "candidates=3" in done.message
+    assert done.statistics and done.statistics["read"] == 12 and "--candidates 3" in done.message
     assert all(len(names(sample)) == 3 for sample in dataset.samples(out, "train"))
     write_json(tools, [{"name": "other", "parameters": {}}])
     assert refresh(None, out).statistics
@@ -591,11 +590,50 @@ def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch
     assert refresh(None, Path("named")).statistics is None
 
 
-def test_a_dataset_of_another_make_is_not_written_over(tmp_path: Path) -> None:
-    write_json(tmp_path / "dataset_info.json", {})
+@pytest.mark.parametrize("name", ["dataset_info.json", "stats.json", "train.jsonl", "seen.jsonl"])
+def test_a_file_of_another_make_is_not_written_over(tmp_path: Path, name: str) -> None:
+    write_json(tmp_path / name, {"a": 1})
     for attempt in (lambda: refresh(SAMPLE, tmp_path), lambda: converted(tmp_path, SAMPLE)):
-        with pytest.raises(McpLoraError, match="did not make"):
+        with pytest.raises(McpLoraError, match=rf"{name}, which mcp-lora did not make"):
             attempt()
+    assert contents(tmp_path) == {name: (tmp_path / name).read_bytes()}
+
+
+def test_what_a_user_has_changed_or_added_stays(sample_data: Path) -> None:
+    (sample_data / "mcp_test_notes.jsonl").write_text("mine")
+    info = load(sample_data / "dataset_info.json")
+    write_json(sample_data / "dataset_info.json", info | {"mine": {"file_name": "mine.json"}})
+    converted(sample_data, SAMPLE, seed=7)
+    assert load(sample_data / "dataset_info.json")["mine"] == {"file_name": "mine.json"}
+    assert (sample_data / "mcp_test_notes.jsonl").read_text() == "mine"
+    (sample_data / "train.jsonl").write_text("mine")
+    with pytest.raises(McpLoraError, match=r"train\.jsonl, which mcp-lora did not make, or not so"):
+        converted(sample_data, SAMPLE)
+    assert (sample_data / "train.jsonl").read_text() == "mine"
+
+
+def test_an_output_is_no_input(tmp_path: Path) -> None:
+    write_json(tmp_path / "data/rows.json", [record(f"Add {n}.") for n in range(20)])
+    for _ in range(2):
+        stats = converted(tmp_path / "data/llama_factory", tmp_path / "data")
+        assert stats["read"] == 20
+    assert any("files are left out" in note and "llama_factory" in note for note in stats["notes"])
+
+
+def test_a_sample_without_the_gold_tool_has_as_many_candidates(tmp_path: Path) -> None:
+    converted(tmp_path, SAMPLE, candidates=4, no_call=0.5, test=0.0)
+    assert {len(sample["tools"]) for sample in dataset.samples(tmp_path, "train")} == {4}
+
+
+def test_a_conversion_can_be_repeated_by_its_command(tmp_path: Path) -> None:
+    from mcp_lora.cli import main
+
+    settings = {"seed": 7, "tools": [str(SHAPES / "tools")], "strict_schema": True, "redact": False}
+    first = converted(tmp_path / "one", SAMPLE, **settings)
+    words = shlex.split(dataset.command(Settings(**first["settings"]), tmp_path / "two"))
+    with pytest.raises(SystemExit) as caught:
+        main(words[1:])
+    assert not caught.value.code and load(tmp_path / "two/stats.json") == first
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the third-party data is not here")

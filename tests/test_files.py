@@ -128,6 +128,15 @@ def test_places_are_files_folders_and_globs(tmp_path: Path) -> None:
         "a/one.json",
         "three.parquet",
     ]
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "a/one.json")
+    outputs = (".git/x.json", "a/._one.json", "run/run.yaml", "run/eval/base.jsonl", "out/stats.json")
+    for name in (*outputs, "out/train.jsonl", "out.rejected.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    left_out: list[Path] = []
+    assert sorted(files.find([tmp_path], left_out)) == sorted(tmp_path / name for name in names)
+    assert len(left_out) == 7  # all of outputs but run.yaml, two more, and the link
     (tmp_path / "empty").mkdir()
     with pytest.raises(McpLoraError, match=r"no data in .*empty, .*no\.json .*mcp-lora convert"):
         files.find([tmp_path / "a", tmp_path / "empty", tmp_path / "no.json"])

@@ -18,21 +18,30 @@ def test_the_engines_command() -> None:
     assert launch.engine_argv("train", Path("out/run.yaml")) == argv
 
 
+LAUNCHED = {"FORCE_TORCHRUN": "1", "NNODES": "1", "NODE_RANK": "0"}
+
+
 @pytest.mark.parametrize(
     ("config", "gpus", "inherited", "added"),
     [
         ({}, 0, {}, {}),
         ({}, 0, {"MALLOC_TRIM_THRESHOLD_": "7"}, {"MALLOC_TRIM_THRESHOLD_": "7"}),
         ({"deepspeed": None}, 1, {}, {}),
-        ({}, 2, {}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}),
+        ({}, 2, {}, LAUNCHED | {"NPROC_PER_NODE": "2"}),
         ({"deepspeed": "z.json"}, 4, {"USE_RAY": "1"}, {}),
-        ({"deepspeed": "z.json"}, 0, {}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"}),
-        ({"deepspeed": "z.json"}, 4, {}, {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}),
+        ({"deepspeed": "z.json"}, 0, {}, LAUNCHED | {"NPROC_PER_NODE": "1"}),
+        ({"deepspeed": "z.json"}, 4, {}, LAUNCHED | {"NPROC_PER_NODE": "4"}),
+        (
+            {"deepspeed": "z.json"},
+            4,
+            {"MASTER_ADDR": "10.0.0.1"},
+            LAUNCHED | {"NPROC_PER_NODE": "4", "MASTER_ADDR": "127.0.0.1"},
+        ),
         (
             {"deepspeed": "z.json"},
             4,
             {"NPROC_PER_NODE": "2"},
-            {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"},
+            LAUNCHED | {"NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"},
         ),
     ],
 )

@@ -94,8 +94,11 @@ def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path: Path
 
 def test_resume_refuses_another_runs_checkpoint(tmp_path: Path) -> None:
     make_run(tmp_path, 20, finished=False)
-    with pytest.raises(McpLoraError, match="another run's checkpoint .*lora_rank 64 → 32"):
-        resumed(tmp_path, lora_rank=32)
+    for key, value in {"lora_rank": 32, "learning_rate": 1e-5, "cutoff_len": 512}.items():
+        with pytest.raises(McpLoraError, match=f"another run's checkpoint .*{key} .* → {value}"):
+            resumed(tmp_path, **{key: value})
+    with pytest.raises(McpLoraError, match="give one of them"):
+        runs.prepare(tmp_path, CONFIG, resume=True, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -115,25 +118,33 @@ def test_resuming_a_finished_run_needs_more_epochs_or_steps(
 def test_an_overwritten_run_is_put_aside_not_deleted(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert runs.put_aside(run) is None
-    for step in (1, 2):
+    for step, name in ((1, "run.previous"), (2, "run.previous-2"), (3, "run.previous-3")):
         make_run(run, step)
-        assert runs.put_aside(run) == tmp_path / "run.previous"
-        assert names(tmp_path / "run.previous") == [f"checkpoint-{step}"]
+        assert runs.put_aside(run) == tmp_path / name and names(tmp_path / name) == [f"checkpoint-{step}"]
         assert not run.exists()
-    # a run that failed does not push out the good one
     runs.write_config(run, CONFIG)  # all that a run leaves that fails at once
     assert runs.put_aside(run) is None
-    assert names(tmp_path / "run.previous") == ["checkpoint-2"]
+    assert names(tmp_path / "run.previous") == ["checkpoint-1"]
 
 
-def test_a_folder_that_holds_no_run_stays_where_it_is(tmp_path: Path) -> None:
-    (tmp_path / "run.previous").mkdir()
-    (tmp_path / "run.previous/mother.txt").write_text("Dear mother")
-    assert runs.put_aside(tmp_path / "run.previous") is None
-    make_run(tmp_path / "run", 1)
-    with pytest.raises(McpLoraError, match=r"run\.previous is no run"):
-        runs.put_aside(tmp_path / "run")
-    assert (tmp_path / "run.previous/mother.txt").is_file()
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(McpLoraError, match="not empty, and no run .*--output OTHER_FOLDER"):
+            runs.prepare(tmp_path, CONFIG, False, overwrite)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with runs.locked(run):
+        make_run(run)
+        (run / "manifest.json").write_text(json.dumps({"pid": 4711}))
+        other = pytest.raises(McpLoraError, match="by process 4711: mcp-lora train --output OTHER_FOLDER")
+        with other, runs.locked(run):
+            pass
+    with runs.locked(run):
+        pass
 
 
 def test_the_adapter_is_the_newest_or_the_named_one(tmp_path: Path) -> None:

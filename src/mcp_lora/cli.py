@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby, islice
+from functools import partial
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -298,12 +301,17 @@ def export(
         raise McpLoraError(f"{run} {why}: use the adapter as it is: mcp-lora chat {run}")
     if export_dir.exists():
         raise McpLoraError(f"{export_dir} exists: mcp-lora export {run} --to OTHER_FOLDER")
-    settings = runs.serving_config(run, adapter) | {"export_dir": str(export_dir), "export_size": 1}
+    new = export_dir.with_name(f".{export_dir.name}.new")  # half an export is none
+    settings = runs.serving_config(run, adapter) | {"export_dir": str(new), "export_size": 1}
     settings |= {"template": rendered.TEMPLATE}  # which leaves the tokenizer its own chat template
-    outcome = _run_engine("export", settings)
-    if outcome.code:
-        raise outcome.error(f"mcp-lora export {run}")
-    merging.serve_as_trained(export_dir, prompts.load(runs.read_run(run)))
+    try:
+        outcome = _run_engine("export", settings)
+        if outcome.code:
+            raise outcome.error(f"mcp-lora export {run}")
+        merging.serve_as_trained(new, prompts.load(runs.read_run(run)))
+        new.rename(export_dir)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     found = merging.compare(settings, adapter, export_dir)
     _say(
         f"{export_dir} against base + adapter, in {found.dtype}: the largest difference of a logit is "
@@ -469,9 +477,18 @@ def _say(text: str) -> None:
     typer.echo(f"mcp-lora: {text}", err=True)
 
 
-def _interrupted(number: int, frame: Any) -> None:
+def _interrupted(words: list[str], number: int, frame: Any) -> None:
     """End by a signal as by any other error: what was started is stopped on the way out."""
-    raise Interrupted("interrupted; a run goes on with: mcp-lora train --resume", 128 + number)
+    raise Interrupted(f"interrupted; to go on: {_again(words)}", 128 + number)
+
+
+def _again(words: list[str]) -> str:
+    """Return the command that goes on with an interrupted one."""
+    if words[:1] != ["train"]:
+        return shlex.join(["mcp-lora", *words])
+    kept = [word for word in words if word not in ("--resume", "--overwrite")]
+    output = next((after for word, after in pairwise(words) if word == "--output"), DEFAULT)
+    return shlex.join(["mcp-lora", *kept]) + runs.how_to_go_on(Path(output))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -479,14 +496,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     MCP_LORA_TRACEBACK=1 in the environment brings the traceback back.
     """
+    if arguments is None:  # what a shell has left: only train_lora.py is a launcher's worker
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+    words = sys.argv[1:] if arguments is None else arguments
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupted)
+        signal.signal(number, partial(_interrupted, words))
     try:
-        app(arguments)
+        if empty := [place for place, word in enumerate(words) if not word or re.match(r"--\S+=$", word)]:
+            what = " ".join(words[max(0, empty[0] - 1) : empty[0] + 1])
+            raise McpLoraError(f"empty, by an unset variable? {what}: see mcp-lora {words[0]} --help")
+        app(words)
     except (McpLoraError, Interrupted) as error:
         if os.environ.get("MCP_LORA_TRACEBACK"):
             traceback.print_exc()
-        if not worker_rank(os.environ):
+        if not (os.environ.get("RANK", "").isdigit() and worker_rank(os.environ)):
             _say(f"error: {error}")
         sys.exit(error.code)
 

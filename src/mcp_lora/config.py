@@ -96,12 +96,12 @@ def resolve(
 
     Raises McpLoraError where the file or an override cannot be read.
     """
-    config = read_config(file)
-    if environment.get("MODEL_PATH"):
-        config["model_name_or_path"] = environment["MODEL_PATH"]
+    config, notes = read_config(file), []
+    if model := environment.get("MODEL_PATH"):
+        config["model_name_or_path"] = model
+        notes.append(f"the model is {model}, by MODEL_PATH in the environment")
     given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
     config |= given
-    notes = []
     for changes, note in _fitted(config, machine, given.keys()):
         config |= changes
         notes.append(note)

@@ -14,6 +14,7 @@ rendered/                     token ids, made of train.jsonl for a model (see mc
 import contextlib
 import json
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -73,10 +74,10 @@ def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
     return newest
 
 
-def _find(settings: Settings) -> tuple[list[Path], list[Path]]:
+def _find(settings: Settings, left_out: list[Path] | None = None) -> tuple[list[Path], list[Path]]:
     """Return the files of a conversion: of rows, and of tools."""
-    inputs = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
-    return inputs, files.find([Path(name) for name in settings.tools])
+    inputs = files.find([Path(name) for name in settings.inputs] or [newest_filtered()], left_out)
+    return inputs, files.find([Path(name) for name in settings.tools], left_out)
 
 
 def convert(
@@ -85,19 +86,20 @@ def convert(
     """Convert tool-call data and return the statistics that are also in `out`/stats.json.
 
     Every row ends in one place: `read` is the sum of `written` and of `rejected`. The same inputs,
-    settings and seed give the same bytes. `out` holds the old conversion until the new one is whole;
-    others' files in it are never touched.
+    settings and seed give the same bytes. `out` holds the old conversion until the new one is whole.
+    Files in it that no conversion has written, or that have been changed since, are never touched.
 
     Raises:
         McpLoraError: there is no usable row, or `out` cannot be written; nothing has been written
             over then.
     """
-    if (out / _INFO).is_file() and not (out / _STATS).is_file():
+    if foreign := _foreign(out):
         raise McpLoraError(
-            f"{out} holds a dataset that mcp-lora did not make: mcp-lora convert --out OTHER_FOLDER, "
-            f"and mcp-lora train dataset_dir=OTHER_FOLDER"
+            f"{out} holds {', '.join(foreign)}, which mcp-lora did not make, or not so: "
+            f"mcp-lora convert --out OTHER_FOLDER, and mcp-lora train dataset_dir=OTHER_FOLDER"
         )
-    inputs, tools = _find(settings)
+    left_out: list[Path] = []
+    inputs, tools = _find(settings, left_out)
     if own := [file for file in inputs if file.resolve().parent == out.resolve() and file.name in _OURS]:
         raise McpLoraError(f"{own[0]} would be written over: mcp-lora convert --out OTHER_FOLDER")
     new = out / ".new"
@@ -106,6 +108,12 @@ def convert(
         new.mkdir(parents=True)
         try:
             stats = _convert(settings, inputs, tools, new, progress)
+            if left_out:
+                what = f"{left_out[0]}{' …' * (len(left_out) > 1)}: hidden, a link, or written by mcp-lora"
+                stats["notes"].append(f"{len(left_out)} files are left out ({what})")
+            others = {key: entry for key, entry in _load(out / _INFO).items() if key not in SPLITS.values()}
+            _dump(others | stats.pop("info"), new / _INFO)
+            stats["files"] = {file.name: files.sha256(file) for file in new.iterdir() if file.name != _INFO}
             _dump(stats, new / _STATS)
             _replace(out, new, settings)
         finally:
@@ -140,16 +148,13 @@ def _convert(
         if share and not samples.count[name]
     ]
     (new / "rows").unlink()
-    _dump(
-        {SPLITS[name]: {"file_name": engine_file(name)} | _COLUMNS for name in _in_order(samples.count)},
-        new / _INFO,
-    )
+    written = _in_order(samples.count)
     return {
         "read": sum(account.read for account in rows.accounts.values()),
         "written": _in_order(rows.total("written")),
         "rejected": rows.total("rejected"),
         "cleaned": rows.total("cleaned"),
-        "samples": _in_order(samples.count),
+        "samples": written,
         "later_calls": rows.later_calls,
         "synonyms": samples.pool.synonyms,
         "unknown_parameters": dict(rows.unknown.most_common()),
@@ -164,11 +169,23 @@ def _convert(
         "notes": notes,
         "settings": asdict(settings),
         "inputs": _hashes(inputs + tools),
+        "info": {SPLITS[name]: {"file_name": engine_file(name)} | _COLUMNS for name in written},
     }
 
 
 def _in_order(counted: dict[str, int]) -> dict[str, int]:
     return {split: counted[split] for split in SPLITS if split in counted}
+
+
+def _foreign(out: Path) -> list[str]:
+    """Return what in a folder has a name of ours, and is not as the conversion there wrote it."""
+    there = [name for name in sorted(_OURS) if (out / name).is_file()]
+    stats = _load(out / _STATS)
+    if "settings" not in stats:
+        return there + [_STATS] * (out / _STATS).is_file()
+    if "files" not in stats:  # of an earlier version, or of one that was killed while it put its files there
+        return []
+    return [name for name in there if name != _INFO and stats["files"].get(name) != files.sha256(out / name)]
 
 
 def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
@@ -233,7 +250,7 @@ def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, sha
         McpLoraError: as convert, or the folder holds another's dataset.
     """
     old = _load(out / _STATS)
-    settings = _settings(old)
+    settings = settings_of(old)
     if data:
         settings = replace(settings, inputs=[str(data)])
     if "inputs" in old and file_of(out, "train").is_file():
@@ -242,18 +259,27 @@ def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, sha
             return Refreshed(f"the data in {out} is used; what it was made of is not here")
         if changed is False:
             return Refreshed(f"the data in {out} is up to date")
-    chosen = {key: value for key, value in asdict(settings).items() if value != getattr(Settings(), key)}
-    words = ", ".join(f"{key}={value}" for key, value in chosen.items()) or "the defaults"
-    return Refreshed(f"converted into {out}, with {words}", convert(settings, out, progress))
+    return Refreshed(f"converted as by {command(settings, out)}", convert(settings, out, progress))
+
+
+def command(settings: Settings, out: Path) -> str:
+    """Return the command that converts with these settings."""
+    words = ["mcp-lora", "convert", *settings.inputs]
+    for key, value in asdict(replace(settings, inputs=[])).items():
+        if value != getattr(Settings(), key):
+            option = f"--{'' if value is not False else 'no-'}{key.replace('_', '-')}"
+            for one in value if isinstance(value, list) else [value]:
+                words += [option] if isinstance(one, bool) else [option, str(one)]
+    return shlex.join([*words, "--out", str(out)])
 
 
 def is_up_to_date(folder: Path) -> bool:
     """Tell whether a conversion would be used as it is; a McpLoraError where its description is damaged."""
     old = statistics(folder)
-    return old is not None and not _have_changed(_settings(old), old["inputs"])
+    return old is not None and not _have_changed(settings_of(old), old["inputs"])
 
 
-def _settings(stats: dict[str, Any]) -> Settings:
+def settings_of(stats: dict[str, Any]) -> Settings:
     """Return the settings of a conversion, of an earlier version too."""
     known = {field.name for field in fields(Settings)}
     return Settings(**{key: value for key, value in stats.get("settings", {}).items() if key in known})
@@ -350,14 +376,7 @@ _OURS = {_INFO, "rejected.jsonl", *(name for one in SPLITS for name in (f"{one}.
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """Return what one of our descriptions holds, nothing where there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise McpLoraError(f"{file} is damaged: make it anew with mcp-lora convert --out {file.parent}")
-    return content
+    return files.load(file, f"remove it, and mcp-lora convert --out {file.parent}")
 
 
 def _dump(content: Any, file: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import answering, files, questions, runs
+from mcp_lora import answering, files, manifest, questions, runs
 from mcp_lora.answers import Answer, Judge, Notebook
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
@@ -102,6 +102,7 @@ def evaluate(
     """
     config = runs.read_run(run)
     folder = Path(config["dataset_dir"])
+    manifest.check_data(run, folder)
     wanted, read = questions.chosen(folder, splits), questions.read(folder, [])
     adapter = runs.adapter(run, checkpoint) if ADAPTER in models and not endpoint else None
     template = render.load(config)

@@ -22,6 +22,7 @@ import msgspec
 from mcp_lora.errors import McpLoraError
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+_OUTPUTS = ("stats.json", "run.yaml")  # what a conversion, and a run, has in its folder
 CHUNK = 1 << 17  # characters that are decoded at once
 BUFFER = 1 << 20  # bytes read, or written, at once
 _SEPARATORS = re.compile(r"[\s,]*")
@@ -36,17 +37,23 @@ class Broken(NamedTuple):
     text: str | None = None
 
 
-def find(places: list[Path]) -> list[Path]:
+def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
     """Return the files that are meant by files, folders (searched to the bottom) and globs.
+
+    What lies hidden in a folder, is a link, or was written by mcp-lora is added to `left_out`.
 
     Raises:
         McpLoraError: places hold no file that can be read, or a name is no UTF-8 and cannot be printed.
     """
     found: list[Path] = []
     missing = []
+    left_out = [] if left_out is None else left_out
     for place in places:
         if place.is_dir():
-            files = sorted(file for file in place.rglob("*") if file.name.endswith(SUFFIXES))
+            every = sorted(file for file in place.rglob("*") if file.name.endswith(SUFFIXES))
+            outputs = {file.parent for name in _OUTPUTS for file in place.rglob(name)}
+            files = [file for file in every if not _is_passed_over(file.relative_to(place), place, outputs)]
+            left_out += [file for file in every if file not in {*files}]
         else:
             files = [place] if place.exists() else sorted(map(Path, glob(str(place), recursive=True)))
         if not files:
@@ -65,6 +72,16 @@ def find(places: list[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def _is_passed_over(file: Path, place: Path, outputs: set[Path]) -> bool:
+    """Tell whether a file in a folder `place` is hidden, a link, or in one of the folders `outputs`."""
+    return (
+        any(part.startswith(".") for part in file.parts)
+        or (place / file).is_symlink()
+        or file.name.endswith(".rejected.jsonl")
+        or any(place / folder in outputs for folder in file.parents)
+    )
+
+
 def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
     """Yield the records of a file in order, a Broken in the place of one that cannot be read.
 
@@ -81,6 +98,21 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
             yield from _lines(file, progress)
     except (OSError, EOFError, zlib.error) as error:
         yield _stopped(error)
+
+
+def load(file: Path, command: str) -> dict[str, Any]:
+    """Return the JSON object that a file of ours holds, an empty one where there is no file.
+
+    Raises:
+        McpLoraError: it is damaged; `command` says what to do.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise McpLoraError(f"{file} is damaged: {command}")
+    return content
 
 
 def sha256(file: Path) -> str:

@@ -75,10 +75,12 @@ def engine_environment(
     if not by_ray and (config.get("deepspeed") or world.processes > 1):
         added["FORCE_TORCHRUN"] = "1"
         added["NPROC_PER_NODE"] = str(world.per_node)
-    if world.master:
-        host, port = world.master
+        # what a shell has left would win over what is wanted
         added |= {"NNODES": str(world.nodes), "NODE_RANK": str(world.node_rank)}
-        added |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+    if world.master:
+        added["MASTER_ADDR"], added["MASTER_PORT"] = world.master
+    elif "FORCE_TORCHRUN" in added and "MASTER_ADDR" in environment:
+        added["MASTER_ADDR"] = "127.0.0.1"
     return added
 
 

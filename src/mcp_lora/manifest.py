@@ -4,7 +4,7 @@
      "retries": [{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16,
                   "resume_from_checkpoint": "outputs/mcp_lora/checkpoint-100"}],
      "command": ["…/llamafactory-cli", "train", "outputs/mcp_lora/run.yaml"],
-     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}, "processes": 4,
+     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}, "processes": 4, "pid": 4711,
      "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"}, "gpus": ["NVIDIA A100"],
      "git_commit": "8373a1e…", "seed": 42, "data": {"file": "…/train.jsonl", "sha256": "…"},
      "base": {"file": "…/config.json", "sha256": "…"}, "conversion": {"read": 293, …},
@@ -60,6 +60,7 @@ def describe(
         "command": argv,
         "environment": dict(environment),
         "processes": processes,
+        "pid": os.getpid(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": _versions(),
@@ -71,6 +72,20 @@ def describe(
         "base": _hashed(cached(config, "config.json")),
         "config": dict(config),
     }
+
+
+def read(run: Path) -> dict[str, Any]:
+    """Return a run's manifest, an empty one where it has none; a McpLoraError where it is damaged."""
+    return files.load(run / NAME, f"remove it, and run again, for instance mcp-lora report {run}")
+
+
+def check_data(run: Path, folder: Path) -> None:
+    """Raise a McpLoraError where the data in `folder` is other than that which a run was trained on."""
+    record, file = read(run), dataset.file_of(folder, "train")
+    known = (record.get("data") or {}).get("sha256")
+    if known and file.is_file() and files.sha256(file) != known:
+        again = dataset.command(dataset.settings_of(record.get("conversion") or {}), folder)
+        raise McpLoraError(f"{file} is not what {run} was trained on: {again}, or mcp-lora train --overwrite")
 
 
 def write(run: Path, manifest: Mapping[str, Any]) -> None:

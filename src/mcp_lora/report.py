@@ -17,7 +17,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import answers, manifest, runs
+from mcp_lora import answers, files, manifest, runs
 from mcp_lora.answers import Answer
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluation import ADAPTER, BASE, summarise
@@ -132,21 +132,14 @@ def _read(folder: Path, name: str) -> Run:
         name,
         folder,
         config,
-        _json(folder / manifest.NAME),
+        manifest.read(folder),
         next(filter(None, histories), []),
         {model: kept[model] for model in models if kept.get(model)},
     )
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Return an object of a run's folder, an empty one where there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise McpLoraError(f"{file} is damaged: remove it, and mcp-lora report {file.parent}")
-    return content
+    return files.load(file, f"remove it, and mcp-lora report {file.parent}")
 
 
 def _common(said: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], int]:

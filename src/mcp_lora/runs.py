@@ -12,11 +12,13 @@ outputs/mcp_lora/
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import engine
+from mcp_lora import engine, files
 from mcp_lora.config import dump, read_config
 from mcp_lora.errors import McpLoraError, explained
 
@@ -24,7 +26,10 @@ DEFAULT = Path("outputs/mcp_lora")
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for a tokenizer's
 _ELSEWHERE = "mcp-lora train --output OTHER_FOLDER"
 # Of a resumed run they must be those of the checkpoint.
-_KEPT = ("model_name_or_path", "enable_thinking", "lora_rank", "lora_alpha", "lora_target")
+_KEPT = (
+    *("model_name_or_path", "enable_thinking", "lora_rank", "lora_alpha", "lora_target"),
+    *("learning_rate", "cutoff_len"),
+)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -101,9 +106,13 @@ def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool)
 
     Returns the checkpoint to resume from (the newest complete one), or None to start anew.
 
-    Raises McpLoraError where the folder has a run and neither `resume` nor `overwrite` is set, there is
-    nothing to resume, or the checkpoint is not of `config`.
+    Raises McpLoraError where the folder has a run and neither `resume` nor `overwrite` is set, or both are,
+    holds something else, there is nothing to resume, or the checkpoint is not of `config`.
     """
+    if resume and overwrite:
+        raise McpLoraError("--resume goes on with a run, and --overwrite puts it aside: give one of them")
+    if run.is_dir() and any(run.iterdir()) and not (run / "run.yaml").is_file():
+        raise McpLoraError(f"{run} is not empty, and no run of mcp-lora's: {_ELSEWHERE}")
     if resume:
         saved = [checkpoint for checkpoint in checkpoints(run) if is_complete(checkpoint)]
         if not saved:
@@ -129,7 +138,7 @@ def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
         raise McpLoraError(f"{what}: take that run's settings, or mcp-lora train --overwrite")
     if not is_finished(run):
         return
-    state = json.loads((run / "trainer_state.json").read_text(encoding="utf-8"))
+    state = files.load(run / "trainer_state.json", f"mcp-lora train --overwrite --output {run}")
     steps = config.get("max_steps", -1)  # wins over the epochs where it is positive
     if steps > 0:
         done, more = state["global_step"] >= steps, f"max_steps={2 * steps}"
@@ -142,21 +151,38 @@ def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
 
 
 def put_aside(run: Path) -> Path | None:
-    """Move an old run to NAME.previous, in place of the one that was put aside before it, and return that.
+    """Move an old run to NAME.previous, or NAME.previous-2 and so on, and return that; nothing is deleted.
 
-    A checkpoint is never lost to a new run that fails: a folder where nothing was saved stays (None).
-
-    Raises McpLoraError where NAME.previous is something else, or the folder cannot be moved.
+    A folder where nothing was saved stays (None). Raises McpLoraError where the folder cannot be moved.
     """
     if not holds_a_run(run):
         return None
-    previous = run.with_name(run.name + ".previous")
-    if previous.exists() and not holds_a_run(previous):
-        raise McpLoraError(f"{previous} is no run, and in the way: {_ELSEWHERE}")
+    previous = run.with_name(f"{run.name}.previous")
+    for number in count(2):
+        if not previous.exists():
+            break
+        previous = run.with_name(f"{run.name}.previous-{number}")
     with explained(f"{run} cannot be moved", _ELSEWHERE):
-        if previous.exists():
-            shutil.rmtree(previous)
         return run.rename(previous)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other trainings out of a run's folder; a McpLoraError where one is there already."""
+    import filelock
+
+    with explained(f"{run} cannot be written", _ELSEWHERE):
+        run.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run.parent / f".{run.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            process = files.load(run / "manifest.json", _ELSEWHERE).get("pid", "another")
+            raise McpLoraError(f"{run} is being trained in by process {process}: {_ELSEWHERE}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> Path:

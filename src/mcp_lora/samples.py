@@ -99,7 +99,12 @@ class Samples:
                     self._write(split, row.messages, sampled, server)
                 rows.accounts[row.file, row.format].written[split] += 1
                 if gold and row.drawn < self._settings.no_call * 2**64:
-                    self._write_no_call(split, row, [tool for tool in sampled if tool.name not in row.called])
+                    # As many candidates as with the gold tool, or their number would tell.
+                    more = self.pool.sample(
+                        own, row.called, len(sampled) + len(gold), row.asked, split == "unseen_server"
+                    )
+                    distractors = [tool for tool in more if tool.name not in row.called]
+                    self._write_no_call(split, row, distractors[: len(sampled)])
                 if place % 1000 == 0:
                     progress("writing", place / rows.count)
             for _, array in self._files.values():

@@ -88,11 +88,23 @@ def plan(
         notes.append(f"warning: {heavy}")
     config |= embedded.located(config, fetch=not dry_run)
     if checkpoint := runs.prepare(Path(config["output_dir"]), config, resume, overwrite):
+        _check_batch(Path(config["output_dir"]), config, world)
         config["resume_from_checkpoint"] = str(checkpoint)
         notes.append(f"resuming from {checkpoint}")
     environment = launch.engine_environment(config, world, machine.gpus, os.environ)
     given = frozenset(configuration.parse_overrides(overrides))
     return Plan(config, environment, notes, words, world, given)
+
+
+def _check_batch(run: Path, config: Mapping[str, Any], world: World) -> None:
+    """Refuse to resume a run with another global batch size."""
+    was = steps.global_batch(runs.read_run(run), manifest.read(run).get("processes", world.processes))
+    now = steps.global_batch(config, world.processes)
+    if was != now:
+        raise McpLoraError(
+            f"{run} was trained in batches of {was}, not {now}: mcp-lora train --resume "
+            f"--global-batch {was}, or --overwrite"
+        )
 
 
 # What means something in the engine's own rendering alone, by what to do instead.
@@ -192,6 +204,13 @@ def run(plan: Plan, say: Say, retry: bool = True, overwrite: bool = False) -> No
     Raises McpLoraError where the data cannot be rendered, the folder cannot be written, the engine fails,
     or the adapter has learned nothing.
     """
+    with runs.locked(plan.run) if plan.world.leads else nullcontext():
+        _run(plan, say, retry, overwrite)
+
+
+def _run(plan: Plan, say: Say, retry: bool, overwrite: bool) -> None:
+    if plan.config.get("resume_from_checkpoint"):
+        manifest.check_data(plan.run, Path(plan.config["dataset_dir"]))
     plan = _render(plan, say)
     if overwrite and plan.world.leads and (previous := runs.put_aside(plan.run)):
         say(f"the run that was in {plan.run} is now in {previous}")

@@ -51,7 +51,7 @@ def find(
     Raises McpLoraError where the first machine is not named, or this one is none of them.
     """
     if (rank := worker_rank(environment)) is not None:
-        return World(int(environment["WORLD_SIZE"]), rank=rank)
+        return World(_number(environment, "WORLD_SIZE"), rank=rank)
     per_node = gpus or _number(environment, "NPROC_PER_NODE") or visible or 1
     nodes = nodes or _number(environment, "NNODES") or 1
     if node_rank is None:
@@ -72,7 +72,7 @@ def find(
 def worker_rank(environment: Mapping[str, str]) -> int | None:
     """Return this process's rank if deepspeed or torchrun started it, else None."""
     launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys()
-    return int(environment["RANK"]) if launched else None
+    return _number(environment, "RANK") if launched else None
 
 
 def share_batch(

@@ -75,7 +75,7 @@ def test_a_broken_line_costs_that_line_alone(tmp_path: Path) -> None:
     [
         ("[1, 2, {", 2, "not JSON after 2 records"),
         ("[1, 2", 2, "breaks off after 2 records"),
-        ('[1, {"a": tru}, 3]', 1, "not JSON after 1 records"),
+        ('[1, {"a": tru, 3]', 1, "not JSON after 1 records"),
         ('["unclosed, 2]' + "x" * 100, 0, "Unterminated string"),
         ("[1, 2] 3", 2, "after the end of the array of 2 records"),
         ("[" + "[" * 100_000, 0, "recursion"),
@@ -91,6 +91,19 @@ def test_a_file_that_breaks_off_says_where(
     *rows, end = files.read(tmp_path / "cut.json")
     assert len(rows) == good
     assert isinstance(end, Broken) and said in end.sentence
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_a_broken_element_costs_that_element_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    broken = ('{"a": tru}', r'{"a": "\d"}', '{"a": [' + "9" * 5000 + "]}", '{"a": "}" "b": 1}')
+    good = '{"b": "}\t[\\""}'  # a tab in it is taken as it is
+    (tmp_path / "rows.json").write_text(f"[{', '.join(f'{one}, {good}' for one in broken)}]")
+    rows = list(files.read(tmp_path / "rows.json"))
+    assert [row.text for row in rows[::2]] == list(broken)
+    assert rows[1::2] == [{"b": '}\t["'}] * len(broken)
 
 
 @pytest.mark.parametrize(

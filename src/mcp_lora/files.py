@@ -25,6 +25,8 @@ SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 _OUTPUTS = ("stats.json", "run.yaml")  # what a conversion, and a run, has in its folder
 CHUNK = 1 << 17  # characters that are decoded at once
 BUFFER = 1 << 20  # bytes read, or written, at once
+_LOOKAHEAD = 32  # chunks that the end of a broken element is looked for in
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
 _SEPARATORS = re.compile(r"[\s,]*")
 
 Progress = Callable[[int], None]  # receives how many bytes of a file have been read
@@ -85,8 +87,8 @@ def _is_passed_over(file: Path, place: Path, outputs: set[Path]) -> bool:
 def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
     """Yield the records of a file in order, a Broken in the place of one that cannot be read.
 
-    A broken line costs itself. A `.json` file that breaks off, or a compressed one, ends with one
-    Broken: what comes after that cannot be told apart.
+    A broken line, or element of an array, costs itself. A `.json` file that breaks off, or a compressed one,
+    ends with one Broken: what comes after that cannot be told apart.
     """
     try:
         if file.name.endswith(".parquet"):
@@ -142,19 +144,19 @@ def _decoded(line: bytes) -> Any:
     # Python's json takes more: NaN, control characters, half a surrogate pair.
     text = line.decode("utf-8", "surrogateescape")
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError) as error:
         return Broken(f"it is not JSON: {_one_line(error)}", text)
 
 
 def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
     """Yield the elements of the array that a file holds, or the values that follow each other."""
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(strict=False).raw_decode
     text, at, size, ended, count = stream.read(1).removeprefix("\ufeff"), 0, CHUNK, False, 0
     array: bool | None = None  # not known before the first character
     while True:
         at = _SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
-        problem = ""
+        problem, broken = "", False
         if at < len(text):
             if array is None:
                 array = text[at] == "["
@@ -170,14 +172,20 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
                 problem = getattr(error, "msg", None) or _one_line(error)
                 # Near its end the text that we have may just break off where a chunk ends.
                 near = getattr(error, "pos", -1) > len(text) - 16
-                ended = ended or not (near or problem.startswith("Unterminated string"))
+                broken = not (near or problem.startswith("Unterminated string"))
+                end = _end_of_element(text, at) if array and (broken or ended) else 0
+                if end:
+                    yield Broken(f"it is not JSON: {problem}", text[at:end])
+                    count += 1
+                    at, size = end, CHUNK
+                    continue
             else:
                 if ended or end < len(text) or text[end - 1] in '}]"':  # a number may go on
                     yield value
                     count += 1
                     at, size = end, CHUNK
                     continue
-        if ended:
+        if ended or (broken and (not array or len(text) - at > _LOOKAHEAD * CHUNK)):
             if problem:
                 yield Broken(f"not JSON after {count} records, the rest is not read: {problem}")
             elif array:
@@ -186,6 +194,21 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
         more = stream.read(size)
         progress(stream.buffer.tell())
         text, at, size, ended = text[at:] + more, 0, 2 * size, not more
+
+
+def _end_of_element(text: str, at: int) -> int:
+    """Return where an element of an array that is no JSON ends, by its brackets; 0 if that is not seen."""
+    closing = ""
+    for token in _TOKEN.finditer(text, at):
+        if token.group() in "{[":
+            closing += "}" if token.group() == "{" else "]"
+        elif token.group() in "}]":
+            if not closing.endswith(token.group()):
+                return 0
+            closing = closing[:-1]
+        if not closing:
+            return token.end()
+    return 0
 
 
 def _parquet(file: Path, progress: Progress) -> Iterator[Any]:

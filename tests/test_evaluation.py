@@ -193,9 +193,9 @@ def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> It
             thread.join()
 
 
-def completion(**message: Any) -> tuple[int, dict[str, Any]]:
+def completion(finish: str = "stop", **message: Any) -> tuple[int, dict[str, Any]]:
     message = {"role": "assistant", "content": None} | message
-    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    choice = {"index": 0, "finish_reason": finish, "message": message}
     return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
 
 
@@ -256,6 +256,44 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
         assert found.answers["m"][0].text == "half a pair: ?"  # what can be written
         more = evaluate(run, CPU, splits=["no_call"], endpoint=Endpoint(url, "m"))
         assert list(more.answers) == ["m"]
+
+
+SUM = {"a": 3, "b": 4}
+CALL_AS_TEXT = f"<tool_call>\n{json.dumps({'name': 'get-sum', 'arguments': SUM})}\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("reply", "text", "calls", "error"),
+    [
+        (completion(content="I can", finish="length"), "I can", 0, "cut off"),
+        (completion(content=None, reasoning_content=CALL_AS_TEXT), CALL_AS_TEXT, 1, None),
+        (completion(content="No.", reasoning_content="Hm."), "<think>\nHm.\n</think>\n\nNo.", 0, "no call"),
+        (completion(content=[{"type": "text", "text": "No."}]), "No.", 0, "no call"),
+        (completion(tool_calls=[{"function": {"name": "get-sum", "arguments": SUM}}]), "", 1, None),
+        (
+            completion(tool_calls=[{"function": {"name": "get-sum", "arguments": None}}]),
+            "",
+            1,
+            "missing argument",
+        ),
+        ((200, {"choices": []}), '{"choices": []}', 0, "no reply"),
+        ((200, {"error": "busy"}), '{"error": "busy"}', 0, "no reply"),
+        ((200, "<html>"), '"<html>"', 0, "no reply"),
+    ],
+)
+def test_whatever_a_server_sends_is_an_answer(
+    reply: tuple[int, Any], text: str, calls: int, error: str | None
+) -> None:
+    function = {"name": "get-sum", "arguments": json.dumps(SUM)}
+    right = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+    tool = {"name": "get-sum", "description": "", "parameters": {"properties": dict.fromkeys(SUM, {})}}
+    sample = {"messages": [{"role": "user", "content": "Add."}, right], "tools": [{"function": tool}]}
+    template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
+    with server(lambda body: reply) as (url, _):
+        ((question, found),) = answering.by_endpoint([Question("seen", sample)], url, "m", 8, template)
+    answer = JUDGE(question, found)
+    assert (answer.text, len(answer.calls), answer.verdict.error) == (text, calls, error)
+    assert not (answer.failed and answer.verdict.abstained)
 
 
 def test_a_server_that_never_answers_can_be_left(run: Path) -> None:

@@ -26,6 +26,7 @@ from mcp_lora.world import World
 CHUNK = 1000
 KEY = "OPENAI_API_KEY"
 _AT_ONCE = 8  # questions that a server is asked at a time
+_BATCH = "per_device_eval_batch_size"
 _RETRIES = 5  # of a server that fails for the moment; the pauses grow
 
 
@@ -75,12 +76,16 @@ def by_engine(
             # One process: ranks would share the questions out and put the answers in another order.
             environment = launch.engine_environment(settings, World(), machine.gpus, os.environ)
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are what counts here
-            outcome = launch.run(launch.engine_argv("train", file), environment)
-            if outcome.code:
-                raise outcome.error(command)
+            while (outcome := launch.run(launch.engine_argv("train", file), environment)).code:
+                if not outcome.out_of_memory or (size := config[_BATCH]) == 1:
+                    raise outcome.error(command)
+                config[_BATCH] = settings[_BATCH] = size // 2
+                runs.write_config(folder, config)
             rows: list[Any] = list(files.read(folder / "answers" / "generated_predictions.jsonl"))
         for (question, *_), row in zip(chunk, rows, strict=True):
-            yield question, Said(question.prompt, template.without_end(row["predict"]), [])
+            text = template.without_end(row["predict"])
+            cut = text == row["predict"].rstrip()
+            yield question, Said(question.prompt, text, [], "cut off" if cut else None)
 
 
 def by_endpoint(
@@ -116,7 +121,7 @@ def by_endpoint(
             return None
         messages = question.sample["messages"][:-1]
         try:
-            answer = client.chat.completions.create(
+            reply = client.chat.completions.with_raw_response.create(
                 model=model,
                 messages=messages,
                 tools=question.sample["tools"],
@@ -124,17 +129,11 @@ def by_endpoint(
                 max_tokens=max_tokens,
                 extra_body=switched,
             )
-            message = answer.choices[0].message
-            calls = [
-                {"name": _whole(call.function.name), "arguments": _whole(call.function.arguments)}
-                for call in message.tool_calls or []
-                if call.type == "function"
-            ]
-            prompt = json.dumps(messages, ensure_ascii=False)
-            return question, Said(prompt, _whole(message.content or ""), calls)
-        except Exception as error:  # the server may say anything
+        except Exception as error:  # the server may do anything
             failures.append(error)
             return None
+        prompt = json.dumps(messages, ensure_ascii=False)
+        return question, _said(prompt, reply.text)
 
     # Its threads are daemons, as nobody who interrupts wants to wait for a server that does not answer.
     with client, ThreadPool(_AT_ONCE) as pool:
@@ -147,6 +146,22 @@ def by_endpoint(
         )
 
 
-def _whole(text: str) -> str:
-    """Return a text without half surrogate pairs, which JSON can hold and a file cannot."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def _said(prompt: str, body: str) -> Said:
+    """Read a chat completion; a server may send anything."""
+    try:
+        # Half a surrogate pair, which JSON can hold and a file cannot, becomes a question mark.
+        reply = json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
+        (choice, *_) = reply["choices"]
+        message = choice["message"]
+        made = [call["function"] for call in message.get("tool_calls") or [] if call.get("function")]
+        calls = [{"name": str(call["name"]), "arguments": call.get("arguments") or {}} for call in made]
+        text = message.get("content") or ""
+        if isinstance(text, list):
+            text = "".join(str(part.get("text", "")) for part in text)
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        cut = choice.get("finish_reason") == "length"
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return Said(prompt, body[:1000], [], "no reply")
+    if thought:  # without an answer, a call may stand in it
+        text = f"<think>\n{thought}\n</think>\n\n{text}" if text or calls else thought
+    return Said(prompt, str(text), calls, "cut off" if cut else None)

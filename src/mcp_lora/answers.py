@@ -6,7 +6,7 @@ question is not asked again:
     {"key": "0b9f…", "question": "77ae…", "split": "seen", "server": "everything",
      "instruction": "What is 3 plus 4?",
      "prompt": "<|im_start|>system\n…", "expected": [{"name": "get-sum", "arguments": {"a": 3, "b": 4}}],
-     "text": "<tool_call>\n…", "tool_calls": [],
+     "text": "<tool_call>\n…", "tool_calls": [], "failed": null,
      "calls": [{"name": "get-sum", "arguments": {"a": 3, "b": 4}}],
      "verdict": {"valid": true, "schema": true, "tool": true, "param": true, "ast": true, "exact": true,
                  "abstained": false, "error": null}}
@@ -30,11 +30,15 @@ from mcp_lora.scoring import Verdict, judge
 
 
 class Said(NamedTuple):
-    """What a model said to a prompt: its text, and the calls that a server has read: {name, arguments}."""
+    """What a model said to a prompt: its text, and the calls that a server has read: {name, arguments}.
+
+    `failed` is "cut off" where the answer did not come to its end, "no reply" where a server sent none.
+    """
 
     prompt: str
     text: str
-    tool_calls: list[dict[str, str]]
+    tool_calls: list[dict[str, Any]]
+    failed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Answer:
     expected: list[ToolCall]
     prompt: str
     text: str
-    tool_calls: list[dict[str, str]]
+    tool_calls: list[dict[str, Any]]
+    failed: str | None
     calls: list[ToolCall]
     verdict: Verdict
 
@@ -85,8 +90,9 @@ class Judge:
             said.prompt,
             said.text,
             said.tool_calls,
+            said.failed,
             calls,
-            judge(question.expected, calls, schemas, broken, valid),
+            judge(question.expected, calls, schemas, broken, valid, said.failed),
         )
 
     def _validates(self, question: Question, call: ToolCall) -> bool:
@@ -113,7 +119,7 @@ class Notebook:
         self._answers: dict[str, Answer | None] = dict.fromkeys(asked)
         for row in _rows(file):
             if question := asked.get(row["key"]):
-                said = Said(row["prompt"], row["text"], row["tool_calls"])
+                said = Said(row["prompt"], row["text"], row["tool_calls"], row["failed"])
                 self._answers[row["key"]] = judge(question, said)
         self._clean = False  # until then the file may end in half a line
 

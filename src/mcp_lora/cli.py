@@ -234,6 +234,7 @@ def evaluate(
     adapter_only: Annotated[bool, Option("--adapter-only", help="Ask the adapter alone.")] = False,
     endpoint: Annotated[str | None, Option(metavar="URL", help="Ask an OpenAI-compatible server.")] = None,
     model: Annotated[str | None, Option(help="The model's name on that server.")] = None,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="Tokens of an answer, at most.")] = None,
     require: Annotated[list[str] | None, Option(metavar="SPLIT.FIGURE>=SHARE", help=_REQUIRE)] = None,
 ) -> None:
     """Answer the held-out questions with the base model and with the adapter, and compare."""
@@ -254,6 +255,7 @@ def evaluate(
             limit,
             [evaluation.BASE] * (not adapter_only) + [evaluation.ADAPTER] * (not base_only),
             evaluation.Endpoint(endpoint, model) if endpoint and model else None,
+            max_new_tokens,
             progress,
         )
     _print_evaluation(found)

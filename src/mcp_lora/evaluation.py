@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mcp_lora import answering, files, manifest, questions, runs
 from mcp_lora.answers import Answer, Judge, Notebook
@@ -27,6 +28,7 @@ BASE, ADAPTER = "base", "adapter"
 # The figures of a split; where no tool fits, the last alone.
 FIGURES = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
 _BATCH = 16
+_THOUGHT = 1024  # tokens
 _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -82,6 +84,7 @@ def evaluate(
     limit: int | None = None,
     models: Sequence[str] = (BASE, ADAPTER),
     endpoint: Endpoint | None = None,
+    max_new_tokens: int | None = None,
     progress: Callable[[str, float], None] = lambda doing, share: None,
 ) -> Evaluation:
     """Answer a run's held-out questions greedily and judge the answers.
@@ -94,6 +97,7 @@ def evaluate(
         limit: questions of each.
         models: BASE, ADAPTER or both.
         endpoint: ask this instead; what is kept of the base model's answers is compared with it.
+        max_new_tokens: that an answer may have; by default what the longest right one has and some more.
         progress: receives the share of a model's questions that are answered.
 
     Raises:
@@ -115,13 +119,16 @@ def evaluate(
     if not asked:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise McpLoraError(f"no held-out question can be asked ({reasons}): mcp-lora inspect 1 --split seen")
-    length = longest + 32  # there are other ways to write it
+    # there are other ways to write it, and a thought before it has no bound but this
+    length = max_new_tokens or longest + (
+        _THOUGHT if template.switches_thinking and template.thinking else 32
+    )
     batch = {"max_new_tokens": length, "per_device_eval_batch_size": _BATCH}
     common = [runs.serving_config(run, None) | batch, template.tokenizer.chat_template]
     judge = Judge(template)
 
     def notebook(name: str, identity: Any) -> Notebook:
-        file = run / "eval" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.jsonl"
+        file = run / "eval" / f"{quote(name, safe='')}.jsonl"
         return Notebook(file, every, [*common, identity], judge)
 
     answers = {}
@@ -146,8 +153,10 @@ def evaluate(
             answers[name] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=left_out)
         metrics = {key: value for key, value in vars(evaluation).items() if key != "answers"}
-        text = json.dumps(metrics, default=asdict, indent=2, ensure_ascii=False)
-        (run / "eval" / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(metrics | {"max_new_tokens": length}, default=asdict, indent=2, ensure_ascii=False)
+        # what a part of the questions gives does not replace what all give
+        name = "metrics.json" if len(asked) == len(every) else "metrics_part.json"
+        (run / "eval" / name).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise McpLoraError(
             f"{error.filename or run / 'eval'} cannot be written ({error.strerror}): make room or grant it, "

@@ -16,6 +16,7 @@ from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mcp_lora import answers, files, manifest, runs
 from mcp_lora.answers import Answer
@@ -126,7 +127,7 @@ def _read(folder: Path, name: str) -> Run:
     config = runs.read_run(folder)
     states = [folder, *filter(runs.is_complete, runs.checkpoints(folder)[::-1])]
     histories = (_json(place / "trainer_state.json").get("log_history") for place in states)
-    kept = {file.stem: answers.read(file) for file in sorted((folder / "eval").glob("*.jsonl"))}
+    kept = {unquote(file.stem): answers.read(file) for file in sorted((folder / "eval").glob("*.jsonl"))}
     models = [BASE, *(name for name in kept if name not in (BASE, ADAPTER)), ADAPTER]
     return Run(
         name,

@@ -20,6 +20,8 @@ from mcp_lora.tools import parts_of, types_of
 # What can go wrong with an answer, in the order in which it is looked for.
 ERRORS = (
     "call where none fits",
+    "no reply",
+    "cut off",
     "no call",
     "unreadable call",
     "wrong tool",
@@ -64,14 +66,16 @@ def judge(
     schemas: Mapping[str, Schema],
     tried: bool = False,
     valid_arguments: bool = True,
+    failed: str | None = None,
 ) -> Verdict:
     """Judge the calls that could be read from one answer; none are expected where no tool on offer fits.
 
     `schemas` are those of the parameters of each tool on offer, by name; `tried` tells that the answer holds
     a call that could not be read, `valid_arguments` that each predicted call validates against its schema.
+    `failed` is what ended the answer too early, "no reply" or "cut off": without a call it is no abstention.
     """
     exact = bool(expected) and sorted(map(_canonical, predicted)) == sorted(map(_canonical, expected))
-    error = None if exact else _first_error(expected, predicted, schemas, tried)
+    error = None if exact else _first_error(expected, predicted, schemas, tried, failed)
     reached = _rank(error) if expected else 0
     return Verdict(
         valid=bool(predicted),
@@ -80,7 +84,7 @@ def judge(
         param=reached > _rank("unexpected argument"),
         ast=reached > _rank("wrong value"),
         exact=exact,
-        abstained=not predicted and not tried,
+        abstained=not predicted and not tried and not failed,
         error=error,
     )
 
@@ -90,11 +94,12 @@ def _first_error(
     predicted: Sequence[ToolCall],
     schemas: Mapping[str, Schema],
     tried: bool,
+    failed: str | None,
 ) -> str | None:
     if not expected:
-        return "call where none fits" if predicted or tried else None
+        return "call where none fits" if predicted or tried else failed
     if not predicted:
-        return "unreadable call" if tried else "no call"
+        return failed or ("unreadable call" if tried else "no call")
     if sorted(call.name for call in predicted) != sorted(call.name for call in expected):
         return "wrong tool"
     left = list(predicted)

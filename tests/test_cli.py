@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
-from conftest import BIN, record, write_json
+from conftest import BIN, ROOT, record, write_json
 
-from mcp_lora import config, runs
-from mcp_lora.cli import main
+from mcp_lora import config, dataset, runs
+from mcp_lora.cli import app, main
 
 Capture = pytest.CaptureFixture[str]
 
@@ -48,6 +51,13 @@ def fail(capsys: Capture, *words: str) -> str:
         ("train lora_rang=3 zzz=1", "no key lora_rang (did you mean lora_rank?); LLaMA-Factory"),
         ("train --model ./nowhere", "there is no model in ./nowhere"),
         ("train --dry-run gradient_accumulation_steps=two", "gradient_accumulation_steps=two is no number"),
+        ("train --dry-run lora_rank=abc", "lora_rank=abc is no int"),
+        ("train --dry-run lora_rank=08", "lora_rank=08 is no int"),
+        ("train --dry-run quantization_type=nf4", "no effect without quantization_bit"),
+        ("train --dry-run --model ~nosuchuser/model", "there is no model in ~nosuchuser/model"),
+        ("train --dry-run --resume --overwrite", "give one of them"),
+        ("eval --require seen.acuracy>=0.6", "--require seen.acuracy>=0.6: a figure is SPLIT.NAME"),
+        (f"convert {'x' * 300}", f"no data in {'x' * 300}"),
         ("train --dry-run per_device_train_batch_size=0", "size=0 is no whole number from 1"),
         ("train --dry-run deepspeed=nowhere.json", "there is no nowhere.json"),
         ("eval outputs/none", "contains no run"),
@@ -140,10 +150,33 @@ def test_an_export_over_something_or_from_a_quantised_base_is_refused(
 
 
 def test_an_evaluation_wants_held_out_questions(capsys: Capture, project: Path) -> None:
-    source = write_json(project / "one.json", [record()])
-    main_ok(["convert", str(source), "--out", "data/one"])
+    source = write_json(project / "few.json", [record(f"Add {number}.") for number in range(6)])
+    main_ok(["convert", str(source), "--out", "data/one", "--test", "0.01", "--seed", "7"])
     runs.write_config(Path("outputs/one"), {"dataset_dir": "data/one"})
-    assert "mcp-lora convert --test 0.1" in fail(capsys, "eval", "outputs/one")
+    said = fail(capsys, "eval", "outputs/one")
+    command = shlex.split(said[said.index("mcp-lora convert") : said.index(", and train again")])
+    main_ok(command[1:])  # which works as it is
+    assert "seen" in dataset.names(Path("data/one"))
+
+
+def test_every_command_that_a_message_names_can_be_given() -> None:
+    group = typer.main.get_command(app)
+    named = 0
+    for file in (ROOT / "src/mcp_lora").rglob("*.py"):
+        for verb, rest in re.findall(r"mcp-lora ([a-z]+)((?: [^\s\"'`,;:()]+)*)", file.read_text("utf-8")):
+            if verb in group.commands:
+                known = {option for one in group.commands[verb].params for option in one.opts}
+                given = {word for word in rest.split() if word.startswith("--")}
+                assert given <= known | {"--help"}, f"{file.name}: mcp-lora {verb}{rest}"
+                named += 1
+    assert named > 60
+
+
+def test_what_comes_out_of_data_does_not_command_a_terminal(capsys: Capture, project: Path) -> None:
+    write_json(project / "[red] x/rows.json", [record("\x1b[2J Add."), record(tool="\x1b]0;x\x07")])
+    main_ok(["convert", "[red] x"])
+    shown = capsys.readouterr()
+    assert "[red] x" in shown.out and "\x1b" not in shown.out + shown.err
 
 
 @pytest.fixture

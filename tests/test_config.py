@@ -188,3 +188,15 @@ def test_every_preset_names_its_command_and_is_accepted_by_the_engine(preset: Pa
 def test_the_dump_is_yaml_that_comes_back() -> None:
     values = {"learning_rate": 2e-4, "path": "C:\\a b", "none": None, "名": "值"}
     assert yaml.safe_load(config.dump(values)) == values
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("lora_rank: 8\nbf16: true\nlora_rank: 64\n")
+    with pytest.raises(McpLoraError, match="lora_rank stands twice"):
+        config.read_config(tmp_path / "twice.yaml")
+
+
+def test_a_long_value_is_no_path() -> None:
+    given = [f'deepspeed="{{{" " * 300}}}"', "output_dir=~nosuchuser/x"]
+    found, _ = resolve(ROOT / "train_configs/lora_config.yaml", {}, given, {}, Machine(1, True, True))
+    assert found["deepspeed"].startswith("{") and found["output_dir"].endswith("~nosuchuser/x")

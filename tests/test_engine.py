@@ -14,6 +14,18 @@ def test_unknown_keys_are_all_named() -> None:
     ]
 
 
+def test_values_of_another_type_are_named() -> None:
+    good = {"lora_rank": 8, "learning_rate": 1, "bf16": True, "max_samples": None, "save_steps": 0.5}
+    assert engine.problems(good) == []
+    bad = {"lora_rank": 10.0, "learning_rate": "1e-4x", "bf16": "maybe", "max_samples": True}
+    assert engine.problems(bad) == [
+        "lora_rank=10.0 is no int",
+        "learning_rate=1e-4x is no float",
+        "bf16=maybe is no bool",
+        "max_samples=True is no int",
+    ]
+
+
 def test_the_keys_are_those_of_the_installed_engine() -> None:
     from llamafactory import hparams
 
@@ -21,7 +33,7 @@ def test_the_keys_are_those_of_the_installed_engine() -> None:
     groups = [fields(getattr(hparams, f"{name}Arguments")) for name in names]
     known = {field.name for group in groups for field in group if field.init}
     assert engine.problems(dict.fromkeys(known)) == []
-    assert known == {key for module in engine.ARGUMENTS for key in engine.keys(module)}
+    assert known == {key for module in engine.ARGUMENTS for key, _ in engine.keys(module)}
     model = {field.name for field in groups[0] if field.init} | {"additional_target"}
     assert model - engine.shaping(dict.fromkeys(known)).keys() == {
         "adapter_name_or_path",

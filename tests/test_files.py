@@ -112,12 +112,14 @@ def test_a_broken_element_costs_that_element_alone(
         ("cut.jsonl.gz", gzip.compress(b"1\n" * 100_000)[:-50]),
         ("no.jsonl.gz", b"plain text"),
         ("no.parquet", b"plain text"),
+        ("utf16.json", "[1]".encode("utf-16")),
     ],
 )
 def test_a_damaged_container_ends_with_what_is_wrong(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     *_, end = files.read(tmp_path / name)
-    assert isinstance(end, Broken) and "cannot be read any further" in end.sentence
+    assert isinstance(end, Broken)
+    assert ("UTF-16: save it as UTF-8" if "utf16" in name else "cannot be read any further") in end.sentence
 
 
 def test_a_broken_place_is_found_without_reading_the_rest(

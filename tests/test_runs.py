@@ -149,8 +149,13 @@ def test_one_training_at_a_time_in_a_folder(tmp_path: Path) -> None:
 
 def test_the_adapter_is_the_newest_or_the_named_one(tmp_path: Path) -> None:
     assert runs.adapter(make_run(tmp_path)) == tmp_path
-    make_run(tmp_path, 20, 100)
+    make_run(tmp_path, 20, 100)  # its end was at step 20: it has been resumed since
     assert runs.adapter(tmp_path) == tmp_path / "checkpoint-100"
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"epoch": 1.0, "global_step": 100}))
+    assert runs.adapter(tmp_path) == tmp_path  # the best, with load_best_model_at_end
+    (tmp_path / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-100/optimizer.pt").unlink()
+    assert runs.adapter(tmp_path) == tmp_path / "checkpoint-20"
     for name in ("20", "checkpoint-20"):
         assert runs.adapter(tmp_path, name) == tmp_path / "checkpoint-20"
     with pytest.raises(McpLoraError, match="checkpoint-30 holds no adapter .*checkpoint-20, checkpoint-100"):

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,14 +163,13 @@ def _line(key: str, answer: Answer) -> str:
 
 def read(file: Path) -> list[Answer]:
     """Return the answers that are kept in a file; none if it is not there."""
-    return [
-        Answer(
-            **{field: row[field] for field in _FIELDS}
-            | {field: [ToolCall(**call) for call in row[field]] for field in ("expected", "calls")}
-            | {"verdict": Verdict(**row["verdict"])}
-        )
-        for row in _rows(file)
-    ]
+    found = []
+    for row in _rows(file):
+        with suppress(TypeError):  # of another version, or edited by hand
+            calls = {field: [ToolCall(**call) for call in row[field]] for field in ("expected", "calls")}
+            verdict = Verdict(**row["verdict"])
+            found.append(Answer(**{field: row[field] for field in _FIELDS} | calls | {"verdict": verdict}))
+    return found
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:

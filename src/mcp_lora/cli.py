@@ -354,14 +354,14 @@ def _print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], texts: Collection[str]
 ) -> None:
     """Print a table; columns other than `texts` are numbers, at the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(_harmless(title)), title_justify="left")
     for column in columns:
         if column in texts:
             table.add_column(column, overflow="fold", min_width=9)
         else:
             table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(_harmless(str(cell))) for cell in row))
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a file has room
@@ -426,7 +426,7 @@ def _print_sample(sample: Any, template: Any, ids: bool) -> None:
     for trained, run in groupby(pairs, key=lambda pair: pair[1] != prompts.IGNORED):
         tokens = [token for token, _ in run]
         text = " ".join(map(str, tokens)) if ids else template.tokenizer.decode(tokens)
-        styled = Text(text, style="bold green" if trained else "dim")
+        styled = Text(_harmless(text), style="bold green" if trained else "dim")
         console.print(styled, end="\n" if ids else "", soft_wrap=True)
     console.print()
     count = sum(label != prompts.IGNORED for label in sample.labels)
@@ -459,12 +459,12 @@ def _print_evaluation(evaluation: Any) -> None:
         typer.echo(f"\nWhere more data is wanted, the worst tools of {last} first: {told}")
     count = len(evaluation.answers[last])
     for place in range(0, count, max(1, count // 3))[:3]:
-        typer.secho(f"\n{evaluation.answers[last][place].instruction}", bold=True)
+        typer.secho(f"\n{_harmless(evaluation.answers[last][place].instruction)}", bold=True)
         for model, answers in evaluation.answers.items():
             answer = answers[place]
             mark = "✗" if answer.verdict.error else "✓"
             said = answer.text or json.dumps([call._asdict() for call in answer.calls])
-            typer.echo(f"  {model} {mark} {' '.join(said.split())[:300]}")
+            typer.echo(f"  {model} {mark} {_harmless(' '.join(said.split())[:300])}")
 
 
 def _interval(share: Any) -> str:
@@ -476,7 +476,12 @@ def _counts(counted: dict[str, int]) -> str:
 
 
 def _say(text: str) -> None:
-    typer.echo(f"mcp-lora: {text}", err=True)
+    typer.echo(f"mcp-lora: {_harmless(text)}", err=True)
+
+
+def _harmless(text: str) -> str:
+    """Return a text that may come out of data without what a terminal obeys."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def _interrupted(words: list[str], number: int, frame: Any) -> None:

@@ -8,6 +8,7 @@ The keys are LLaMA-Factory's own (see mcp_lora.engine.problems). A preset is a Y
 """
 
 import importlib.util
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -110,8 +111,9 @@ def resolve(
     for key in _PATHS:
         # A hub id looks like a path but is none; what does not exist stays as it was given.
         value = config.get(key)
-        if isinstance(value, str) and (key.endswith("_dir") or Path(value).expanduser().exists()):
-            config[key] = str(Path(value).expanduser().absolute())
+        place = os.path.expanduser(value) if isinstance(value, str) else ""
+        if place and (key.endswith("_dir") or os.path.exists(place)):
+            config[key] = os.path.abspath(place)
     return config, notes
 
 
@@ -180,9 +182,9 @@ def missing_model(model: str, shape_only: bool = False) -> str | None:
 
     With `shape_only` its config.json will do.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     looks_like_path = model.startswith((".", "~")) or "\\" in model or model.count("/") > 1
-    if not (looks_like_path or folder.is_absolute() or folder.exists()):
+    if not (looks_like_path or folder.is_absolute() or os.path.exists(folder)):
         return None
     if not (folder / "config.json").is_file():
         return f"there is no model in {model} (no config.json)"
@@ -205,7 +207,7 @@ def parameters(model: str) -> float | None:
     """Return a model's number of parameters: from its safetensors files, else from its name."""
     from safetensors import SafetensorError, safe_open
 
-    folder, count = Path(model).expanduser(), 0
+    folder, count = Path(os.path.expanduser(model)), 0
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="np") as tensors:
@@ -217,9 +219,21 @@ def parameters(model: str) -> float | None:
     return count or (float(named[1]) * 1e9 if named else None)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            names = [key.value for key, _ in node.value]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice")
+        return found
+
+
 def _yaml(text: str | bytes, problem: str, command: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2025-13-01
         raise McpLoraError(f"{problem} ({' '.join(str(error).split())}): {command}") from None
 

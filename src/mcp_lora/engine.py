@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ ARGUMENTS = (  # HfArgumentParser's dataclasses
     "transformers/training_args.py",
     "transformers/training_args_seq2seq.py",
 )
+_PLAIN = re.compile(r"(?:Optional\[)?(int|float|bool)\]?(?: \| None)?")
 _OF_A_STEP = {"adapter_name_or_path", "disable_gradient_checkpointing", "use_unsloth", "enable_liger_kernel"}
 
 
@@ -29,14 +31,18 @@ def require() -> None:
 
 
 def problems(config: Mapping[str, Any]) -> list[str]:
-    """Return what LLaMA-Factory would refuse: the keys that it does not know."""
-    known = {key for module in ARGUMENTS for key in keys(module)}
+    """Return what LLaMA-Factory would refuse: keys that it does not know, values of another type."""
+    known = {key: kind for module in ARGUMENTS for key, kind in keys(module)}
     found = []
-    for key in config:
+    for key, value in config.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
             found.append(f"LLaMA-Factory knows no key {key}{meant}")
+        elif (named := _PLAIN.fullmatch(known[key])) and value is not None:
+            types = {"int": int, "float": int | float, "bool": bool}[named[1]]
+            if not isinstance(value, types) or (isinstance(value, bool) and named[1] != "bool"):
+                found.append(f"{key}={value} is no {named[1]}")
     return found
 
 
@@ -46,7 +52,7 @@ def shaping(config: Mapping[str, Any]) -> dict[str, Any]:
     They are LLaMA-Factory's model arguments (the base, its vocabulary, quantization, attention, code of its
     own), but for those of one step alone.
     """
-    shape = {*keys(_MODEL), "additional_target"} - _OF_A_STEP
+    shape = {"additional_target", *dict(keys(_MODEL))} - _OF_A_STEP
     return {key: value for key, value in config.items() if key in shape}
 
 
@@ -57,8 +63,8 @@ def train(config: dict[str, Any]) -> None:
     run_exp(config)
 
 
-def keys(module: str) -> Iterator[str]:
-    """Read the fields of a module's dataclasses from its source: its import takes ten seconds."""
+def keys(module: str) -> Iterator[tuple[str, str]]:
+    """Yield a module's fields of dataclasses, and their types, from its source: an import takes seconds."""
     package, _, file = module.partition("/")
     spec = importlib.util.find_spec(package)
     assert spec and spec.submodule_search_locations
@@ -66,4 +72,4 @@ def keys(module: str) -> Iterator[str]:
     for group in ast.parse(source).body:
         for field in group.body if isinstance(group, ast.ClassDef) else []:
             if isinstance(field, ast.AnnAssign) and "init=False" not in ast.unparse(field):
-                yield ast.unparse(field.target)
+                yield ast.unparse(field.target), ast.unparse(field.annotation)

@@ -240,6 +240,10 @@ def requirement(text: str) -> Requirement:
             f'--require {text} is of another form: mcp-lora eval --require "unseen_tool.ast>=0.6"'
         )
     figure, sign, bound, percent = found.groups()
+    split, name = figure.split(".")
+    if split not in questions.SPLITS or name not in FIGURES:
+        splits, names = " or ".join(questions.SPLITS), " or ".join(FIGURES)
+        raise McpLoraError(f"--require {text}: a figure is SPLIT.NAME, of {splits} and {names}")
     return Requirement(text.strip(), figure, _SIGNS[sign], float(bound) / (100 if percent else 1))
 
 

@@ -9,6 +9,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -51,13 +52,13 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
     missing = []
     left_out = [] if left_out is None else left_out
     for place in places:
-        if place.is_dir():
+        if os.path.isdir(place):
             every = sorted(file for file in place.rglob("*") if file.name.endswith(SUFFIXES))
             outputs = {file.parent for name in _OUTPUTS for file in place.rglob(name)}
             files = [file for file in every if not _is_passed_over(file.relative_to(place), place, outputs)]
             left_out += [file for file in every if file not in {*files}]
         else:
-            files = [place] if place.exists() else sorted(map(Path, glob(str(place), recursive=True)))
+            files = [place] if os.path.exists(place) else sorted(map(Path, glob(str(place), recursive=True)))
         if not files:
             missing.append(str(place))
         found += files
@@ -91,6 +92,10 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
     ends with one Broken: what comes after that cannot be told apart.
     """
     try:
+        with file.open("rb") as stream:
+            if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                yield Broken("the file is UTF-16: save it as UTF-8")
+                return
         if file.name.endswith(".parquet"):
             yield from _parquet(file, progress)
         elif file.name.endswith(".json"):

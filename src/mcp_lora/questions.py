@@ -7,7 +7,7 @@ calls, or a text where no candidate tool fits.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,15 @@ class Question:
         return {tool["function"]["name"]: Tool("", **tool["function"]) for tool in self.sample["tools"]}
 
 
+def _command(folder: Path, missing: Sequence[str]) -> str:
+    """Return the command that converts once more, and holds more out for these splits."""
+    settings = dataset.settings_of(dataset.statistics(folder) or {})
+    keys = {"seen": "test", "unseen_tool": "holdout_tools", "unseen_server": "holdout_servers"}
+    chosen = [keys.get(split, split) for split in missing]
+    more: dict[str, Any] = {key: 0.5 if getattr(settings, key) < 0.5 else 0.9 for key in chosen}
+    return dataset.command(replace(settings, **more), folder)
+
+
 def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
     """Return the splits of a converted dataset that are wanted; of none wanted, all that there are.
 
@@ -72,10 +81,8 @@ def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
         )
     there = dataset.names(folder)
     if missing := [split for split in wanted if split not in there]:
-        raise McpLoraError(
-            f"{folder} holds no questions of split {', '.join(missing)}: mcp-lora convert --test 0.1 "
-            f"--holdout-tools 0.1 --holdout-servers 0.1 --no-call 0.05 --out {folder}"
-        )
+        what = f"{folder} holds no questions of split {', '.join(missing)}"
+        raise McpLoraError(f"{what}: {_command(folder, missing)}, and train again")
     return list(wanted) or [split for split in SPLITS if split in there]
 
 
@@ -88,9 +95,8 @@ def read(folder: Path, splits: Sequence[str]) -> list[Question]:
     wanted = chosen(folder, splits)
     found = [Question(split, sample) for split in wanted for sample in dataset.samples(folder, split)]
     if not found:
-        raise McpLoraError(
-            f"{folder} holds no held-out questions: mcp-lora convert --test 0.1 --out {folder}"
-        )
+        what = f"{folder} holds no held-out questions, there are too few rows for that"
+        raise McpLoraError(f"{what}: {_command(folder, ['seen'])}, and train again")
     for question in found:
         try:
             _ = question.instruction, question.expected, question.tools

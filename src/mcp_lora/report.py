@@ -25,6 +25,7 @@ from mcp_lora.evaluation import ADAPTER, BASE, summarise
 from mcp_lora.scoring import ERRORS
 
 EXAMPLES = 20
+_COMPARED = 20_000  # characters, whose comparison takes a second; the time grows with their square
 _OUTCOMES = ("lost", "wrong", "gained", "right")  # in the order in which examples are shown
 
 
@@ -112,6 +113,8 @@ def compare(expected: str, said: str) -> list[tuple[str, str]]:
 
     Texts are compared by words and signs, so that a wrong argument is marked and not all of its line.
     """
+    if len(expected) + len(said) > _COMPARED:
+        return [("missing", expected), ("extra", said)]
     one, other = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (expected, said))
     parts = []
     matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)

@@ -202,14 +202,20 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def adapter(run: Path, checkpoint: str | None = None) -> Path:
-    """Return the folder of a run's adapter: `checkpoint` (checkpoint-300 or 300), or else the newest.
+    """Return the folder of a run's adapter: `checkpoint` (checkpoint-300 or 300), else the newest whole one.
 
-    Raises McpLoraError where there is none.
+    A run that came to its end has it in its own folder, the best one with load_best_model_at_end. Raises
+    McpLoraError where there is none.
     """
     if checkpoint:
         choices = [run / (f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint)]
     else:
-        choices = [*checkpoints(run)[::-1], run]
+        whole = list(filter(is_complete, checkpoints(run)))
+        choices = [*whole[::-1], run]
+        if is_finished(run) and whole:
+            state = files.load(run / "trainer_state.json", f"mcp-lora train --overwrite --output {run}")
+            if state.get("global_step", 0) >= int(whole[-1].name[11:]):
+                choices = [run, *whole[::-1]]
     for folder in choices:
         if (folder / "adapter_config.json").is_file():
             return folder

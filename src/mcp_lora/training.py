@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora import config as configuration
-from mcp_lora import dataset, embedded, engine, launch, manifest, memory, runs, steps
+from mcp_lora import dataset, embedded, engine, files, launch, manifest, memory, runs, steps
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts import render as prompts
@@ -69,7 +69,7 @@ def plan(
     Raises McpLoraError where the configuration, the model or the output folder will not do.
     """
     config, notes = configuration.resolve(file, os.environ, overrides, flags, machine)
-    config.setdefault("output_dir", str(runs.DEFAULT.absolute()))
+    config["output_dir"] = config.get("output_dir") or str(runs.DEFAULT.absolute())
     shared, words = share_batch(config, world.processes, batch)
     config |= shared
     notes.append(words)
@@ -78,8 +78,11 @@ def plan(
     if model != embedded.NAME and (missing := configuration.missing_model(model, dry_run)):
         problems.append(missing)
     zero = str(config.get("deepspeed") or "")
-    if zero and not zero.lstrip().startswith("{") and not Path(zero).is_file():
-        problems.append(f"there is no {zero}: go to the project's folder")
+    if zero and not zero.lstrip().startswith("{"):
+        if not os.path.isfile(zero):
+            problems.append(f"there is no {zero}: go to the project's folder")
+        elif not files.load(Path(zero), "give another, as in mcp-lora train --zero 0"):
+            problems.append(f"{zero} is empty")
     if problems:
         raise McpLoraError(f"{'; '.join(problems)}. Fix that and run again: mcp-lora train --dry-run")
     if heavy := configuration.too_big(model, machine):
@@ -143,6 +146,9 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
     ]
     if (name := config.get("dataset", dataset.TRAIN)) != dataset.TRAIN:
         problems.append(f"dataset={name} is not converted: mcp-lora convert, and dataset={dataset.TRAIN}")
+    if not config.get("quantization_bit"):
+        quantising = [key for key in config if key in ("quantization_type", "double_quantization")]
+        problems += [f"{key} has no effect without quantization_bit: set it, to 4" for key in quantising]
     if (stage := config.get("stage", "sft")) != "sft":
         problems.append(f"stage={stage} is not supervised fine-tuning, set stage=sft")
     return problems

@@ -48,8 +48,7 @@ def by_engine(
         machine: where it runs.
         command: what to run again after a failure.
 
-    Raises:
-        McpLoraError: the engine fails.
+    Raises McpLoraError where the engine fails.
     """
     encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
     longest_first = sorted(encoded, key=lambda one: -len(one[1]))
@@ -106,8 +105,7 @@ def by_endpoint(
         max_tokens: that an answer may have.
         template: the model's; where it can switch thinking, the request sets it as in training.
 
-    Raises:
-        McpLoraError: the server cannot be reached, or refuses.
+    Raises McpLoraError where the server cannot be reached, or refuses.
     """
     from openai import OpenAI
 

@@ -28,8 +28,7 @@ class Catalogue:
     def number(self, tool: Tool) -> int | None:
         """Return the tool's number, adding it if it is new; None if another definition has its place.
 
-        Raises:
-            Fault: it cannot be written as JSON.
+        Raises Fault where it cannot be written as JSON.
         """
         key = tool.server, tool.name
         number = self._numbers.get(key)
@@ -47,8 +46,7 @@ class Catalogue:
     def find(self, name: str, server: str) -> Tool:
         """Return the tool of a name, of this server if it has one, else of the only one that has.
 
-        Raises:
-            Fault: there is none, or it is not clear which.
+        Raises Fault where there is none, or it is not clear which.
         """
         self.consulted += 1
         number = self._numbers.get((server, name))

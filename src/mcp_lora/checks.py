@@ -39,8 +39,7 @@ def check(content: Content, catalogue: Catalogue, settings: Settings) -> list[Tu
         the RESULTs of a CALL) with (CALL or ANSWER) and ends with one of the latter. Later system messages
         stand where they stood. What comes after a message that is broken or out of order is left off.
 
-    Raises:
-        Fault: it cannot be used.
+    Raises Fault where it cannot be used.
     """
     cleaned, whole = content.cleaned, settings.turns != "call"
     turns = content.turns if settings.keep_failed else list(_without_failed(content.turns))

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -256,6 +257,7 @@ def evaluate(
             [evaluation.BASE] * (not adapter_only) + [evaluation.ADAPTER] * (not base_only),
             evaluation.Endpoint(endpoint, model) if endpoint and model else None,
             max_new_tokens,
+            requirements,
             progress,
         )
     _print_evaluation(found)
@@ -272,6 +274,24 @@ def report(runs: Annotated[list[Path] | None, Argument(metavar="[RUN]...", help=
     from mcp_lora.report import write
 
     _say(f"the page is {write(runs or [DEFAULT])}")
+
+
+@app.command()
+def demo() -> None:
+    """Show the whole way on the CPU: the embedded model, the shipped sample, a page of what was learned."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    start, out, run = time.monotonic(), Path("data/demo"), Path("outputs/demo")
+    _say("1/4 convert: the shipped sample, 2 candidates a question; questions, tools and a server held out")
+    sample = [str(dataset.FILTERED_FOLDER / dataset.SAMPLE)]
+    convert(sample, out, candidates=2, test=0.12, holdout_tools=0.15, holdout_servers=0.15, no_call=0.2)
+    _say("2/4 train: SmolLM2-135M-Instruct on the CPU, ten to twenty minutes")
+    train(config=configuration.RECIPE.with_name("demo.yaml"), model=embedded.NAME, overwrite=True)
+    _say("3/4 eval: the held-out questions, put to the base model and to the adapter")
+    evaluate(run)
+    _say("4/4 report: all of that on a page")
+    report([run])
+    minutes = (time.monotonic() - start) / 60
+    _say(f"done in {minutes:.0f} minutes. Open {run / 'report.html'}; next: mcp-lora chat {run}")
 
 
 @app.command()

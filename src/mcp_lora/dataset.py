@@ -89,9 +89,8 @@ def convert(
     settings and seed give the same bytes. `out` holds the old conversion until the new one is whole.
     Files in it that no conversion has written, or that have been changed since, are never touched.
 
-    Raises:
-        McpLoraError: there is no usable row, or `out` cannot be written; nothing has been written
-            over then.
+    Raises McpLoraError where there is no usable row, or `out` cannot be written; nothing has been written
+    over then.
     """
     if foreign := _foreign(out):
         raise McpLoraError(
@@ -210,8 +209,7 @@ def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
 def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
     """Yield a row as it is read, understood and written, or why it is rejected; the first of all inputs is 1.
 
-    Raises:
-        McpLoraError: there are fewer rows, or the inputs cannot be read.
+    Raises McpLoraError where there are fewer rows, or the inputs cannot be read.
     """
     inputs, tools = _find(settings)
     every = chain.from_iterable(formats.records(files.read(file)) for file in inputs)
@@ -246,8 +244,7 @@ def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, sha
     inputs are too, or the newest filtered data again if none were named. A conversion whose inputs are gone
     is used: it may be all that was copied to this machine.
 
-    Raises:
-        McpLoraError: as convert, or the folder holds another's dataset.
+    Raises McpLoraError as convert does, or where the folder holds another's dataset.
     """
     old = _load(out / _STATS)
     settings = settings_of(old)
@@ -327,8 +324,7 @@ def file_of(folder: Path, split: str) -> Path:
 def samples(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a split, in OpenAI's form.
 
-    Raises:
-        McpLoraError: the folder has no such split, or a damaged one.
+    Raises McpLoraError where the folder has no such split, or a damaged one.
     """
     if split not in (there := names(folder)):
         what = ", ".join(name for name in SPLITS if name in there) or "no data"

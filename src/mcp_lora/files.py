@@ -45,8 +45,8 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
 
     What lies hidden in a folder, is a link, or was written by mcp-lora is added to `left_out`.
 
-    Raises:
-        McpLoraError: places hold no file that can be read, or a name is no UTF-8 and cannot be printed.
+    Raises McpLoraError where places hold no file that can be read, or a name is no UTF-8 and cannot be
+    printed.
     """
     found: list[Path] = []
     missing = []
@@ -110,8 +110,7 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
 def load(file: Path, command: str) -> dict[str, Any]:
     """Return the JSON object that a file of ours holds, an empty one where there is no file.
 
-    Raises:
-        McpLoraError: it is damaged; `command` says what to do.
+    Raises McpLoraError where it is damaged; `command` says what to do.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

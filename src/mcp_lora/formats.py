@@ -140,8 +140,7 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
         record: as it stands in a file.
         find: returns a tool of the catalogues, for a record that brings none.
 
-    Raises:
-        Fault: there is no conversation in it, or a tool is in no catalogue.
+    Raises Fault where there is no conversation in it, or a tool is in no catalogue.
     """
     record = {"messages": record} if isinstance(record, list) else _unwrapped(record)
     content = Content([])

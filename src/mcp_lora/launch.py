@@ -39,6 +39,11 @@ class Outcome:
         """Whether memory, a GPU's or the machine's, was what ran out."""
         return bool(self.code) and bool(_OUT_OF_MEMORY.search(real_error(self.stderr)))
 
+    @property
+    def in_evaluation(self) -> bool:
+        """Whether it failed while it computed the validation loss, by the frames of the last traceback."""
+        return ", in evaluation_loop" in self.stderr.rpartition("Traceback (most recent call last):")[2]
+
     def error(self, command: str) -> McpLoraError:
         """Return the failure as an error that shows the engine's own last lines."""
         code = self.code if self.code > 0 else 128 - self.code

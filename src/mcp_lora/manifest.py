@@ -2,6 +2,7 @@
 
     {"started": "2026-11-24T12:00:00+00:00", "ended": "2026-11-24T14:10:03+00:00", "exit": 0,
      "retries": [{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16,
+                  "per_device_eval_batch_size": 8,
                   "resume_from_checkpoint": "outputs/mcp_lora/checkpoint-100"}],
      "command": ["…/llamafactory-cli", "train", "outputs/mcp_lora/run.yaml"],
      "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}, "processes": 4, "pid": 4711,

@@ -72,8 +72,7 @@ def _command(folder: Path, missing: Sequence[str]) -> str:
 def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
     """Return the splits of a converted dataset that are wanted; of none wanted, all that there are.
 
-    Raises:
-        McpLoraError: one is unknown, or not there.
+    Raises McpLoraError where one is unknown, or not there.
     """
     if unknown := [split for split in wanted if split not in SPLITS]:
         raise McpLoraError(
@@ -89,8 +88,7 @@ def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
 def read(folder: Path, splits: Sequence[str]) -> list[Question]:
     """Return the questions of a converted dataset, of all its splits where none is named.
 
-    Raises:
-        McpLoraError: there are none, or a split is unknown, not there, or damaged.
+    Raises McpLoraError where there are none, or a split is unknown, not there, or damaged.
     """
     wanted = chosen(folder, splits)
     found = [Question(split, sample) for split in wanted for sample in dataset.samples(folder, split)]

@@ -145,9 +145,8 @@ class Fault(Exception):
 def as_json(value: Any) -> bytes:
     """Return a value as JSON that every reader takes.
 
-    Raises:
-        Fault: it holds half a surrogate pair, NaN or nesting without end. Python's json lets the
-            first two pass, and they kill the engine later.
+    Raises Fault where it holds half a surrogate pair, NaN or nesting without end. Python's json lets the
+    first two pass, and they kill the engine later.
     """
     try:
         text = msgspec.json.encode(value)
@@ -176,8 +175,7 @@ def value_of(node: ast.expr) -> Any:
 def literal(text: str) -> Any:
     """Return the value of a text of JSON, or in Python's syntax; nothing of it is run.
 
-    Raises:
-        ValueError: it is neither.
+    Raises ValueError where it is neither.
     """
     try:
         return json.loads(text)

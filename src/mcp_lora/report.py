@@ -21,7 +21,7 @@ from urllib.parse import unquote
 from mcp_lora import answers, files, manifest, runs
 from mcp_lora.answers import Answer
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluation import ADAPTER, BASE, summarise
+from mcp_lora.evaluation import ADAPTER, BASE, adapter_hash, summarise
 from mcp_lora.scoring import ERRORS
 
 EXAMPLES = 20
@@ -53,8 +53,7 @@ class Run:
 def write(folders: Sequence[Path]) -> Path:
     """Write and return report.html in a run's folder; of several runs comparison.html in the first one's.
 
-    Raises:
-        McpLoraError: a folder contains no run or a damaged one, or the page cannot be written.
+    Raises McpLoraError where a folder contains no run or a damaged one, or the page cannot be written.
     """
     several = len(folders) > 1
     file = folders[0] / ("comparison.html" if several else "report.html")
@@ -105,6 +104,7 @@ def _render(found: Sequence[Run]) -> str:
         curves=curves,
         validated=any(run.curve("eval_loss") for run in found),
         usage=None if several else _usage(found[0]),
+        stale=[run.folder for run in found if _is_stale(run)],
     )
 
 
@@ -249,6 +249,12 @@ def _calls(calls: Sequence[Any]) -> str:
         f"{call.name} {json.dumps(call.arguments, indent=2, ensure_ascii=False, sort_keys=True)}"
         for call in calls
     )
+
+
+def _is_stale(run: Run) -> bool:
+    """Tell whether the adapter has been trained on since it was evaluated."""
+    known = _json(run.folder / "eval" / "metrics.json").get("adapter")
+    return bool(known) and known != adapter_hash(runs.adapter(run.folder))
 
 
 def _usage(run: Run) -> dict[str, str] | None:

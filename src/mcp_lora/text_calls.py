@@ -133,8 +133,7 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
         text: an assistant's.
         schemas: the parameters' JSON Schema of each tool on offer, by name; no other is called.
 
-    Raises:
-        Fault: it calls a tool in a form that is not known, or a tool that is not on offer.
+    Raises Fault where it calls a tool in a form that is not known, or a tool that is not on offer.
     """
     if any(name in text for name in schemas):  # most answers name no tool
         for variant in dict.fromkeys(_variants(text, schemas)):

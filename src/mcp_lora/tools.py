@@ -43,8 +43,7 @@ def tools_in(value: Any, server: str = "", cleaned: list[str] | None = None) -> 
         server: that they belong to, if they do not say so themselves.
         cleaned: what was normalized is added to this.
 
-    Raises:
-        Fault: something in it is no tool.
+    Raises Fault where something in it is no tool.
     """
     if isinstance(value, str) and value.strip():
         try:
@@ -126,8 +125,7 @@ def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:
     xLAM and others write a flat map, {"limit": {"type": "int, optional", "default": 10}}; tables fill in
     nulls; Python and Gemini name types otherwise.
 
-    Raises:
-        Fault: a parameter is no object.
+    Raises Fault where a parameter is no object.
     """
     flat = {key: item for key, item in parameters.items() if not key.startswith("$")}
     is_schema = parameters.get("type") == "object" or isinstance(parameters.get("properties"), dict)

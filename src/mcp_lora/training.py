@@ -291,25 +291,35 @@ def _write(plan: Plan, say: Say) -> None:
 def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]) -> None:
     while (outcome := launch.run_engine("train", plan.config, plan.environment)).code:
         # Other machines would not know of it.
-        smaller = _smaller(plan) if outcome.out_of_memory and retry and plan.world.nodes == 1 else None
+        again = outcome.out_of_memory and retry and plan.world.nodes == 1
+        smaller = _smaller(plan, outcome.in_evaluation) if again else None
         if not smaller:
             raise _failure(plan, outcome)
         plan = smaller
-        keys = ("per_device_train_batch_size", "gradient_accumulation_steps", "resume_from_checkpoint")
-        retries.append({key: plan.config[key] for key in keys})
+        retries.append({key: plan.config.get(key) for key in (*_BATCH, _EVALUATED, "resume_from_checkpoint")})
         _write(plan, say)
         checkpoint = plan.config["resume_from_checkpoint"]
         say(f"out of memory; again from {Path(checkpoint).name if checkpoint else 'the start'}: {plan.batch}")
 
 
-def _smaller(plan: Plan) -> Plan | None:
-    """Return the plan with half the batch per device, from the newest checkpoint; None if it is 1 already."""
-    size = plan.config["per_device_train_batch_size"]
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_EVALUATED = "per_device_eval_batch_size"
+
+
+def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
+    """Return the plan with half the batch per device, from the newest checkpoint; None if it is 1 already.
+
+    The batch is that of training, or that of validation where memory ran out in it.
+    """
+    size = int(configuration.number(plan.config, _EVALUATED if in_evaluation else _BATCH[0], 8))
     if size == 1:
         return None
     processes = plan.world.processes
-    batch = steps.global_batch(plan.config, processes)
-    keys, words = share_batch({"per_device_train_batch_size": size // 2}, processes, batch)
+    if in_evaluation:
+        keys, words = {_EVALUATED: size // 2}, f"{plan.batch}, in validation {size // 2} per device"
+    else:
+        batch = steps.global_batch(plan.config, processes)
+        keys, words = share_batch({_BATCH[0]: size // 2}, processes, batch)
     saved = [checkpoint for checkpoint in runs.checkpoints(plan.run) if runs.is_complete(checkpoint)]
     config = plan.config | keys | {"resume_from_checkpoint": str(saved[-1]) if saved else None}
     return replace(plan, config=config, batch=words)

@@ -67,8 +67,7 @@ class CallFormat:
             the turn; raises where it cannot.
         answer: what it writes for an answer without a call.
 
-    Raises:
-        ValueError: the template shows no call that can be read.
+    Raises ValueError where the template shows no call that can be read.
     """
 
     def __init__(self, write: Callable[[list[ToolCall]], str], answer: str) -> None:

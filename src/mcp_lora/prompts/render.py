@@ -99,8 +99,7 @@ class ChatTemplate:
         switches_thinking: whether the template can switch thinking on and off.
         is_thinking_off: whether it is switched off.
 
-    Raises:
-        McpLoraError: prompts and answers of this template cannot be told apart.
+    Raises McpLoraError where prompts and answers of this template cannot be told apart.
     """
 
     def __init__(self, tokenizer: Any, thinking: bool = False) -> None:
@@ -182,8 +181,7 @@ class ChatTemplate:
         Returns:
             Prompt and target; the target ends with the token that ends the turn.
 
-        Raises:
-            Fault: the template refuses it, or what it writes is not read back as it was.
+        Raises Fault where the template refuses it, or what it writes is not read back as it was.
         """
         try:
             prompt, target = self._turn(messages, answer, tools)
@@ -250,8 +248,7 @@ class ChatTemplate:
             sample: in OpenAI's form, see above.
             last_only: train on the last turn alone.
 
-        Raises:
-            Fault: the template cannot render it, or not so that it is read back.
+        Raises Fault where the template cannot render it, or not so that it is read back.
         """
         messages, tools = sample["messages"], sample.get("tools") or []
         turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -294,8 +291,7 @@ class ChatTemplate:
     ) -> str:
         """Return what follows the prompt in the rendering of prompt and answer.
 
-        Raises:
-            Fault: the rendering does not hold the prompt.
+        Raises Fault where the rendering does not hold the prompt.
         """
         if whole.startswith(prompt):
             return whole.removeprefix(prompt)
@@ -406,8 +402,7 @@ def load(config: Mapping[str, Any], local_files_only: bool = False) -> ChatTempl
         config: names the model.
         local_files_only: fetch nothing.
 
-    Raises:
-        McpLoraError: the tokenizer cannot be read, or the template will not do.
+    Raises McpLoraError where the tokenizer cannot be read, or the template will not do.
     """
     from transformers import AutoTokenizer
 

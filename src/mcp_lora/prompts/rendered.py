@@ -64,8 +64,7 @@ def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, A
         row: as `mcp-lora convert` writes it.
         settings: settings_of a configuration.
 
-    Raises:
-        Fault: it cannot be rendered, or is too long without any distractor. Nothing is ever cut.
+    Raises Fault where it cannot be rendered, or is too long without any distractor. Nothing is ever cut.
     """
     gold = {call.name for message in row["messages"] for call in called(message)}
     tools, dropped = list(row.get("tools") or []), 0
@@ -100,8 +99,7 @@ def render(
     Returns:
         The data set's folder, and what rendered.json holds.
 
-    Raises:
-        McpLoraError: no row is left to train on, the file cannot be read or the folder not written.
+    Raises McpLoraError where no row is left to train on, the file cannot be read or the folder not written.
     """
     import filelock
     from datasets.exceptions import DatasetGenerationError

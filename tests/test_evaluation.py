@@ -14,7 +14,7 @@ import pytest
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
 
-from mcp_lora import answering, questions, runs
+from mcp_lora import answering, manifest, questions, runs
 from mcp_lora.answers import Judge, Notebook, Said
 from mcp_lora.config import Machine
 from mcp_lora.dataset import Settings, convert
@@ -256,6 +256,16 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
         assert found.answers["m"][0].text == "half a pair: ?"  # what can be written
         more = evaluate(run, CPU, splits=["no_call"], endpoint=Endpoint(url, "m"))
         assert list(more.answers) == ["m"]
+    metrics = json.loads((run / "eval/metrics_part.json").read_text(encoding="utf-8"))
+    assert metrics["max_new_tokens"] > 32 and not (run / "eval/metrics.json").exists()
+
+
+def test_a_run_is_asked_about_its_own_data_and_splits(run: Path) -> None:
+    with pytest.raises(McpLoraError, match="questions are of seen: mcp-lora eval"):
+        evaluate(run, CPU, splits=["seen"], requirements=[requirement("no_call.abstained>0")])
+    manifest.write(run, {"data": {"file": "train.jsonl", "sha256": "of other data"}, "conversion": {}})
+    with pytest.raises(McpLoraError, match="is not what .* was trained on: mcp-lora convert"):
+        evaluate(run, CPU)
 
 
 SUM = {"a": 3, "b": 4}

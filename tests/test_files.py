@@ -93,6 +93,14 @@ def test_a_file_that_breaks_off_says_where(
     assert isinstance(end, Broken) and said in end.sentence
 
 
+@pytest.mark.parametrize(("value", "zone"), [(2**60, None), (0, "Nowhere/Land")])
+def test_a_table_with_a_time_that_is_none_says_so(tmp_path: Path, value: int, zone: str | None) -> None:
+    column = pyarrow.array([value], pyarrow.timestamp("s", tz=zone))
+    pyarrow.parquet.write_table(pyarrow.table({"a": column}), tmp_path / "times.parquet")
+    (broken,) = files.read(tmp_path / "times.parquet")
+    assert isinstance(broken, Broken) and "cannot be read any further" in broken.sentence
+
+
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 def test_a_broken_element_costs_that_element_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int

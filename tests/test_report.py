@@ -15,7 +15,7 @@ from mcp_lora import answers, manifest, questions, report, runs
 from mcp_lora.answers import Judge, Notebook, Said
 from mcp_lora.dataset import Settings, convert
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluation import summarise
+from mcp_lora.evaluation import adapter_hash, summarise
 from mcp_lora.prompts.render import ChatTemplate
 
 SCRIPT = "</script></pre><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>"
@@ -180,6 +180,19 @@ def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
     (bare / "manifest.json").write_text("{")
     with pytest.raises(McpLoraError, match="manifest.json is damaged: .*mcp-lora report"):
         page_of(bare)
+
+
+def test_answers_of_an_older_checkpoint_are_marked(folders: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(folders[0], folder)
+    for adapter, stale in ((adapter_hash(folder), False), ("of another", True)):
+        write_json(folder / "eval/metrics.json", {"adapter": adapter})
+        page = report.write([folder]).read_text(encoding="utf-8")
+        assert ("are of an older checkpoint" in page) == stale
+    with (folder / "eval/adapter.jsonl").open("a") as file:
+        row = json.loads((folder / "eval/base.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        file.write(json.dumps(row | {"verdict": {"good": 1}}) + "\n")  # of another version
+    assert report.write([folder])
 
 
 def test_the_command(folders: list[Path], tmp_path: Path) -> None:

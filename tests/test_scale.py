@@ -70,6 +70,22 @@ def before(trainer, inputs):
 """
 
 
+OUT_OF_MEMORY_IN_EVALUATION = """
+def before(trainer, inputs):
+    import torch
+
+    if not hasattr(trainer, "step_of_evaluation"):
+        step = trainer.step_of_evaluation = trainer.prediction_step
+
+        def prediction_step(model, inputs, *rest, **more):
+            if len(inputs["input_ids"]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return step(model, inputs, *rest, **more)
+
+        trainer.prediction_step = prediction_step
+"""
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project folder with 24 samples: three steps of eight, so that no last step has to be filled up."""
@@ -170,6 +186,21 @@ def test_out_of_memory_halves_the_batch_and_goes_on(whole: Path, project: Path, 
     kept = manifest(output)
     assert [retry["per_device_train_batch_size"] for retry in kept["retries"]] == [2, 1]
     assert kept["exit"] == 0
+
+
+def test_out_of_memory_in_evaluation_halves_the_batch_of_evaluation(project: Path, tiny_model: Path) -> None:
+    words = [
+        "val_size=0.2",
+        "eval_strategy=steps",
+        "eval_steps=2",
+        "max_steps=2",
+        "per_device_eval_batch_size=2",
+    ]
+    variables = hooked(project, OUT_OF_MEMORY_IN_EVALUATION)
+    done = run(train(tiny_model, "validated", *words), project, **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (retry,) = manifest(project / "outputs/validated")["retries"]
+    assert (retry["per_device_train_batch_size"], retry["per_device_eval_batch_size"]) == (4, 1)
 
 
 def test_out_of_memory_with_the_smallest_batch_says_what_to_lower(project: Path, tiny_model: Path) -> None:

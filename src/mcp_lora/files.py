@@ -226,7 +226,7 @@ def _parquet(file: Path, progress: Progress) -> Iterator[Any]:
                 yield from map(_plain, batch.to_pylist())
                 read += batch.num_rows
                 progress(size * read // count)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, LookupError, OverflowError) as error:  # times, zones, texts
         yield _stopped(error)
 
 

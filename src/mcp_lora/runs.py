@@ -269,5 +269,5 @@ def is_quantised(run: Path) -> bool:
     """Tell whether a run's base was quantised, by the run itself or in its own files."""
     config = read_run(run)
     file = Path(config["model_name_or_path"]) / "config.json"
-    shape = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    shape = files.load(file, "copy the model again")
     return bool(config.get("quantization_bit") or shape.get("quantization_config"))

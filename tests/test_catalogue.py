@@ -37,6 +37,34 @@ def test_both_kinds_of_file_are_read_and_what_is_no_tool_is_told(tmp_path: Path)
     ]
 
 
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+MCP = {"name": "tide", "description": "Tide", "inputSchema": CITY}
+TOOLBENCH: dict[str, Any] = {
+    "required_parameters": [{"name": "city", "type": "STRING"}],
+    "optional_parameters": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("value", "server"),
+    [
+        ({"mcpServers": {"sea": {"command": "x", "tools": [MCP]}}}, "sea"),
+        ([{"metadata": {"server_name": "sea", "remote_server_response": {"tools": [MCP]}}}], "sea"),
+        ({"sea": {"tide": {"description": "Tide", "parameters": CITY}}}, "sea"),
+        ({"tide": {"description": "Tide", "inputs": {"city": {"type": "string"}}}}, "file"),
+        ([{"name": "tide", "args_schema": CITY}], "file"),
+        ([{"name": "tide", "parameters": [{"name": "city", "type": "string"}]}], "file"),
+        ([{"name": "tide", **TOOLBENCH}], "file"),
+        ({"tools": [{"toolSpec": {"name": "tide", "inputSchema": {"json": CITY}}}]}, "file"),
+        ([{"server_name": "sea", "tools": [{"name": "tide", "parameter": {"city": "where"}}]}], "sea"),
+        (f"[{MCP}]", "file"),
+    ],
+)
+def test_tools_of_every_kind_of_catalogue(value: Any, server: str) -> None:
+    (found,) = tools_in(value, "file")
+    assert (found.server, found.name, [*found.parameters["properties"]]) == (server, "tide", ["city"])
+
+
 def test_a_name_that_recurs_belongs_to_the_files_own_server() -> None:
     catalogue = Catalogue()
     catalogue.number(tool({"type": "object", "title": "one"}, "search", "one"))

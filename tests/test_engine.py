@@ -7,10 +7,11 @@ from mcp_lora.errors import McpLoraError
 
 
 def test_unknown_keys_are_all_named() -> None:
-    config = {"lora_rang": 3, "learning_rate": 1.0, "zzz": 1}
+    config = {"lora_rang": 3, "learning_rate": 1.0, "zzz": 1, "new_special_tokens": "a"}
     assert engine.problems(config) == [
         "LLaMA-Factory knows no key lora_rang (did you mean lora_rank?)",
         "LLaMA-Factory knows no key zzz",
+        "LLaMA-Factory knows no key new_special_tokens (did you mean add_special_tokens?)",
     ]
 
 

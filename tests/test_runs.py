@@ -90,6 +90,9 @@ def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path: Path
     (tmp_path / "checkpoint-20/trainer_state.json").unlink()
     with pytest.raises(McpLoraError, match="no complete checkpoint .*mcp-lora train --overwrite"):
         resumed(tmp_path)
+    runs.write_config(tmp_path, CONFIG | {"save_only_model": True})
+    with pytest.raises(McpLoraError, match="save_only_model leaves out what a resume needs"):
+        resumed(tmp_path)
 
 
 def test_resume_refuses_another_runs_checkpoint(tmp_path: Path) -> None:

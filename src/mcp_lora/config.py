@@ -10,6 +10,7 @@ The keys are LLaMA-Factory's own (see mcp_lora.engine.problems). A preset is a Y
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -140,7 +141,8 @@ def _fitted(
             note = "liger kernels, which need no room for logits (enable_liger_kernel=false: without)"
             yield {"enable_liger_kernel": True}, note
     else:
-        yield {"use_cpu": True, "fp16": False}, "no CUDA device: training on the CPU"
+        apple = " (Apple's GPU is not used)" if sys.platform == "darwin" else ""
+        yield {"use_cpu": True, "fp16": False}, f"no CUDA device{apple}: training on the CPU"
         if (key := "disable_gradient_checkpointing") not in config:
             yield {key: True}, f"no gradient checkpointing, which takes time ({key}=false: with)"
         per_device, accumulated = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -157,6 +159,8 @@ def _fitted(
                 {"deepspeed": None},
                 "no DeepSpeed, of which stage 0 divides nothing (--zero 0: as on a GPU)",
             )
+    if os.name == "nt" and number(config, "preprocessing_num_workers", 1) > 1:
+        yield {"preprocessing_num_workers": 1}, "one preprocessing worker, as Windows cannot fork"
     if config.get("deepspeed") and not machine.deepspeed:
         note = "DeepSpeed is not installed: training without it (stages 2 and 3 save memory)"
         yield {"deepspeed": None}, note

@@ -71,7 +71,10 @@ def _packages() -> Iterator[Finding]:
 def _machine(machine: Machine) -> Iterator[Finding]:
     import torch
 
-    if not machine.gpus:
+    if not machine.gpus and shutil.which("nvidia-smi") and not torch.version.cuda:
+        words = f"torch {torch.__version__} is built for the CPU: install the build for CUDA (pytorch.org)"
+        yield Finding("GPU", "problem", words)
+    elif not machine.gpus:
         yield Finding("GPU", "warning", "none is visible, only small models train: nvidia-smi")
     for number in range(machine.gpus):
         free, total = torch.cuda.mem_get_info(number)

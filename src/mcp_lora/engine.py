@@ -21,6 +21,7 @@ ARGUMENTS = (  # HfArgumentParser's dataclasses
     "transformers/training_args_seq2seq.py",
 )
 _PLAIN = re.compile(r"(?:Optional\[)?(int|float|bool)\]?(?: \| None)?")
+_RENAMED = {"new_special_tokens": ["add_special_tokens"]}  # in 0.9.4
 _OF_A_STEP = {"adapter_name_or_path", "disable_gradient_checkpointing", "use_unsloth", "enable_liger_kernel"}
 
 
@@ -36,7 +37,7 @@ def problems(config: Mapping[str, Any]) -> list[str]:
     found = []
     for key, value in config.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            close = _RENAMED.get(key) or difflib.get_close_matches(key, known, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
             found.append(f"LLaMA-Factory knows no key {key}{meant}")
         elif (named := _PLAIN.fullmatch(known[key])) and value is not None:

@@ -117,7 +117,9 @@ def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool)
         saved = [checkpoint for checkpoint in checkpoints(run) if is_complete(checkpoint)]
         if not saved:
             again = f"mcp-lora train{how_to_go_on(run)}"
-            raise McpLoraError(f"{run} holds no complete checkpoint to resume from: {again}")
+            without = read_run(run).get("save_only_model") if checkpoints(run) else False
+            why = " (save_only_model leaves out what a resume needs)" if without else ""
+            raise McpLoraError(f"{run} holds no complete checkpoint to resume from{why}: {again}")
         _check_resumable(run, config)
         return saved[-1]
     if holds_a_run(run) and not overwrite:

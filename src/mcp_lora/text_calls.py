@@ -115,9 +115,10 @@ _MARKS = (
 )
 _NAMED = r"\b(?:{names})\s*\{{|\b(?:{names})\([^)\s]|:\s*[\"'](?:{names})[\"']|>\s*(?:{names})\s*<"
 _FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL
+_LONG = 100_000  # characters; beyond, Python's quotes are not looked for, as the time grows with the square
 _PYTHON = re.compile(r"\{.*?\}(?=\s*(?:[<\]]|$|```))", re.DOTALL)
-# Around the calls: marks of a template, which it writes itself, and what holds them in an object.
-_TAGS = re.compile(r"(?:<[^<>\s]{1,40}>|<\|start\|>assistant|\s)+$")
+# Around the calls: a template's tag, which it writes itself, and what holds them in an object.
+_TAG = re.compile(r"(?:<[^<>\s]{1,40}>|<\|start\|>assistant)$")
 _HOLDERS = ("tool_calls", "tool_call", "function_call", "function_calls", "calls")
 
 
@@ -142,7 +143,10 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
                 known = all(call.name in schemas for call in reading.calls)
                 is_part = re.search(r"[{\[(]$|[\"']\s*:$", reading.content)
                 if reading.calls and known and not reading.broken and not is_part:
-                    return replace(reading, content=_TAGS.sub("", reading.content))
+                    content = reading.content
+                    while tag := _TAG.search(content):
+                        content = content[: tag.start()].rstrip()
+                    return replace(reading, content=content)
         names = "|".join(map(re.escape, schemas))
         if re.search(_NAMED.format(names=names), text):
             raise _unread(text)
@@ -154,15 +158,16 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
 def _variants(text: str, schemas: Mapping[str, Any]) -> Iterator[str]:
     """Yield a text, and as it would be in a form that is read."""
     yield text
-    yield _PYTHON.sub(as_json, text)
+    if "'" in text and len(text) < _LONG:
+        yield _PYTHON.sub(as_json, text)
     if text.lstrip().startswith(tuple(schemas)):  # GLM-4 begins with the name
         yield f"[TOOL_CALLS]{text.strip()}"
-    bare = re.sub(r"^\s*```(?:json)?\s*|\s*```\s*$", "", text)
+    bare = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     if bare.startswith("{") and bare.endswith("}"):
         yield bare
         with suppress(ValueError):
-            value = literal(bare)
-            yield from (json.dumps(value[holder]) for holder in _HOLDERS if holder in value)
+            if isinstance(value := literal(bare), dict):
+                yield from (json.dumps(value[holder]) for holder in _HOLDERS if holder in value)
 
 
 def _unread(text: str) -> Fault:

@@ -13,9 +13,20 @@ import msgspec
 
 from mcp_lora.records import Fault, Tool, literal
 
-_SCHEMAS = ("parameters", "inputSchema", "input_schema", "parametersJsonSchema", "schema", "arguments")
+_SCHEMAS = (
+    *(
+        "parameters",
+        "inputSchema",
+        "input_schema",
+        "parametersJsonSchema",
+        "args_schema",
+        "schema",
+        "arguments",
+    ),
+    *("args", "inputs", "parameter"),
+)
 _WRAPPERS = ("result", "function", "toolSpec")  # of a reply to tools/list, OpenAI's, Bedrock's
-_LISTS = ("function_declarations", "functionDeclarations", "tools", "functions")
+_LISTS = ("function_declarations", "functionDeclarations", "tools", "functions", "remote_server_response")
 # Python's and Gemini's names of JSON Schema's types.
 _TYPES = {
     "str": "string",
@@ -76,7 +87,9 @@ def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) ->
     ):
         for name, item in value.items():
             is_tool = isinstance(item, dict) and any(key in item for key in (*_SCHEMAS, "description"))
-            yield from tools_in({"name": name} | item if is_tool else item, name, cleaned)
+            yield from (
+                tools_in({"name": name} | item, server, cleaned) if is_tool else tools_in(item, name, cleaned)
+            )
     elif value:
         raise Fault("no-tool", f"a tool has no name, but {', '.join(value)}")
 
@@ -104,6 +117,11 @@ def _known(text: bytes, server: str) -> tuple[Tool, bool]:
             schema = json.loads(schema or "{}")
         except (ValueError, RecursionError):
             schema = None
+    if "required_parameters" in item:  # ToolBench's
+        optional = [part | {"required": False} for part in item.get("optional_parameters") or []]
+        schema = [*item["required_parameters"], *optional]
+    if isinstance(schema, list) and all(isinstance(part, dict) and "name" in part for part in schema):
+        schema = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in schema}
     if not isinstance(schema, dict):
         raise Fault("no-schema", f"{name} has no input schema")
     schema = (
@@ -128,6 +146,8 @@ def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:
     Raises Fault where a parameter is no object.
     """
     flat = {key: item for key, item in parameters.items() if not key.startswith("$")}
+    if flat and all(isinstance(item, str) for item in flat.values()) and not {"type", "title"} & flat.keys():
+        flat = {key: {"description": item} for key, item in flat.items()}
     is_schema = parameters.get("type") == "object" or isinstance(parameters.get("properties"), dict)
     if flat and not is_schema and all(isinstance(item, dict) for item in flat.values()):
         required = [

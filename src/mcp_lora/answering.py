@@ -83,7 +83,8 @@ def by_engine(
             rows: list[Any] = list(files.read(folder / "answers" / "generated_predictions.jsonl"))
         for (question, *_), row in zip(chunk, rows, strict=True):
             text = template.without_end(row["predict"])
-            cut = text == row["predict"].rstrip()
+            # what ends an answer, and what pads it, may be one token: its length tells
+            cut = len(template.ids(text)) >= settings["max_new_tokens"]
             yield question, Said(question.prompt, text, [], "cut off" if cut else None)
 
 

@@ -36,10 +36,16 @@ FORMATS: dict[str, set[str]] = {
     "glaive": {"chat"},
     "gemini": {"contents"},
     "otel": {"gen_ai.input.messages"},
+    "otel-span": {"attributes"},
+    "nemo-gym": {"responses_create_params"},
+    "tau-bench": {"traj"},
+    "batch-request": {"body"},
+    "alpaca": {"instruction", "output"},
     "responses": {"input", "output"},
     "langsmith": {"inputs", "outputs"},
     "request-log": {"request", "response"},
     "trl": {"prompt", "completion"},
+    "trl-preference": {"prompt", "chosen"},
     "sharegpt": {"conversations"},
     "openai": {"messages"},
 }
@@ -167,7 +173,7 @@ def _unwrapped(record: Any) -> Any:
             "unknown-format", f"a row is an object or a list of messages, not {type(record).__name__}"
         )
     for name in _WRAPPERS:
-        inner = _parsed(record.get(name))
+        inner = _parsed(record.get(name), quietly=True)
         if name == "attributes" and isinstance(inner, list):  # OpenTelemetry's protocol
             pairs = [one for one in inner if isinstance(one, dict) and isinstance(one.get("value"), dict)]
             inner = {str(one.get("key")): next(iter(one["value"].values()), None) for one in pairs}

@@ -254,7 +254,10 @@ def _calls(calls: Sequence[Any]) -> str:
 def _is_stale(run: Run) -> bool:
     """Tell whether the adapter has been trained on since it was evaluated."""
     known = _json(run.folder / "eval" / "metrics.json").get("adapter")
-    return bool(known) and known != adapter_hash(runs.adapter(run.folder))
+    try:
+        return bool(known) and known != adapter_hash(runs.adapter(run.folder))
+    except McpLoraError:  # there is no adapter any more
+        return False
 
 
 def _usage(run: Run) -> dict[str, str] | None:

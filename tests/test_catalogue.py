@@ -40,7 +40,7 @@ def test_both_kinds_of_file_are_read_and_what_is_no_tool_is_told(tmp_path: Path)
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
 MCP = {"name": "tide", "description": "Tide", "inputSchema": CITY}
 TOOLBENCH: dict[str, Any] = {
-    "required_parameters": [{"name": "city", "type": "STRING"}],
+    "required_parameters": [{"name": "city", "type": "STRING", "default": ""}],
     "optional_parameters": [],
 }
 
@@ -63,6 +63,8 @@ TOOLBENCH: dict[str, Any] = {
 def test_tools_of_every_kind_of_catalogue(value: Any, server: str) -> None:
     (found,) = tools_in(value, "file")
     assert (found.server, found.name, [*found.parameters["properties"]]) == (server, "tide", ["city"])
+    if "required_parameters" in str(value):
+        assert found.parameters["required"] == ["city"]
 
 
 def test_a_name_that_recurs_belongs_to_the_files_own_server() -> None:

@@ -128,6 +128,7 @@ def test_what_was_thought_can_be_left_out() -> None:
         ({}, {"a": None}, {"a": None}),
         ({"type": "object", "properties": {"b": {"type": "string"}}}, {"a": {"b": None}}, {"a": {}}),
         ({"type": "integer"}, {"a": 1, "z": None}, {"a": 1}),
+        ({"type": {"type": "string"}}, {"a": None}, {}),
     ],
 )
 def test_nulls_that_a_table_has_filled_in_are_no_arguments(

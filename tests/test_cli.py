@@ -92,18 +92,16 @@ def test_an_empty_argument_is_an_unset_variable(capsys: Capture, words: list[str
 def test_an_interruption_names_the_command_that_goes_on(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_json(Path("here/adapter_config.json"), {})
+    def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def said(*words: str) -> str:
-        monkeypatch.setattr("mcp_lora.engine.require", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("mcp_lora.engine.require", interrupted)
+    # nothing has been trained yet: the same once more
+    for words in (["train", "--overwrite", "lora_rank=8"], ["eval", "my run", "--limit", "3"]):
         with pytest.raises(SystemExit) as caught:
-            main([*words])
+            main(words)
         assert caught.value.code == 128 + signal.SIGTERM
-        return capsys.readouterr().err
-
-    train = "to go on: mcp-lora train --output here lora_rank=8 --overwrite"
-    assert train in said("train", "--resume", "--output", "here", "lora_rank=8")
-    assert "to go on: mcp-lora eval 'my run' --limit 3" in said("eval", "my run", "--limit", "3")
+        assert f"to go on: {shlex.join(['mcp-lora', *words])}\n" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(config.detect_machine().gpus > 0, reason="this machine has a GPU")

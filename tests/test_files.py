@@ -93,9 +93,15 @@ def test_a_file_that_breaks_off_says_where(
     assert isinstance(end, Broken) and said in end.sentence
 
 
+def test_a_text_that_is_cut_among_escapes_is_seen_at_once(tmp_path: Path) -> None:
+    (tmp_path / "cut.json").write_text('[{"a": "' + '\\"x' * 300_000)  # an hour, were it looked at from each
+    (broken,) = files.read(tmp_path / "cut.json")
+    assert isinstance(broken, Broken)
+
+
 @pytest.mark.parametrize(("value", "zone"), [(2**60, None), (0, "Nowhere/Land")])
 def test_a_table_with_a_time_that_is_none_says_so(tmp_path: Path, value: int, zone: str | None) -> None:
-    column = pyarrow.array([value], pyarrow.timestamp("s", tz=zone))
+    column = pyarrow.array([value], pyarrow.timestamp("us", tz=zone))
     pyarrow.parquet.write_table(pyarrow.table({"a": column}), tmp_path / "times.parquet")
     (broken,) = files.read(tmp_path / "times.parquet")
     assert isinstance(broken, Broken) and "cannot be read any further" in broken.sentence
@@ -157,6 +163,10 @@ def test_places_are_files_folders_and_globs(tmp_path: Path) -> None:
     for name in (*outputs, "out/train.jsonl", "out.rejected.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/stats.json").write_text('{"of": "another program"}')
+    names += ["mine/stats.json"]
+    (tmp_path / "out/stats.json").write_text('{"settings": {}}')
     left_out: list[Path] = []
     assert sorted(files.find([tmp_path], left_out)) == sorted(tmp_path / name for name in names)
     assert len(left_out) == 7  # all of outputs but run.yaml, two more, and the link

@@ -370,6 +370,11 @@ def test_session_logs_are_redacted_unless_told_otherwise(tmp_path: Path) -> None
         assert ("ann@corp.example" in text) == kept and "Mail " in text
 
 
+def test_a_question_in_two_fields_is_whole() -> None:
+    record = RECORDS["alpaca"] | {"instruction": "Read this.", "input": '{"city": "Oslo"}'}
+    assert read(record).turns[0].text == 'Read this.\n{"city": "Oslo"}'
+
+
 def test_a_file_may_be_one_conversation_or_hold_its_rows_under_data() -> None:
     assert list(formats.records(OPENAI)) == [OPENAI]
     assert list(formats.records([{"data": [RECORDS["trl"], RECORDS["xlam"]]}])) == [
@@ -410,6 +415,7 @@ ON_OFFER = {"tide": SCHEMA, "ping": {"type": "object", "properties": {}}}
         ("I would ask tide about Oslo, which takes {city}.", [], None),
         ('{"name": "bob", "arguments": {}}', [], None),
         ("It is in [tide].", [], None),
+        ("{'tide': {1, 2}}", [], None),  # which JSON has not
     ],
 )
 def test_a_call_as_text_is_a_call_and_other_text_is_none(text: str, calls: list[str], beside: str) -> None:
@@ -426,6 +432,7 @@ def test_a_call_as_text_that_cannot_be_read_is_never_an_answer() -> None:
         '<tool_call>{"name": "bob", "arguments": {}}</tool_call>',
         'Write {"name": "tide", "arguments": {}} for that.',
         "result = tide('Oslo')",
+        "tide {'tool_calls': [{1, 2}]}",
         "<use><name>tide</name></use>",
         'tide {"city": "Os',
     ):

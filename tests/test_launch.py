@@ -145,6 +145,16 @@ def test_the_real_error_is_the_ranks() -> None:
     assert "CalledProcessError" not in "".join(said)
 
 
+def test_memory_that_runs_out_in_evaluation_is_told_apart() -> None:
+    frames = '  File "trainer.py", line 1, in {}\n    step()\n'
+    error = "torch.OutOfMemoryError: CUDA out of memory.\n"
+    wrapper = f"Traceback (most recent call last):\n{frames.format('launch')}x.ChildFailedError: 1\n"
+    for name, expected in (("evaluation_loop", True), ("training_step", False)):
+        said = f"Traceback (most recent call last):\n{frames.format(name)}{error}{wrapper}"
+        outcome = launch.Outcome(1, said)
+        assert outcome.out_of_memory and outcome.in_evaluation is expected
+
+
 def test_without_a_traceback_the_last_lines_are_the_error() -> None:
     assert launch.real_error("one\ntwo\n\nKilled\n", lines=2) == "two\nKilled"
     assert launch.Outcome(-9, "Killed").error("x").code == 137

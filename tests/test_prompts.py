@@ -314,7 +314,7 @@ def test_an_interruption_is_no_fault_of_a_template(
     tokenizer = tokenizer_of(texts["Qwen-Qwen2.5-7B-Instruct"])
 
     def interrupted(*words: Any, **options: Any) -> str:
-        raise Interrupted("interrupted", 130)
+        raise Interrupted(130)
 
     monkeypatch.setattr(tokenizer, "apply_chat_template", interrupted)
     with pytest.raises(Interrupted):

@@ -186,7 +186,7 @@ def test_answers_of_an_older_checkpoint_are_marked(folders: list[Path], tmp_path
     folder = tmp_path / "run"
     shutil.copytree(folders[0], folder)
     for adapter, stale in ((adapter_hash(folder), False), ("of another", True)):
-        write_json(folder / "eval/metrics.json", {"adapter": adapter})
+        (folder / "eval/adapter.sha256").write_text(adapter)
         page = report.write([folder]).read_text(encoding="utf-8")
         assert ("are of an older checkpoint" in page) == stale
     with (folder / "eval/adapter.jsonl").open("a") as file:

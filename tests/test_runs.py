@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,8 @@ def test_one_training_at_a_time_in_a_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with runs.locked(run):
         make_run(run)
-        (run / "manifest.json").write_text(json.dumps({"pid": 4711}))
-        other = pytest.raises(McpLoraError, match="by process 4711: mcp-lora train --output OTHER_FOLDER")
-        with other, runs.locked(run):
+        told = f"by process {os.getpid()}: mcp-lora train --output OTHER_FOLDER"
+        with pytest.raises(McpLoraError, match=told), runs.locked(run):
             pass
     with runs.locked(run):
         pass

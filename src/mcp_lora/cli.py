@@ -11,8 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import groupby, islice, pairwise
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -192,7 +191,7 @@ def train(
         return
     folder = Path(plan.config["dataset_dir"])
     with _progress() as progress, dataset.locked(folder):
-        refreshed = dataset.refresh(data, folder, progress)
+        refreshed = dataset.refresh(data, folder, progress, keep=resume)
     if refreshed.statistics:  # by whichever rank came first
         _say(refreshed.message)
         _print_statistics(refreshed.statistics, folder)
@@ -504,18 +503,16 @@ def _harmless(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
-def _interrupted(words: list[str], number: int, frame: Any) -> None:
+def _interrupted(number: int, frame: Any) -> None:
     """End by a signal as by any other error: what was started is stopped on the way out."""
-    raise Interrupted(f"interrupted; to go on: {_again(words)}", 128 + number)
+    raise Interrupted(128 + number)
 
 
-def _again(words: list[str]) -> str:
-    """Return the command that goes on with an interrupted one."""
-    if words[:1] != ["train"]:
-        return shlex.join(["mcp-lora", *words])
-    kept = [word for word in words if word not in ("--resume", "--overwrite")]
-    output = next((after for word, after in pairwise(words) if word == "--output"), DEFAULT)
-    return shlex.join(["mcp-lora", *kept]) + runs.how_to_go_on(Path(output))
+def _again(words: list[str], option: str | None) -> str:
+    """Return the command that goes on with an interrupted one: the same, but where a training has begun."""
+    if option is not None:
+        words = [word for word in words if word not in ("--resume", "--overwrite")] + [option] * bool(option)
+    return shlex.join(["mcp-lora", *words])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -528,7 +525,7 @@ def main(arguments: list[str] | None = None) -> None:
             os.environ.pop(name, None)
     words = sys.argv[1:] if arguments is None else arguments
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, partial(_interrupted, words))
+        signal.signal(number, _interrupted)
     try:
         if empty := [place for place, word in enumerate(words) if not word or re.match(r"--\S+=$", word)]:
             what = " ".join(words[max(0, empty[0] - 1) : empty[0] + 1])
@@ -538,7 +535,8 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("MCP_LORA_TRACEBACK"):
             traceback.print_exc()
         if not (os.environ.get("RANK", "").isdigit() and worker_rank(os.environ)):
-            _say(f"error: {error}")
+            go_on = f"; to go on: {_again(words, error.option)}" if isinstance(error, Interrupted) else ""
+            _say(f"error: {error}{go_on}")
         sys.exit(error.code)
 
 

@@ -99,10 +99,11 @@ def resolve(
     Raises McpLoraError where the file or an override cannot be read.
     """
     config, notes = read_config(file), []
-    if model := environment.get("MODEL_PATH"):
+    model = environment.get("MODEL_PATH")
+    given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
+    if model and "model_name_or_path" not in given:
         config["model_name_or_path"] = model
         notes.append(f"the model is {model}, by MODEL_PATH in the environment")
-    given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
     config |= given
     for changes, note in _fitted(config, machine, given.keys()):
         config |= changes

@@ -237,17 +237,24 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
         yield "as written", list(samples(out, "train"))
 
 
-def refresh(data: Path | None, out: Path, progress: Progress = lambda doing, share: None) -> Refreshed:
+def refresh(
+    data: Path | None, out: Path, progress: Progress = lambda doing, share: None, keep: bool = False
+) -> Refreshed:
     """Convert again where the inputs are others than those that the conversion in `out` was made of.
 
     They are compared by their contents. The settings of the last conversion are kept. Without `data` its
     inputs are too, or the newest filtered data again if none were named. A conversion whose inputs are gone
-    is used: it may be all that was copied to this machine.
+    is used: it may be all that was copied to this machine. With `keep`, to resume a training, what is
+    converted is used whatever the inputs are.
 
     Raises McpLoraError as convert does, or where the folder holds another's dataset.
     """
     old = _load(out / _STATS)
     settings = settings_of(old)
+    if keep and "inputs" in old and file_of(out, "train").is_file():
+        if data:
+            raise McpLoraError("a run is resumed on its own data: mcp-lora train --resume, without --data")
+        return Refreshed(f"the data in {out} is used as it is, to resume")
     if data:
         settings = replace(settings, inputs=[str(data)])
     if "inputs" in old and file_of(out, "train").is_file():

@@ -16,11 +16,15 @@ class McpLoraError(Exception):
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM: no `except Exception` may take it for a failure of its own."""
+    """Ctrl-C or SIGTERM: no `except Exception` may take it for a failure of its own.
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
+    `option` is that with which a training goes on, where one has begun: "--resume", "--overwrite" or "".
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__("interrupted")
         self.code = code
+        self.option: str | None = None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from mcp_lora.questions import Question
 from mcp_lora.records import Fault
 
 BASE, ADAPTER = "base", "adapter"
+ASKED = "adapter.sha256"  # the hash of the adapter whose answers are kept
 # The figures of a split; where no tool fits, the last alone.
 FIGURES = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
 _BATCH = 16
@@ -156,7 +157,9 @@ def evaluate(
             answers[name] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=left_out)
         metrics = {key: value for key, value in vars(evaluation).items() if key != "answers"}
-        metrics |= {"max_new_tokens": length, "adapter": adapter and adapter_hash(adapter)}
+        metrics |= {"max_new_tokens": length}
+        if adapter:
+            (run / "eval" / ASKED).write_text(adapter_hash(adapter), encoding="utf-8")
         text = json.dumps(metrics, default=asdict, indent=2, ensure_ascii=False)
         # what a part of the questions gives does not replace what all give
         name = "metrics.json" if len(asked) == len(every) else "metrics_part.json"

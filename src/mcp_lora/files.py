@@ -27,7 +27,7 @@ _OUTPUTS = ("stats.json", "run.yaml")  # what a conversion, and a run, has in it
 CHUNK = 1 << 17  # characters that are decoded at once
 BUFFER = 1 << 20  # bytes read, or written, at once
 _LOOKAHEAD = 32  # chunks that the end of a broken element is looked for in
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]', re.DOTALL)
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:(?P<closed>")|\\?\Z)|[{}\[\]]', re.DOTALL)  # a text, or a bracket
 _SEPARATORS = re.compile(r"[\s,]*")
 
 Progress = Callable[[int], None]  # receives how many bytes of a file have been read
@@ -54,9 +54,9 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
     for place in places:
         if os.path.isdir(place):
             every = sorted(file for file in place.rglob("*") if file.name.endswith(SUFFIXES))
-            outputs = {file.parent for name in _OUTPUTS for file in place.rglob(name)}
+            outputs = {file.parent for name in _OUTPUTS for file in place.rglob(name) if _is_ours(file)}
             files = [file for file in every if not _is_passed_over(file.relative_to(place), place, outputs)]
-            left_out += [file for file in every if file not in {*files}]
+            left_out += sorted({*every} - {*files})
         else:
             files = [place] if os.path.exists(place) else sorted(map(Path, glob(str(place), recursive=True)))
         if not files:
@@ -64,7 +64,8 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
         found += files
     kinds = ", ".join(SUFFIXES)
     if missing:
-        raise McpLoraError(f"no data in {', '.join(missing)} ({kinds}): mcp-lora convert OTHER_FILE")
+        others = f"; {len(left_out)} files are hidden, links, or written by mcp-lora" * bool(left_out)
+        raise McpLoraError(f"no data in {', '.join(missing)} ({kinds}{others}): mcp-lora convert OTHER_FILE")
     if unknown := [str(file) for file in found if not file.name.endswith(SUFFIXES)]:
         raise McpLoraError(f"{', '.join(unknown)}: not one of {kinds}: mcp-lora convert OTHER_FILE")
     for file in found:
@@ -73,6 +74,17 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
         except UnicodeEncodeError:
             raise McpLoraError(f"{str(file)!r}: a name that is no UTF-8: rename it") from None
     return list(dict.fromkeys(found))
+
+
+def _is_ours(marker: Path) -> bool:
+    """Tell whether a stats.json is a conversion's; other programs have one, too."""
+    if marker.name != "stats.json":
+        return True
+    try:
+        content = json.loads(marker.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "settings" in content
 
 
 def _is_passed_over(file: Path, place: Path, outputs: set[Path]) -> bool:
@@ -210,6 +222,8 @@ def _end_of_element(text: str, at: int) -> int:
             if not closing.endswith(token.group()):
                 return 0
             closing = closing[:-1]
+        elif not token["closed"]:
+            return 0
         if not closing:
             return token.end()
     return 0

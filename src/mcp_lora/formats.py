@@ -173,7 +173,7 @@ def _unwrapped(record: Any) -> Any:
             "unknown-format", f"a row is an object or a list of messages, not {type(record).__name__}"
         )
     for name in _WRAPPERS:
-        inner = _parsed(record.get(name), quietly=True)
+        inner = record.get(name) if name == "input" else _parsed(record.get(name), quietly=True)
         if name == "attributes" and isinstance(inner, list):  # OpenTelemetry's protocol
             pairs = [one for one in inner if isinstance(one, dict) and isinstance(one.get("value"), dict)]
             inner = {str(one.get("key")): next(iter(one["value"].values()), None) for one in pairs}

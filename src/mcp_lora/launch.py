@@ -42,7 +42,8 @@ class Outcome:
     @property
     def in_evaluation(self) -> bool:
         """Whether it failed while it computed the validation loss, by the frames of the last traceback."""
-        return ", in evaluation_loop" in self.stderr.rpartition("Traceback (most recent call last):")[2]
+        found = _failures(self.stderr)
+        return bool(found) and ", in evaluation_loop" in found[-1][0]
 
     def error(self, command: str) -> McpLoraError:
         """Return the failure as an error that shows the engine's own last lines."""
@@ -150,17 +151,26 @@ def real_error(stderr: str, lines: int = 8) -> str:
     killed = re.search(r"rank +: (\d+)[^[]*?traceback : (Signal \d+ \((?!SIGTERM)\w+\))", stderr)
     if killed:
         return f"rank {killed[1]} was ended by {killed[2]}: was the machine short of memory? dmesg"
-    text = re.sub(r"(?m)^\[rank\d+\]: ?", "", stderr.replace("\r", "\n"))
-    ends = []
-    for block in text.split("Traceback (most recent call last):")[1:]:
-        # The frames are indented; the exception and its message begin at the margin.
-        found = re.search(r"(?ms)^(?=[A-Za-z_][\w.]*(?::|\s*$)).*", block)
-        if found and not found.group().split("\n", 1)[0].split(":")[0].endswith(_WRAPPERS):
-            ends.append(found.group())
-    source = ends[-1] if ends else text
+    ends = [error for _, error in _failures(stderr)]
+    source = ends[-1] if ends else _plain(stderr)
     lines_of_it = (line.rstrip() for line in source.strip().split("\n"))
     kept = [line for line in lines_of_it if line and not re.search(r"%\|.*\|", line)]  # no progress bars
     return "\n".join(kept[:lines] if ends else kept[-lines:])
+
+
+def _plain(stderr: str) -> str:
+    return re.sub(r"(?m)^\[rank\d+\]: ?", "", stderr.replace("\r", "\n"))
+
+
+def _failures(stderr: str) -> list[tuple[str, str]]:
+    """Return the tracebacks that no wrapper has raised: frames and all, and the error at the end."""
+    failures = []
+    for block in _plain(stderr).split("Traceback (most recent call last):")[1:]:
+        # The frames are indented; the exception and its message begin at the margin.
+        found = re.search(r"(?ms)^(?=[A-Za-z_][\w.]*(?::|\s*$)).*", block)
+        if found and not found.group().split("\n", 1)[0].split(":")[0].endswith(_WRAPPERS):
+            failures.append((block, found.group()))
+    return failures
 
 
 def _stop(pid: int) -> None:

@@ -5,7 +5,7 @@
                   "per_device_eval_batch_size": 8,
                   "resume_from_checkpoint": "outputs/mcp_lora/checkpoint-100"}],
      "command": ["…/llamafactory-cli", "train", "outputs/mcp_lora/run.yaml"],
-     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}, "processes": 4, "pid": 4711,
+     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}, "processes": 4,
      "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"}, "gpus": ["NVIDIA A100"],
      "git_commit": "8373a1e…", "seed": 42, "data": {"file": "…/train.jsonl", "sha256": "…"},
      "base": {"file": "…/config.json", "sha256": "…"}, "conversion": {"read": 293, …},
@@ -22,6 +22,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,6 @@ def describe(
         "command": argv,
         "environment": dict(environment),
         "processes": processes,
-        "pid": os.getpid(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": _versions(),
@@ -85,7 +85,9 @@ def check_data(run: Path, folder: Path) -> None:
     record, file = read(run), dataset.file_of(folder, "train")
     known = (record.get("data") or {}).get("sha256")
     if known and file.is_file() and files.sha256(file) != known:
-        again = dataset.command(dataset.settings_of(record.get("conversion") or {}), folder)
+        conversion = record.get("conversion") or {}
+        inputs = list(dict.fromkeys(source["file"] for source in conversion.get("sources", [])))
+        again = dataset.command(replace(dataset.settings_of(conversion), inputs=inputs), folder)
         raise McpLoraError(f"{file} is not what {run} was trained on: {again}, or mcp-lora train --overwrite")
 
 

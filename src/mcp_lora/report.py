@@ -21,7 +21,7 @@ from urllib.parse import unquote
 from mcp_lora import answers, files, manifest, runs
 from mcp_lora.answers import Answer
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluation import ADAPTER, BASE, adapter_hash, summarise
+from mcp_lora.evaluation import ADAPTER, ASKED, BASE, adapter_hash, summarise
 from mcp_lora.scoring import ERRORS
 
 EXAMPLES = 20
@@ -253,9 +253,9 @@ def _calls(calls: Sequence[Any]) -> str:
 
 def _is_stale(run: Run) -> bool:
     """Tell whether the adapter has been trained on since it was evaluated."""
-    known = _json(run.folder / "eval" / "metrics.json").get("adapter")
+    file = run.folder / "eval" / ASKED
     try:
-        return bool(known) and known != adapter_hash(runs.adapter(run.folder))
+        return file.is_file() and file.read_text("utf-8") != adapter_hash(runs.adapter(run.folder))
     except McpLoraError:  # there is no adapter any more
         return False
 

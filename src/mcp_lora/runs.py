@@ -10,6 +10,7 @@ outputs/mcp_lora/
 """
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -176,11 +177,13 @@ def locked(run: Path) -> Iterator[None]:
     with explained(f"{run} cannot be written", _ELSEWHERE):
         run.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run.parent / f".{run.name}.lock")
+        owner = run.parent / f".{run.name}.pid"
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            process = files.load(run / "manifest.json", _ELSEWHERE).get("pid", "another")
+            process = owner.read_text("utf-8") if owner.is_file() else "another"
             raise McpLoraError(f"{run} is being trained in by process {process}: {_ELSEWHERE}") from None
+        owner.write_text(str(os.getpid()), encoding="utf-8")
     try:
         yield
     finally:

@@ -165,7 +165,7 @@ def _variants(text: str, schemas: Mapping[str, Any]) -> Iterator[str]:
     bare = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     if bare.startswith("{") and bare.endswith("}"):
         yield bare
-        with suppress(ValueError):
+        with suppress(ValueError, TypeError):  # Python has values that JSON has not
             if isinstance(value := literal(bare), dict):
                 yield from (json.dumps(value[holder]) for holder in _HOLDERS if holder in value)
 
@@ -179,5 +179,5 @@ def as_json(found: re.Match[str]) -> str:
     try:
         value = literal(found.group())
         return json.dumps(value) if isinstance(value, dict | list) else found.group()
-    except ValueError:
+    except (ValueError, TypeError):  # Python has values that JSON has not
         return found.group()

@@ -43,6 +43,7 @@ _TYPES = {
     "nonetype": "null",
 }
 _PLAIN = ("string", "integer", "number", "boolean", "array", "object", "null")
+_META = {"type", "title", "required", "description"}  # of a schema, and no parameter
 _VALUES = ("enum", "const", "default", "examples", "example")  # of a schema: what is in them is no schema
 
 
@@ -119,7 +120,7 @@ def _known(text: bytes, server: str) -> tuple[Tool, bool]:
             schema = None
     if "required_parameters" in item:  # ToolBench's
         optional = [part | {"required": False} for part in item.get("optional_parameters") or []]
-        schema = [*item["required_parameters"], *optional]
+        schema = [*(part | {"required": True} for part in item["required_parameters"]), *optional]
     if isinstance(schema, list) and all(isinstance(part, dict) and "name" in part for part in schema):
         schema = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in schema}
     if not isinstance(schema, dict):
@@ -146,16 +147,19 @@ def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:
     Raises Fault where a parameter is no object.
     """
     flat = {key: item for key, item in parameters.items() if not key.startswith("$")}
-    if flat and all(isinstance(item, str) for item in flat.values()) and not {"type", "title"} & flat.keys():
+    if flat and all(isinstance(item, str) for item in flat.values()) and not _META & flat.keys():
         flat = {key: {"description": item} for key, item in flat.items()}
     is_schema = parameters.get("type") == "object" or isinstance(parameters.get("properties"), dict)
     if flat and not is_schema and all(isinstance(item, dict) for item in flat.values()):
         required = [
             key
             for key, item in flat.items()
-            if "optional" not in str(item.get("type")).lower()
-            and "default" not in item
-            and item.get("required") is not False
+            if item.get("required") is True
+            or (
+                "optional" not in str(item.get("type")).lower()
+                and "default" not in item
+                and item.get("required") is not False
+            )
         ]
         parameters = {"type": "object", "properties": flat, "required": required}
     schema: dict[str, Any] = _schema(parameters)
@@ -219,7 +223,8 @@ def takes_null(schema: Any) -> bool:
 def types_of(schema: Any, root: Mapping[str, Any] | None = None) -> set[Any]:
     """Return the types that a schema names, and None where a part of it names none."""
     named = (part.get("type") for part in parts_of(schema, root))
-    return {kind for kinds in named for kind in (kinds if isinstance(kinds, list) else [kinds])}
+    every = (kind for kinds in named for kind in (kinds if isinstance(kinds, list) else [kinds]))
+    return {kind for kind in every if kind is None or isinstance(kind, str)}
 
 
 def parts_of(schema: Any, root: Mapping[str, Any] | None = None) -> Iterator[Mapping[str, Any]]:

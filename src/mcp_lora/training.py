@@ -11,7 +11,7 @@ from typing import Any
 from mcp_lora import config as configuration
 from mcp_lora import dataset, embedded, engine, files, launch, manifest, memory, runs, steps
 from mcp_lora.config import Machine
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import render as prompts
 from mcp_lora.prompts import rendered
 from mcp_lora.world import World, share_batch
@@ -215,7 +215,11 @@ def run(plan: Plan, say: Say, retry: bool = True, overwrite: bool = False) -> No
 
 
 def _run(plan: Plan, say: Say, retry: bool, overwrite: bool) -> None:
-    if plan.config.get("resume_from_checkpoint"):
+    resume = bool(plan.config.get("resume_from_checkpoint"))
+    # once more, as another training may have been in the folder meanwhile
+    if plan.world.leads and (checkpoint := runs.prepare(plan.run, plan.config, resume, overwrite)):
+        plan = replace(plan, config=plan.config | {"resume_from_checkpoint": str(checkpoint)})
+    if resume:
         manifest.check_data(plan.run, Path(plan.config["dataset_dir"]))
     plan = _render(plan, say)
     if overwrite and plan.world.leads and (previous := runs.put_aside(plan.run)):
@@ -228,13 +232,17 @@ def _run(plan: Plan, say: Say, retry: bool, overwrite: bool) -> None:
         record = manifest.describe(plan.config, plan.argv, plan.environment, plan.world.processes)
         record |= {"rendered": plan.rendered, "retries": retries}
         recorded = manifest.recorded(plan.run, record)
-    with recorded:
-        if plan.world.rank is None:
-            _run_engine(plan, say, retry, retries)
-        else:
-            engine.train(plan.config)
-        if plan.world.leads:
-            _check_result(plan)
+    try:
+        with recorded:
+            if plan.world.rank is None:
+                _run_engine(plan, say, retry, retries)
+            else:
+                engine.train(plan.config)
+            if plan.world.leads:
+                _check_result(plan)
+    except Interrupted as interruption:
+        interruption.option = runs.how_to_go_on(plan.run).strip()
+        raise
     say(f"the adapter is in {plan.run}; the next steps: mcp-lora eval, chat and export {plan.run}")
 
 

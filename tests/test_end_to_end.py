@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -202,7 +203,11 @@ def test_an_interruption_ends_every_process(project: Path, tiny_model: Path, num
         said = process.stderr.read()
         assert process.wait() == 128 + number
     assert not [child for child in family if child.is_running()]
-    assert said.rstrip().endswith("error: interrupted; a run goes on with: mcp-lora train --resume")
+    again = said.rstrip().split("error: interrupted; to go on: ")[1]
+    # by whether a checkpoint was saved meanwhile
+    assert again.removesuffix(" --resume") == shlex.join(
+        ["mcp-lora", "train", *map(str, words), "num_train_epochs=10000"]
+    )
 
 
 def test_two_ranks_under_the_deepspeed_launcher(project: Path, tiny_model: Path) -> None:

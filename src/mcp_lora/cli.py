@@ -373,7 +373,7 @@ def _print_table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], texts: Collection[str]
 ) -> None:
     """Print a table; columns other than `texts` are numbers, at the right."""
-    table = Table(title=Text(_harmless(title)), title_justify="left")
+    table = Table(title=Text(_harmless(title), no_wrap=True, overflow="ignore"), title_justify="left")
     for column in columns:
         if column in texts:
             table.add_column(column, overflow="fold", min_width=9)

@@ -194,6 +194,8 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("lora_rank: 8\nbf16: true\nlora_rank: 64\n")
     with pytest.raises(McpLoraError, match="lora_rank stands twice"):
         config.read_config(tmp_path / "twice.yaml")
+    (tmp_path / "merged.yaml").write_text("a: &a {lora_rank: 8}\nb: {<<: *a, lora_rank: 64}\n")
+    assert config.read_config(tmp_path / "merged.yaml")["b"] == {"lora_rank": 64}
 
 
 def test_a_long_value_is_no_path() -> None:

@@ -325,6 +325,7 @@ def export(
     new = export_dir.with_name(f".{export_dir.name}.new")  # half an export is none
     settings = runs.serving_config(run, adapter) | {"export_dir": str(new), "export_size": 1}
     settings |= {"template": rendered.TEMPLATE}  # which leaves the tokenizer its own chat template
+    shutil.rmtree(new, ignore_errors=True)  # what an export that was killed has left
     try:
         outcome = _run_engine("export", settings)
         if outcome.code:
@@ -510,7 +511,7 @@ def _interrupted(number: int, frame: Any) -> None:
 
 def _again(words: list[str], option: str | None) -> str:
     """Return the command that goes on with an interrupted one: the same, but where a training has begun."""
-    if option is not None:
+    if option is not None and words[0] == "train":  # a demo is run as a whole
         words = [word for word in words if word not in ("--resume", "--overwrite")] + [option] * bool(option)
     return shlex.join(["mcp-lora", *words])
 

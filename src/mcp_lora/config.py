@@ -228,12 +228,10 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep)
-        if len(found) < len(node.value):
-            names = [key.value for key, _ in node.value]
-            twice = sorted({name for name in names if names.count(name) > 1})
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice")
-        return found
+        return super().construct_mapping(node, deep)  # which adds what `<<` merges
 
 
 def _yaml(text: str | bytes, problem: str, command: str) -> Any:

@@ -341,7 +341,9 @@ def samples(folder: Path, split: str) -> Iterator[dict[str, Any]]:
         if not isinstance(sample, dict) or not {"messages", "tools"} <= set(sample):
             broken = isinstance(sample, files.Broken)
             what = sample.sentence if broken else "a row has no messages, or no tools"
-            raise McpLoraError(f"{file} cannot be used ({what}): mcp-lora convert --out {folder}")
+            raise McpLoraError(
+                f"{file} cannot be used ({what}): mcp-lora convert --out {folder}, after removing it"
+            )
         yield sample
 
 

@@ -77,7 +77,7 @@ def describe(
 
 def read(run: Path) -> dict[str, Any]:
     """Return a run's manifest, an empty one where it has none; a McpLoraError where it is damaged."""
-    return files.load(run / NAME, f"remove it, and run again, for instance mcp-lora report {run}")
+    return files.load(run / NAME, f"remove it, and mcp-lora report {run}")
 
 
 def check_data(run: Path, folder: Path) -> None:

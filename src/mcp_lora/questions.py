@@ -64,8 +64,8 @@ def _command(folder: Path, missing: Sequence[str]) -> str:
     """Return the command that converts once more, and holds more out for these splits."""
     settings = dataset.settings_of(dataset.statistics(folder) or {})
     keys = {"seen": "test", "unseen_tool": "holdout_tools", "unseen_server": "holdout_servers"}
-    chosen = [keys.get(split, split) for split in missing]
-    more: dict[str, Any] = {key: 0.5 if getattr(settings, key) < 0.5 else 0.9 for key in chosen}
+    shares = [keys.get(split, split) for split in missing]
+    more: dict[str, Any] = {key: 0.5 if getattr(settings, key) < 0.5 else 0.9 for key in shares}
     return dataset.command(replace(settings, **more), folder)
 
 
@@ -100,6 +100,7 @@ def read(folder: Path, splits: Sequence[str]) -> list[Question]:
             _ = question.instruction, question.expected, question.tools
         except (ValueError, TypeError, LookupError):
             raise McpLoraError(
-                f"a question of {question.split} in {folder} is damaged: mcp-lora convert --out {folder}"
+                f"a question of {question.split} in {folder} is damaged: mcp-lora convert --out {folder}, "
+                f"after removing {dataset.file_of(folder, question.split).name}"
             ) from None
     return found

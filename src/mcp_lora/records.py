@@ -1,4 +1,4 @@
-"""What readers yield and the rest of a conversion takes."""
+"""What readers yield and the rest of a conversion takes: its settings, tools, turns, and what is JSON."""
 
 import ast
 import json

@@ -28,8 +28,13 @@ CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for a tokenize
 _ELSEWHERE = "mcp-lora train --output OTHER_FOLDER"
 # Of a resumed run they must be those of the checkpoint.
 _KEPT = (
-    *("model_name_or_path", "enable_thinking", "lora_rank", "lora_alpha", "lora_target"),
-    *("learning_rate", "cutoff_len"),
+    "model_name_or_path",
+    "enable_thinking",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target",
+    "learning_rate",
+    "cutoff_len",
 )
 
 

@@ -14,16 +14,16 @@ import msgspec
 from mcp_lora.records import Fault, Tool, literal
 
 _SCHEMAS = (
-    *(
-        "parameters",
-        "inputSchema",
-        "input_schema",
-        "parametersJsonSchema",
-        "args_schema",
-        "schema",
-        "arguments",
-    ),
-    *("args", "inputs", "parameter"),
+    "parameters",
+    "inputSchema",
+    "input_schema",
+    "parametersJsonSchema",
+    "args_schema",
+    "schema",
+    "arguments",
+    "args",
+    "inputs",
+    "parameter",
 )
 _WRAPPERS = ("result", "function", "toolSpec")  # of a reply to tools/list, OpenAI's, Bedrock's
 _LISTS = ("function_declarations", "functionDeclarations", "tools", "functions", "remote_server_response")
@@ -125,9 +125,8 @@ def _known(text: bytes, server: str) -> tuple[Tool, bool]:
         schema = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in schema}
     if not isinstance(schema, dict):
         raise Fault("no-schema", f"{name} has no input schema")
-    schema = (
-        schema["json"] if isinstance(schema.get("json"), dict) and len(schema) == 1 else schema
-    )  # Bedrock's
+    if schema.keys() == {"json"} and isinstance(schema["json"], dict):  # Bedrock's
+        schema = schema["json"]
     description = item.get("description", item.get("tool_description"))
     plain = {"type": "object", "properties": {}} | schema
     try:

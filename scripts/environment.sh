@@ -1,11 +1,21 @@
 # Sourced by the other scripts: an environment with mcp-lora in it.
 
 # setup WHAT: activate .venv where no environment is active (making it), and install WHAT
-# (. or .[dev], which holds .) unless that has been done for this pyproject.toml.
+# (. or .[dev], which holds .) unless that has been done for this pyproject.toml. Conda's base counts as
+# none: it is everybody's.
 setup() {
-    if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
-        [ -x .venv/bin/pip ] || { echo "== making .venv"; "${PYTHON:-python3}" -m venv .venv; }
+    if [ -z "${VIRTUAL_ENV:-}" ] && { [ -z "${CONDA_PREFIX:-}" ] || [ "${CONDA_DEFAULT_ENV:-}" = base ]; }; then
+        [ -x .venv/bin/python ] || { echo "== making .venv"; "${PYTHON:-python3}" -m venv .venv; }
         source .venv/bin/activate
+    fi
+    if ! python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "$(python --version) in $(command -v python) is too old, 3.11 is required: rm -r .venv, and" >&2
+        echo "PYTHON=python3.12 $0" >&2
+        return 1
+    fi
+    if ! python -c 'import pip' 2>/dev/null && ! python -m ensurepip > /dev/null; then  # as uv venv leaves it
+        echo "$(command -v python) has no pip: uv pip install pip, and $0" >&2
+        return 1
     fi
     local stamp
     stamp="$(python -c 'import sys; print(sys.prefix)')/mcp-lora-installed"

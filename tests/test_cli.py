@@ -282,3 +282,12 @@ def test_a_model_that_cannot_be_built_still_has_a_plan(capsys: Capture, project:
     write_json(project / "odd/config.json", {"model_type": "bert", "num_hidden_layers": 2})
     main_ok(["train", "--dry-run", "--model", "./odd"])
     assert "memory: not known, " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["convert"]])
+def test_an_output_on_a_full_disk_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([BIN / "mcp-lora", *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "mcp-lora: error: the output cannot be read or written (No space left on device)" in done.stderr

@@ -202,3 +202,12 @@ def test_a_long_value_is_no_path() -> None:
     given = [f'deepspeed="{{{" " * 300}}}"', "output_dir=~nosuchuser/x"]
     found, _ = resolve(ROOT / "train_configs/lora_config.yaml", {}, given, {}, Machine(1, True, True))
     assert found["deepspeed"].startswith("{") and found["output_dir"].endswith("~nosuchuser/x")
+
+
+def test_what_the_environment_and_the_system_change_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve(config.RECIPE, {"MODEL_PATH": "org/variable"}, [], {}, GPU)[1] == [
+        "the model is org/variable, by MODEL_PATH in the environment"
+    ]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    notes = resolve(config.RECIPE, {}, [], {}, Machine(gpus=0, bf16=False, deepspeed=False))[1]
+    assert "no CUDA device (Apple's GPU is not used): training on the CPU" in notes

@@ -92,3 +92,16 @@ def test_what_no_training_could_use(tiny_model: Path, tmp_path: Path) -> None:
     assert template.verdict == "problem" and f"the tokenizer of {tmp_path} cannot be read" in template.words
     model = found(Path("org/model"))["model"]
     assert model.verdict == "warning" and "org/model is not here yet" in model.words
+
+
+def test_a_broken_deepspeed_file_and_torch_without_cuda(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "zero.json"
+    broken.write_text("{")
+    recipe = found(tiny_model, deepspeed=str(broken))["recipe"]
+    assert recipe.verdict == "problem" and f"{broken} is damaged" in recipe.words
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
+    monkeypatch.setattr("torch.version.cuda", None)
+    gpu = found(tiny_model)["GPU"]
+    assert gpu.verdict == "problem" and "is built for the CPU" in gpu.words

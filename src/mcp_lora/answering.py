@@ -13,7 +13,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import files, launch, runs
+from mcp_lora import files, launch
 from mcp_lora.answers import Said
 from mcp_lora.config import Machine
 from mcp_lora.errors import McpLoraError
@@ -35,6 +35,7 @@ def by_engine(
     template: ChatTemplate,
     settings: dict[str, Any],
     machine: Machine,
+    world: World,
     command: str,
 ) -> Generator[tuple[Question, Said]]:
     """Let LLaMA-Factory answer, greedily, in batches of questions of like length.
@@ -46,6 +47,7 @@ def by_engine(
         template: the model's.
         settings: its keys: all that shapes the model, adapter, max_new_tokens, batch.
         machine: where it runs.
+        world: the processes that share the questions.
         command: what to run again after a failure.
 
     Raises McpLoraError where the engine fails.
@@ -71,15 +73,12 @@ def by_engine(
                 "report_to": "none",
                 "output_dir": str(folder / "answers"),
             }
-            file = runs.write_config(folder, config)
-            # One process: ranks would share the questions out and put the answers in another order.
-            environment = launch.engine_environment(settings, World(), machine.gpus, os.environ)
+            environment = launch.engine_environment(settings, world, machine.gpus, os.environ)
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are what counts here
-            while (outcome := launch.run(launch.engine_argv("train", file), environment)).code:
+            while (outcome := launch.run_engine("train", config, environment)).code:
                 if not outcome.out_of_memory or (size := config[_BATCH]) == 1:
                     raise outcome.error(command)
                 config[_BATCH] = settings[_BATCH] = size // 2
-                runs.write_config(folder, config)
             rows: list[Any] = list(files.read(folder / "answers" / "generated_predictions.jsonl"))
         for (question, *_), row in zip(chunk, rows, strict=True):
             text = template.without_end(row["predict"])

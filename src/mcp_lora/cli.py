@@ -174,18 +174,11 @@ def train(
         "deepspeed": str(configuration.ZERO.with_name(f"ds_z{zero}_config.json")) if zero else None,
     }
     machine = configuration.detect_machine(gpus if dry_run else None)
-    if gpus and gpus > machine.gpus:
-        raise McpLoraError(
-            f"this machine shows {machine.gpus} GPUs, not {gpus} (CUDA_VISIBLE_DEVICES, nvidia-smi): "
-            f"mcp-lora train, or see what {gpus} would do: mcp-lora train --gpus {gpus} --dry-run"
-        )
     world = find_world(os.environ, machine.gpus, gpus, nodes, node_rank, master)
-    plan = training.plan(
-        config, overrides or [], flags, machine, world, global_batch, resume, overwrite, dry_run
-    )
     say = (lambda text: None) if world.rank else _say  # of several ranks the first one speaks
-    for note in plan.notes:
-        say(note)
+    plan = training.plan(
+        config, overrides or [], flags, machine, world, say, global_batch, resume, overwrite, dry_run
+    )
     if dry_run:
         typer.echo(training.preview(plan, say))
         return
@@ -235,6 +228,8 @@ def evaluate(
     endpoint: Annotated[str | None, Option(metavar="URL", help="Ask an OpenAI-compatible server.")] = None,
     model: Annotated[str | None, Option(help="The model's name on that server.")] = None,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Tokens of an answer, at most.")] = None,
+    gpus: Annotated[int | None, Option(min=1, help="GPUs that share the questions; all by default.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Questions at a time on a GPU.")] = 16,
     require: Annotated[list[str] | None, Option(metavar="SPLIT.FIGURE>=SHARE", help=_REQUIRE)] = None,
 ) -> None:
     """Answer the held-out questions with the base model and with the adapter, and compare."""
@@ -246,16 +241,19 @@ def evaluate(
     if base_only + adapter_only + bool(endpoint) > 1:
         raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: give one of them")
     requirements = [evaluation.requirement(text) for text in require or []]  # before anything that takes long
+    machine = configuration.detect_machine()
     with _progress() as progress:
         found = evaluation.evaluate(
             run,
-            configuration.detect_machine(),
+            machine,
+            find_world(os.environ, machine.gpus, gpus, nodes=1, node_rank=0),
             checkpoint,
             split or [],
             limit,
             [evaluation.BASE] * (not adapter_only) + [evaluation.ADAPTER] * (not base_only),
             evaluation.Endpoint(endpoint, model) if endpoint and model else None,
             max_new_tokens,
+            batch_size,
             requirements,
             progress,
         )
@@ -531,7 +529,12 @@ def main(arguments: list[str] | None = None) -> None:
         if empty := [place for place, word in enumerate(words) if not word or re.match(r"--\S+=$", word)]:
             what = " ".join(words[max(0, empty[0] - 1) : empty[0] + 1])
             raise McpLoraError(f"empty, by an unset variable? {what}: see mcp-lora {words[0]} --help")
-        app(words)
+        try:
+            app(words)
+        except OSError as error:  # what is printed, or the temporary folder, on a full disk
+            where = error.filename or "the output"
+            what = f"{where} cannot be read or written ({error.strerror or error})"
+            raise McpLoraError(f"{what}: see df -h and ls -l, and run again") from error
     except (McpLoraError, Interrupted) as error:
         if os.environ.get("MCP_LORA_TRACEBACK"):
             traceback.print_exc()

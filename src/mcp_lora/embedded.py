@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mcp_lora import files, launch
+from mcp_lora import engine, files, launch
 from mcp_lora.errors import McpLoraError, explained
 
 NAME = "embedded"  # what a configuration calls it
@@ -33,13 +33,14 @@ def folder() -> Path:
 
 
 def located(config: Mapping[str, Any], fetch: bool) -> dict[str, str]:
-    """Return the embedded model's folder as a setting, if that is the model of a configuration.
+    """Return a configuration's model as a setting: in its folder if it is the embedded one.
 
-    With `fetch` it is made where it is not there yet.
+    With `fetch` that is made where it is not there yet, and a model of another hub than Hugging Face's is
+    fetched (see mcp_lora.engine).
     """
-    if config.get("model_name_or_path") != NAME:
-        return {}
-    return {"model_name_or_path": str(ensure() if fetch else folder())}
+    if config.get("model_name_or_path") == NAME:
+        return {"model_name_or_path": str(ensure() if fetch else folder())}
+    return {"model_name_or_path": engine.fetched(config)} if fetch else {}
 
 
 def ensure() -> Path:

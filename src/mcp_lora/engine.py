@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -55,6 +56,31 @@ def shaping(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     shape = {"additional_target", *dict(keys(_MODEL))} - _OF_A_STEP
     return {key: value for key, value in config.items() if key in shape}
+
+
+def fetched(config: Mapping[str, Any]) -> str:
+    """Return where the base model is, fetched first where it comes from another hub than Hugging Face's.
+
+    The engine takes it from ModelScope or openMind where USE_MODELSCOPE_HUB or USE_OPENMIND_HUB is set.
+
+    Raises McpLoraError where it cannot be fetched.
+    """
+    model = str(config.get("model_name_or_path"))
+    hubs = {"USE_MODELSCOPE_HUB": "modelscope", "USE_OPENMIND_HUB": "openmind"}
+    on = [name for name in hubs if os.environ.get(name, "").lower() in ("1", "y", "true")]
+    if not on or Path(model).exists():
+        return model
+    from llamafactory.extras.misc import try_download_model_from_other_hub
+    from llamafactory.hparams import ModelArguments
+
+    known = {key: value for key, value in config.items() if key in dict(keys(_MODEL))}
+    try:
+        return str(try_download_model_from_other_hub(ModelArguments(**known)))
+    except Exception as error:  # the hubs' packages raise what they like
+        reason = " ".join(str(error).split())[:200]
+        what = f"{model} cannot be fetched, {on[0]} is set ({reason})"
+        again = f"check the network and pip show {hubs[on[0]]}, or unset {on[0]}"
+        raise McpLoraError(f"{what}: {again}") from None
 
 
 def train(config: dict[str, Any]) -> None:

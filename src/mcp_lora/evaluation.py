@@ -23,12 +23,12 @@ from mcp_lora.prompts import render, rendered
 from mcp_lora.prompts.render import IGNORED, ChatTemplate
 from mcp_lora.questions import Question
 from mcp_lora.records import Fault
+from mcp_lora.world import World
 
 BASE, ADAPTER = "base", "adapter"
 ASKED = "adapter.sha256"  # the hash of the adapter whose answers are kept
 # The figures of a split; where no tool fits, the last alone.
 FIGURES = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
-_BATCH = 16
 _THOUGHT = 1024  # tokens
 _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -80,12 +80,14 @@ class Endpoint:
 def evaluate(
     run: Path,
     machine: Machine,
+    world: World,
     checkpoint: str | None = None,
     splits: Sequence[str] = (),
     limit: int | None = None,
     models: Sequence[str] = (BASE, ADAPTER),
     endpoint: Endpoint | None = None,
     max_new_tokens: int | None = None,
+    batch_size: int = 16,
     requirements: Sequence["Requirement"] = (),
     progress: Callable[[str, float], None] = lambda doing, share: None,
 ) -> Evaluation:
@@ -94,12 +96,14 @@ def evaluate(
     Args:
         run: the run's folder.
         machine: where the engine runs.
+        world: the processes that share the questions there.
         checkpoint: of which the adapter is taken; the newest if None.
         splits: keys of questions.SPLITS; none means all that there are.
         limit: questions of each.
         models: BASE, ADAPTER or both.
         endpoint: ask this instead; what is kept of the base model's answers is compared with it.
         max_new_tokens: that an answer may have; by default what the longest right one has and some more.
+        batch_size: of a process; halved where memory runs out.
         requirements: of splits that are asked.
         progress: receives the share of a model's questions that are answered.
 
@@ -127,7 +131,7 @@ def evaluate(
     length = max_new_tokens or longest + (
         _THOUGHT if template.switches_thinking and template.thinking else 32
     )
-    batch = {"max_new_tokens": length, "per_device_eval_batch_size": _BATCH}
+    batch = {"max_new_tokens": length, "per_device_eval_batch_size": batch_size}
     common = [runs.serving_config(run, None) | batch, template.tokenizer.chat_template]
     judge = Judge(template)
 
@@ -149,7 +153,9 @@ def evaluate(
                 book = notebook(name, loaded and adapter_hash(loaded))
                 missing = book.missing(asked)
                 settings = runs.serving_config(run, loaded) | batch
-                found = answering.by_engine(missing, template, settings, machine, f"mcp-lora eval {run}")
+                found = answering.by_engine(
+                    missing, template, settings, machine, world, f"mcp-lora eval {run}"
+                )
             with closing(found):  # of what is being asked nothing outlives a failure to keep an answer
                 for done, (question, said) in enumerate(found, 1):
                     book.add(question, said)

@@ -23,15 +23,14 @@ Say = Callable[[str], None]
 class Plan:
     """What will be run: LLaMA-Factory's keys, the engine's variables, who trains.
 
-    `notes` says what was fitted to the machine, `batch` what the global batch size is made of, `given` which
-    keys were set on the command line, `steps` how many there are (empty until the data is known). Once the
-    data is rendered, `rendered` is what rendered.json holds, and `chat_template` what has to be served with
-    the adapter where that is not the model's own.
+    `batch` says what the global batch size is made of, `given` which keys were set on the command line,
+    `steps` how many there are (empty until the data is known). Once the data is rendered, `rendered` is what
+    rendered.json holds, and `chat_template` what has to be served with the adapter where that is not the
+    model's own.
     """
 
     config: dict[str, Any]
     environment: dict[str, str]
-    notes: list[str]
     batch: str
     world: World
     given: frozenset[str] = frozenset()
@@ -56,6 +55,7 @@ def plan(
     flags: dict[str, Any],
     machine: Machine,
     world: World,
+    say: Say,
     batch: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -64,39 +64,38 @@ def plan(
     """Resolve and check a run; nothing is written, but the embedded model is fetched if it is used.
 
     `flags` are keys set by options of their own (None is not set), `batch` the global batch size if not the
-    recipe's. A `dry_run` fetches nothing, and only remarks on what this machine could not run.
+    recipe's. What was fitted to the machine is said. A `dry_run` fetches nothing, and only remarks on what
+    this machine could not run.
 
     Raises McpLoraError where the configuration, the model or the output folder will not do.
     """
     config, notes = configuration.resolve(file, os.environ, overrides, flags, machine)
+    for note in notes:
+        say(note)
     config["output_dir"] = config.get("output_dir") or str(runs.DEFAULT.absolute())
     shared, words = share_batch(config, world.processes, batch)
     config |= shared
-    notes.append(words)
+    say(words)
     problems = settings_problems(config)
     model = str(config.get("model_name_or_path"))
     if model != embedded.NAME and (missing := configuration.missing_model(model, dry_run)):
         problems.append(missing)
-    zero = str(config.get("deepspeed") or "")
-    if zero and not zero.lstrip().startswith("{"):
-        if not os.path.isfile(zero):
-            problems.append(f"there is no {zero}: go to the project's folder")
-        elif not files.load(Path(zero), "give another, as in mcp-lora train --zero 0"):
-            problems.append(f"{zero} is empty")
     if problems:
         raise McpLoraError(f"{'; '.join(problems)}. Fix that and run again: mcp-lora train --dry-run")
     if heavy := configuration.too_big(model, machine):
         if not dry_run:
             raise McpLoraError(heavy)
-        notes.append(f"warning: {heavy}")
+        say(f"warning: {heavy}")
+    if not dry_run and not (os.path.exists(model) or manifest.cached(config, "tokenizer_config.json")):
+        say(f"{model} is not on this machine, it is fetched")
     config |= embedded.located(config, fetch=not dry_run)
     if checkpoint := runs.prepare(Path(config["output_dir"]), config, resume, overwrite):
         _check_batch(Path(config["output_dir"]), config, world)
         config["resume_from_checkpoint"] = str(checkpoint)
-        notes.append(f"resuming from {checkpoint}")
+        say(f"resuming from {checkpoint}")
     environment = launch.engine_environment(config, world, machine.gpus, os.environ)
     given = frozenset(configuration.parse_overrides(overrides))
-    return Plan(config, environment, notes, words, world, given)
+    return Plan(config, environment, words, world, given)
 
 
 def _check_batch(run: Path, config: Mapping[str, Any], world: World) -> None:
@@ -151,7 +150,20 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
         problems += [f"{key} has no effect without quantization_bit: set it, to 4" for key in quantising]
     if (stage := config.get("stage", "sft")) != "sft":
         problems.append(f"stage={stage} is not supervised fine-tuning, set stage=sft")
-    return problems
+    return problems + _deepspeed_problems(config.get("deepspeed"))
+
+
+def _deepspeed_problems(given: Any) -> list[str]:
+    """Return what is wrong with DeepSpeed's configuration: a file, or the JSON itself."""
+    if not given or isinstance(given, dict) or str(given).lstrip().startswith("{"):
+        return []
+    if not os.path.isfile(str(given)):
+        return [f"there is no {given}: go to the project's folder"]
+    try:
+        content = files.load(Path(given), "give another, as in mcp-lora train --zero 0")
+    except McpLoraError as error:
+        return [str(error)]
+    return [] if content else [f"{given} is empty"]
 
 
 def preview(plan: Plan, say: Say) -> str:

@@ -48,10 +48,16 @@ def find(
     RANK and WORLD_SIZE in `environment` are a launcher's, and win; `visible` is how many GPUs this machine
     shows, `master` HOST:PORT of the first machine.
 
-    Raises McpLoraError where the first machine is not named, or this one is none of them.
+    Raises McpLoraError where there are fewer GPUs, the first machine is not named, or this one is none of
+    them.
     """
     if (rank := worker_rank(environment)) is not None:
         return World(_number(environment, "WORLD_SIZE"), rank=rank)
+    if gpus and gpus > visible:
+        raise McpLoraError(
+            f"this machine shows {visible} GPUs, not {gpus} (CUDA_VISIBLE_DEVICES, nvidia-smi): leave --gpus "
+            f"out, or see what {gpus} would do: mcp-lora train --gpus {gpus} --dry-run"
+        )
     per_node = gpus or _number(environment, "NPROC_PER_NODE") or visible or 1
     nodes = nodes or _number(environment, "NNODES") or 1
     if node_rank is None:

@@ -1,0 +1,48 @@
+"""scripts/environment.sh: which environment is used, and what is said of one that will not do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def set_up(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Source the script in a folder and call its function, up to the installation of what is not there."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    script = f'source "{ROOT}/scripts/environment.sh"; setup .; python -c "import sys; print(sys.prefix)"'
+    argv = ["bash", "-c", script, "scripts/train_lora.sh"]
+    return subprocess.run(argv, cwd=folder, env=kept | variables, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("variables", [{}, {"CONDA_PREFIX": "/opt/conda", "CONDA_DEFAULT_ENV": "base"}])
+def test_without_an_environment_of_ones_own_one_is_made_with_pip(
+    tmp_path: Path, variables: dict[str, str]
+) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], cwd=tmp_path, check=True)
+    done = set_up(tmp_path, **variables)
+    assert done.stdout.splitlines()[-1] == str(tmp_path / ".venv")
+    assert list(tmp_path.glob(".venv/bin/pip*"))
+
+
+def test_an_environment_of_ones_own_is_used(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "mine"], cwd=tmp_path, check=True)
+    path = f"{tmp_path}/mine/bin:{os.environ['PATH']}"
+    done = set_up(tmp_path, CONDA_PREFIX=f"{tmp_path}/mine", CONDA_DEFAULT_ENV="mine", PATH=path)
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "mine")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_an_old_python_is_named_with_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "activate").write_text(f'PATH="{folder}:$PATH"\n')
+    (folder / "python").write_text(
+        '#!/bin/sh\ncase "$*" in *version_info*) exit 1;; esac\necho Python 3.9.1\n'
+    )
+    (folder / "python").chmod(0o755)
+    done = set_up(tmp_path)
+    assert "Python 3.9.1" in done.stderr and "PYTHON=python3.12 scripts/train_lora.sh" in done.stderr
+    assert "installing" not in done.stdout

@@ -7,7 +7,7 @@ deepspeed --num_gpus=4 train_lora.py lora_rank=32
 import sys
 
 try:
-    from mcp_lora.cli import main
+    from mcp_lora.cli.app import main
 except ModuleNotFoundError as error:
     sys.exit(f"mcp-lora is not installed in this environment ({error.name}): pip install -e .")
 

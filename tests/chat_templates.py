@@ -17,9 +17,9 @@ from typing import Any
 
 import platformdirs
 
+from mcp_lora.data.records import Fault, ToolCall
 from mcp_lora.errors import McpLoraError
-from mcp_lora.prompts.render import ChatTemplate
-from mcp_lora.records import Fault, ToolCall
+from mcp_lora.prompts.chat_template import ChatTemplate
 
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # its sdist carries vendor/llama.cpp/models/templates
 TRL = "trl==1.16.0"  # trl/chat_templates, without those that are changed for training

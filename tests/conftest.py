@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mcp_lora import catalogue as catalogues
-from mcp_lora import files
-from mcp_lora.catalogue import Catalogue
+from mcp_lora.data import catalogue as catalogues
+from mcp_lora.data import files
+from mcp_lora.data.catalogue import Catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 from conftest import SHAPES, SHARED, catalogue_of, write_json
 
-from mcp_lora import catalogue as catalogues
-from mcp_lora import files
-from mcp_lora.catalogue import Catalogue
-from mcp_lora.records import Fault, Tool
-from mcp_lora.tools import tools_in
+from mcp_lora.data import catalogue as catalogues
+from mcp_lora.data import files
+from mcp_lora.data.catalogue import Catalogue
+from mcp_lora.data.records import Fault, Tool
+from mcp_lora.data.tools import tools_in
 
 
 def tool(schema: Any, name: str = "t", server: str = "s") -> Tool:

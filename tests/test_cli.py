@@ -14,8 +14,9 @@ import typer
 import yaml
 from conftest import BIN, ROOT, record, write_json
 
-from mcp_lora import config, dataset, runs
-from mcp_lora.cli import app, main
+from mcp_lora.cli.app import app, main
+from mcp_lora.data import dataset
+from mcp_lora.train import recipe, runs
 
 Capture = pytest.CaptureFixture[str]
 
@@ -95,7 +96,7 @@ def test_an_interruption_names_the_command_that_goes_on(
     def interrupted() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("mcp_lora.engine.require", interrupted)
+    monkeypatch.setattr("mcp_lora.engine.api.require", interrupted)
     # nothing has been trained yet: the same once more
     for words in (["train", "--overwrite", "lora_rank=8"], ["eval", "my run", "--limit", "3"]):
         with pytest.raises(SystemExit) as caught:
@@ -104,7 +105,7 @@ def test_an_interruption_names_the_command_that_goes_on(
         assert f"to go on: {shlex.join(['mcp-lora', *words])}\n" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(config.detect_machine().gpus > 0, reason="this machine has a GPU")
+@pytest.mark.skipif(recipe.detect_machine().gpus > 0, reason="this machine has a GPU")
 def test_a_big_model_without_a_gpu_is_refused_with_the_demos_command(capsys: Capture) -> None:
     assert "./scripts/train_lora.sh demo" in fail(capsys, "train")
     assert not Path("outputs").exists()
@@ -123,7 +124,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(capsys: Capture, project: Path) 
     assert command.split() == ["command", str(BIN / "llamafactory-cli"), "train", str(run_file)]
     assert {"FORCE_TORCHRUN=1"} <= set(environment.splitlines())
     assert sorted(project.rglob("*")) == before
-    if not config.detect_machine().gpus:
+    if not recipe.detect_machine().gpus:
         assert "7.0 billion parameters" in shown.err and "use_cpu: true" in text
 
 
@@ -269,7 +270,7 @@ def test_a_traceback_comes_on_request(capsys: Capture, monkeypatch: pytest.Monke
 )
 def test_the_engine_is_not_imported(words: str, allowed: set[str], tiny_model: Path) -> None:
     script = (
-        "import sys\nfrom mcp_lora.cli import main\n"
+        "import sys\nfrom mcp_lora.cli.app import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         "print(*{'torch', 'transformers', 'llamafactory', 'peft'} & sys.modules.keys())"
     )

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora import dataset, languages, questions
-from mcp_lora.dataset import Settings, convert, refresh
+from mcp_lora.data import dataset, languages
+from mcp_lora.data.dataset import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
+from mcp_lora.evaluate import questions
 
 TRAIN_FILE = "mcp_train_data.json"
 
@@ -68,7 +69,7 @@ def many(servers: int = 30, tools: int = 5, rows: int = 4) -> list[dict[str, Any
 
 
 def killed_at(step: str, number: int, out: Path) -> None:
-    """Convert the sample into a folder, with SIGKILL after the nth call of a step of mcp_lora.dataset."""
+    """Convert the sample into a folder, with SIGKILL after the nth call of one of its steps."""
     script = f"""
 import os, signal
 from pathlib import Path
@@ -626,7 +627,7 @@ def test_a_sample_without_the_gold_tool_has_as_many_candidates(tmp_path: Path) -
 
 
 def test_a_conversion_can_be_repeated_by_its_command(tmp_path: Path) -> None:
-    from mcp_lora.cli import main
+    from mcp_lora.cli.app import main
 
     settings = {"seed": 7, "tools": [str(SHAPES / "tools")], "strict_schema": True, "redact": False}
     first = converted(tmp_path / "one", SAMPLE, **settings)

@@ -9,8 +9,10 @@ import pytest
 from chat_templates import templates
 from conftest import BIN, run
 
-from mcp_lora import config, dataset, doctor
-from mcp_lora.config import Machine
+from mcp_lora import doctor
+from mcp_lora.data import dataset
+from mcp_lora.train import recipe
+from mcp_lora.train.recipe import Machine
 
 CPU = Machine(0, False, False)
 
@@ -21,7 +23,7 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(model: Path, **changes: Any) -> dict[str, doctor.Finding]:
-    settings, _ = config.resolve(config.RECIPE, {}, [], {"model_name_or_path": str(model)}, CPU)
+    settings, _ = recipe.resolve(recipe.RECIPE, {}, [], {"model_name_or_path": str(model)}, CPU)
     return {finding.what: finding for finding in doctor.examine(settings | changes, CPU)}
 
 

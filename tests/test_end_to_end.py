@@ -14,8 +14,9 @@ import psutil
 import pytest
 from conftest import BIN, ROOT, collated, environment, make_project, run
 
-from mcp_lora import dataset, merging
-from mcp_lora.prompts import render
+from mcp_lora.data import dataset
+from mcp_lora.prompts import chat_template
+from mcp_lora.train import merging
 
 # The recipe, with its validation, on little data.
 SMALL = [
@@ -67,14 +68,14 @@ def test_a_run_leaves_what_the_guide_names(project: Path) -> None:
 
 def test_the_engine_trains_on_what_the_chat_template_renders(project: Path, tiny_model: Path) -> None:
     output = project / "outputs/mcp_lora"
-    template = render.load({"model_name_or_path": str(tiny_model)})
+    template = chat_template.load({"model_name_or_path": str(tiny_model)})
     lines = (project / "data/llama_factory/train.jsonl").read_text(encoding="utf-8").splitlines()
     rendered = [sample for line in lines for sample in template.encode(json.loads(line))]
     trained = collated(output / "run.yaml")
     assert 0 < len(trained) < len(rendered)  # the recipe holds some rows out for validation
     expected = {(tuple(sample.input_ids), tuple(sample.labels)) for sample in rendered}
     assert {(tuple(ids), tuple(labels)) for ids, labels in trained} <= expected
-    text = template.tokenizer.decode([label for label in trained[0][1] if label != render.IGNORED])
+    text = template.tokenizer.decode([label for label in trained[0][1] if label != chat_template.IGNORED])
     assert text.startswith("<tool_call>\n{") and text.endswith("}\n</tool_call><|im_end|>")
     # the tiny model knows no tools: what it is to be served with lies with the adapter
     for folder in (output, output / f"checkpoint-{steps(output)}"):
@@ -134,7 +135,7 @@ def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
     for model in ("base", "adapter"):
         lines = (project / f"outputs/mcp_lora/eval/{model}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["expected"] for line in lines] == [
-            [call._asdict() for call in render.called(sample["messages"][-1])] for sample in held_out
+            [call._asdict() for call in chat_template.called(sample["messages"][-1])] for sample in held_out
         ]
         assert all("<|im_start|>" in json.loads(line)["prompt"] for line in lines)
     done = run([BIN / "mcp-lora", "eval", "--require", "seen.exact>=0.99"], project)

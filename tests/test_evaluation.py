@@ -14,16 +14,18 @@ import pytest
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
 
-from mcp_lora import answering, launch, manifest, questions, runs
-from mcp_lora.answers import Judge, Notebook, Said
-from mcp_lora.config import Machine
-from mcp_lora.dataset import Settings, convert
+from mcp_lora.data.dataset import Settings, convert
+from mcp_lora.engine import launch
+from mcp_lora.engine.topology import World
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluation import BASE, Endpoint, Evaluation, evaluate, requirement, summarise, unmet
-from mcp_lora.prompts.render import ChatTemplate
-from mcp_lora.questions import Question
-from mcp_lora.scoring import Verdict
-from mcp_lora.world import World
+from mcp_lora.evaluate import predict, questions
+from mcp_lora.evaluate.answers import Judge, Notebook, Said
+from mcp_lora.evaluate.evaluation import BASE, Endpoint, Evaluation, evaluate, requirement, summarise, unmet
+from mcp_lora.evaluate.questions import Question
+from mcp_lora.evaluate.score import Verdict
+from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.train import manifest, runs
+from mcp_lora.train.recipe import Machine
 
 CPU = Machine(0, False, True)
 JUDGE = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
@@ -249,7 +251,7 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
     def by_engine(asked: list[Question], *rest: Any) -> Iterator[tuple[Question, Said]]:
         yield from ((question, said("Hello.")) for question in asked)
 
-    monkeypatch.setattr(answering, "by_engine", by_engine)
+    monkeypatch.setattr(predict, "by_engine", by_engine)
     evaluate(run, CPU, World(), splits=["no_call"], limit=2, models=[BASE])
     with server(lambda body: completion(content="half a pair: \ud800")) as (url, _):
         found = evaluate(run, CPU, World(), splits=["no_call"], limit=2, endpoint=Endpoint(url, "m"))
@@ -281,7 +283,7 @@ def test_the_batch_is_halved_where_memory_runs_out(
     monkeypatch.setattr(launch, "run_engine", run_engine)
     template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
     settings = {"model_name_or_path": str(tiny_model), "per_device_eval_batch_size": 16, "max_new_tokens": 9}
-    found = answering.by_engine(asked, template, settings, CPU, World(), "mcp-lora eval")
+    found = predict.by_engine(asked, template, settings, CPU, World(), "mcp-lora eval")
     assert {reply.text for _, reply in found} == {"No."} and batches == [16, 8, 4]
 
 
@@ -325,7 +327,7 @@ def test_whatever_a_server_sends_is_an_answer(
     sample = {"messages": [{"role": "user", "content": "Add."}, right], "tools": [{"function": tool}]}
     template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
     with server(lambda body: reply) as (url, _):
-        ((question, found),) = answering.by_endpoint([Question("seen", sample)], url, "m", 8, template)
+        ((question, found),) = predict.by_endpoint([Question("seen", sample)], url, "m", 8, template)
     answer = JUDGE(question, found)
     assert (answer.text, len(answer.calls), answer.verdict.error) == (text, calls, error)
     assert not (answer.failed and answer.verdict.abstained)
@@ -368,6 +370,6 @@ def test_an_adapter_is_looked_for_before_anything_is_asked(run: Path) -> None:
 
 
 def test_a_server_that_is_not_there_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "_RETRIES", 0)
+    monkeypatch.setattr(predict, "_RETRIES", 0)
     with pytest.raises(McpLoraError, match="http://127.0.0.1:9/v1 does not answer"):
         evaluate(run, CPU, World(), limit=1, endpoint=Endpoint("http://127.0.0.1:9/v1", "m"))

@@ -7,9 +7,9 @@ import pyarrow.parquet
 import pytest
 from conftest import write_json
 
-from mcp_lora import files
+from mcp_lora.data import files
+from mcp_lora.data.files import Broken
 from mcp_lora.errors import McpLoraError
-from mcp_lora.files import Broken
 
 ROWS = [{"a": 1, "b": ["é", None]}, {"a": 2.5}, "text", [1, [2]], 7]
 

@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, SHAPES, SHARED, catalogue_of, write_json
 
-from mcp_lora import dataset, files, formats
+from mcp_lora.data import dataset, files, formats
+from mcp_lora.data.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
+from mcp_lora.data.tools import schema_of, tools_in
 from mcp_lora.errors import McpLoraError
-from mcp_lora.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
-from mcp_lora.tools import schema_of, tools_in
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 FUNCTION = {"name": "tide", "description": "Tide", "parameters": SCHEMA}

@@ -14,7 +14,7 @@ import pytest
 from conftest import BIN, SAMPLE, environment, make_project, run
 from safetensors.numpy import load_file
 
-from mcp_lora import runs
+from mcp_lora.train import runs
 
 pytestmark = pytest.mark.kill
 KILLS = 20

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from conftest import BIN
 
-from mcp_lora import launch, world
+from mcp_lora.engine import launch, topology
 from mcp_lora.errors import McpLoraError
 
 
@@ -49,7 +49,7 @@ def test_the_engines_environment(
     config: dict[str, str], gpus: int, inherited: dict[str, str], added: dict[str, str]
 ) -> None:
     inherited = inherited | {"PATH": "/bin"}
-    found = launch.engine_environment(config, world.find(inherited, gpus), gpus, inherited)
+    found = launch.engine_environment(config, topology.find(inherited, gpus), gpus, inherited)
     kept = {name: value for name, value in found.items() if name.startswith("MALLOC_")}
     assert set(kept) == (set() if gpus else {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"})
     assert found == {"PATH": f"{BIN}{os.pathsep}/bin"} | kept | added

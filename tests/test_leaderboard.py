@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from mcp_lora.records import ToolCall
-from mcp_lora.scoring import judge
+from mcp_lora.data.records import ToolCall
+from mcp_lora.evaluate.score import judge
 
 PACKAGE = "bfcl-eval==2026.3.23"
 PARTS = ("simple_python", "multiple", "parallel", "parallel_multiple")

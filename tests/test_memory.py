@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from mcp_lora import memory
+from mcp_lora.train import memory
 
 CONFIG = {
     "lora_rank": 64,

@@ -24,11 +24,11 @@ from chat_templates import (
 )
 from conftest import ROOT
 
+from mcp_lora.data.calls import same_calls
+from mcp_lora.data.records import Fault, ToolCall
 from mcp_lora.errors import Interrupted, McpLoraError
-from mcp_lora.prompts import rendered
-from mcp_lora.prompts.calls import same_calls
-from mcp_lora.prompts.render import IGNORED, ChatTemplate, schemas
-from mcp_lora.records import Fault, ToolCall
+from mcp_lora.prompts import render
+from mcp_lora.prompts.chat_template import IGNORED, ChatTemplate, schemas
 
 # Why a template is refused.
 REFUSED = {
@@ -337,13 +337,13 @@ def test_distractors_make_room_and_nothing_is_cut(texts: dict[str, str]) -> None
     template = ChatTemplate(tokenizer_of(texts["Qwen-Qwen2.5-7B-Instruct"]))
     row = {"messages": [SYSTEM, QUESTION, calling(CALLS["one call"])], "tools": TOOLS}
     whole = len(template.encode(row)[0].input_ids)
-    fitted = rendered.fit(template, row, rendered.settings_of({"cutoff_len": whole - 1}))
+    fitted = render.fit(template, row, render.settings_of({"cutoff_len": whole - 1}))
     assert fitted.dropped == 1 and [tool["function"]["name"] for tool in fitted.row["tools"]] == [
         "get-sum.v2/x",
         "add",
     ]
     with pytest.raises(Fault, match="without any distractor"):
-        rendered.fit(template, row, rendered.settings_of({"cutoff_len": 300}))
+        render.fit(template, row, render.settings_of({"cutoff_len": 300}))
 
 
 def test_text_that_a_template_leaves_out_beside_a_call_is_counted(texts: dict[str, str]) -> None:
@@ -368,7 +368,7 @@ def test_a_data_set_is_rendered_once_and_every_row_is_accounted_for(
     file = tmp_path / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = {"cutoff_len": 4096, "val_size": 0.1, "preprocessing_num_workers": 2}
-    folder, made = rendered.render(llama, file, tmp_path / "rendered", settings)
+    folder, made = render.render(llama, file, tmp_path / "rendered", settings)
     assert made["left_out"] == {"too-long": 1, "not-renderable": 20} and len(made["reasons"]) == 2
     assert any(reason.startswith("row 1: ") and "cutoff_len is 4096" in reason for reason in made["reasons"])
     assert made["samples"] + made["validation"] == 19 == made["lost_texts"]
@@ -380,25 +380,25 @@ def test_a_data_set_is_rendered_once_and_every_row_is_accounted_for(
     expected = [llama.encode(row)[0].input_ids for row in rows[2::2]]
     assert sorted([*splits["train"]["input_ids"], *splits["validation"]["input_ids"]]) == sorted(expected)
     written = (folder / "rendered.json").stat().st_mtime_ns
-    again, same = rendered.render(llama, file, tmp_path / "rendered", settings | {"learning_rate": 1})
+    again, same = render.render(llama, file, tmp_path / "rendered", settings | {"learning_rate": 1})
     assert (again, same) == (folder, made) and (folder / "rendered.json").stat().st_mtime_ns == written
-    other, more = rendered.render(
+    other, more = render.render(
         llama, file, tmp_path / "rendered", {"cutoff_len": 4096, "train_on_prompt": True, "max_samples": 3}
     )
     assert other != folder and more["samples"] == 1 and more["validation"] == 0
     row = load_from_disk(str(other))["train"][0]
     assert row["labels"] == row["input_ids"]
     with pytest.raises(McpLoraError, match="val_size=500 of 40 rows leaves nothing"):
-        rendered.render(llama, file, tmp_path / "rendered", settings | {"val_size": 500})
+        render.render(llama, file, tmp_path / "rendered", settings | {"val_size": 500})
     file.write_text(f"{json.dumps(rows[2])}\n\n{{}}\n", encoding="utf-8")
-    made = rendered.render(llama, file, tmp_path / "rendered", {"cutoff_len": 4096})[1]
+    made = render.render(llama, file, tmp_path / "rendered", {"cutoff_len": 4096})[1]
     assert made["samples"] == 1 and made["left_out"] == {"damaged": 2}
     file.write_bytes(b'{"messages": "\xff"}\n')
     with pytest.raises(McpLoraError, match="cannot be read, or copied into .*utf-8.*: mcp-lora convert"):
-        rendered.render(llama, file, tmp_path / "rendered", settings)
+        render.render(llama, file, tmp_path / "rendered", settings)
     file.write_text(json.dumps(rows[1]) + "\n", encoding="utf-8")
     with pytest.raises(McpLoraError, match="no row of .* is left to train on .*row 1: .*mcp-lora inspect 1"):
-        rendered.render(llama, file, tmp_path / "rendered", settings)
+        render.render(llama, file, tmp_path / "rendered", settings)
 
 
 def test_the_engine_stops_where_a_turn_ends(texts: dict[str, str], tmp_path: Path) -> None:

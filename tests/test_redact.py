@@ -1,7 +1,7 @@
 import json
 import re
 
-from mcp_lora.redact import redact
+from mcp_lora.data.redact import redact
 
 RECORD = {
     "messages": [

@@ -11,12 +11,14 @@ import pytest
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, ROOT, record, run, write_json
 
-from mcp_lora import answers, manifest, questions, report, runs
-from mcp_lora.answers import Judge, Notebook, Said
-from mcp_lora.dataset import Settings, convert
+from mcp_lora.data.dataset import Settings, convert
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluation import adapter_hash, summarise
-from mcp_lora.prompts.render import ChatTemplate
+from mcp_lora.evaluate import answers, questions
+from mcp_lora.evaluate.answers import Judge, Notebook, Said
+from mcp_lora.evaluate.evaluation import adapter_hash, summarise
+from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.report import page as report
+from mcp_lora.train import manifest, runs
 
 SCRIPT = "</script></pre><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>"
 MODELS = ("base", "endpoint-hosted", "adapter")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from transformers.trainer_utils import sort_checkpoints
 
-from mcp_lora import runs
 from mcp_lora.errors import McpLoraError
+from mcp_lora.train import runs
 
 CONFIG: dict[str, Any] = {
     "model_name_or_path": "org/model",

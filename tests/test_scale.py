@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import BIN, ROOT, environment, make_project, run
 
-from mcp_lora import runs
+from mcp_lora.train import runs
 
 # Without dropout, whose random numbers are each rank's own, the ranks compute the same sums. Eight
 # samples a step, and six steps.

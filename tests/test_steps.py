@@ -10,9 +10,9 @@ import torch
 from conftest import BIN, SHARED, make_project, run
 from safetensors.torch import load_file
 
-from mcp_lora import steps
-from mcp_lora.cli import main
+from mcp_lora.cli.app import main
 from mcp_lora.errors import McpLoraError
+from mcp_lora.train import steps
 
 RECIPE = {
     "per_device_train_batch_size": 16,

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from mcp_lora import dataset, manifest, training
-from mcp_lora.config import Machine, missing_model
+from mcp_lora.data import dataset
 from mcp_lora.errors import McpLoraError
-from mcp_lora.prompts import render
+from mcp_lora.prompts import chat_template
+from mcp_lora.train import manifest, training
+from mcp_lora.train.recipe import Machine, missing_model
 
 _ROOM = 20e9  # bytes: a 7B model's weights in bf16, and some checkpoints
 
@@ -115,12 +116,12 @@ def _model(config: Mapping[str, Any]) -> Iterator[Finding]:
     else:
         yield Finding("model", "ok", model)
         try:
-            yield _template(render.load(config, local_files_only=True))
+            yield _template(chat_template.load(config, local_files_only=True))
         except McpLoraError as error:
             yield Finding("chat template", "problem", str(error))
 
 
-def _template(template: render.ChatTemplate) -> Finding:
+def _template(template: chat_template.ChatTemplate) -> Finding:
     """See which chat template is trained, and whether its answers end with what ends the generation."""
     ends = sorted({*template.ends.values()})
     words = f"{template.note}; an answer ends with {' or '.join(ends)}"

@@ -13,8 +13,8 @@ from conftest import SAMPLE
 SCRIPT = """
 import resource, sys, time
 from pathlib import Path
-import mcp_lora.cli
-from mcp_lora.dataset import Settings, convert
+import mcp_lora.cli.app
+from mcp_lora.data.dataset import Settings, convert
 
 def peak():
     (own,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]

@@ -20,12 +20,13 @@ import yaml
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, ROOT, SAMPLE, environment
 
-from mcp_lora import evaluation, questions, runs
-from mcp_lora.answers import Judge, Said
-from mcp_lora.config import Machine
-from mcp_lora.dataset import Settings, convert
-from mcp_lora.evaluation import ADAPTER, BASE
-from mcp_lora.prompts.render import ChatTemplate
+from mcp_lora.data.dataset import Settings, convert
+from mcp_lora.evaluate import evaluation, questions
+from mcp_lora.evaluate.answers import Judge, Said
+from mcp_lora.evaluate.evaluation import ADAPTER, BASE
+from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.train import runs
+from mcp_lora.train.recipe import Machine
 
 # The base does not stop by itself: plain prediction takes a minute for each of its answers.
 COUNT = {BASE: 8, ADAPTER: 24}

@@ -25,7 +25,7 @@ import pytest
 import yaml
 from conftest import BIN, ROOT, SAMPLE, environment, write_json
 
-from mcp_lora import embedded
+from mcp_lora import demo_model
 
 CONVERSION = ("--candidates", "2", "--test", "0")
 BATCH = 16
@@ -105,10 +105,10 @@ for adapter in adapters:
 def test_training_is_faster_than_the_guides_and_trls(tmp_path: Path) -> None:
     from datasets import load_from_disk
 
-    from mcp_lora import dataset
-    from mcp_lora.prompts import render, rendered
+    from mcp_lora.data import dataset
+    from mcp_lora.prompts import chat_template, render
 
-    model = embedded.ensure()
+    model = demo_model.ensure()
     (tmp_path / "train_configs").symlink_to(ROOT / "train_configs")
     rows = json.loads(SAMPLE.read_text(encoding="utf-8"))
     data, others = tmp_path / "data/llama_factory", tmp_path / "data/held_out"
@@ -116,14 +116,16 @@ def test_training_is_faster_than_the_guides_and_trls(tmp_path: Path) -> None:
         source = write_json(folder.with_suffix(".json"), part)
         _run(tmp_path, BIN / "mcp-lora", "convert", source, *CONVERSION, "--out", folder)
 
-    template = render.load({"model_name_or_path": str(model)})
+    template = chat_template.load({"model_name_or_path": str(model)})
     settings = {"cutoff_len": 4096, "val_size": 0.1}  # as LLaMA-Factory holds rows out: all train on the same
-    folder, _ = rendered.render(template, dataset.file_of(data, "train"), tmp_path / "rendered", settings)
+    folder, _ = render.render(template, dataset.file_of(data, "train"), tmp_path / "rendered", settings)
     encoded = load_from_disk(str(folder))["train"]
     tokens = sum(map(len, encoded["input_ids"]))
     write_json(tmp_path / "trl.json", [_prompt_and_answer(template.tokenizer, sample) for sample in encoded])
     held_out = [sample for row in dataset.samples(others, "train") for sample in template.encode(row)]
-    questions = [(one.input_ids, [label != render.IGNORED for label in one.labels]) for one in held_out]
+    questions = [
+        (one.input_ids, [label != chat_template.IGNORED for label in one.labels]) for one in held_out
+    ]
     write_json(tmp_path / "held_out.json", questions)
 
     guide = GUIDE | {"model_name_or_path": str(model), "dataset_dir": str(data)}
@@ -194,7 +196,7 @@ def test_the_first_step_comes_as_soon_as_the_engines_own(tmp_path: Path) -> None
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     model, count = tmp_path / "model", 4000
-    tokenizer = AutoTokenizer.from_pretrained(embedded.ensure())
+    tokenizer = AutoTokenizer.from_pretrained(demo_model.ensure())
     tokenizer.save_pretrained(model)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(model)

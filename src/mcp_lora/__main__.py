@@ -1,0 +1,3 @@
+from mcp_lora.cli.app import main
+
+main()

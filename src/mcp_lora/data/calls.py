@@ -1,0 +1,340 @@
+r"""Read tool calls back out of what a model wrote, in the form in which its chat template writes them.
+
+No family is listed here. A template is asked to write one call and two, with marked names, keys and values,
+and what it writes shows how it writes any call. Four forms cover what is published:
+
+    an object that holds the name     <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>
+    a name, then an object            [TOOL_CALLS]add[ARGS]{"a": 1}
+    keys and values between literals  <function=add>\n<parameter=a>\n1\n</parameter>\n</function>
+    calls in Python's syntax          <|tool_call_start|>[add(a=1)]<|tool_call_end|>
+"""
+
+import ast
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mcp_lora.data.records import ToolCall, literal, value_of
+from mcp_lora.data.tools import types_of
+
+# How models mark their thoughts: DeepSeek, Qwen and most others; Gemma 4; Mistral; Seed; Cohere.
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<|channel>thought", "<channel|>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+)
+
+NAME, KEYS, VALUES = "probe_name", ("probe_key_a", "probe_key_b"), ("probe value c", "probe value d")
+PROBE = ToolCall(NAME, dict(zip(KEYS, VALUES, strict=True)))
+OTHER = ToolCall("other-tool", {KEYS[0]: VALUES[1]})
+_NUMBER = 1234567
+TYPED = ToolCall(NAME, {KEYS[0]: _NUMBER, KEYS[1]: VALUES[1]})
+CALL_ID = "000000001"  # what a call's id is in every prompt of ours: nine characters, as Mistral wants them
+
+Schemas = Mapping[str, Mapping[str, Any]]
+_JSON = json.JSONDecoder()
+_GLUE = r"[\s,;\[\]`]"  # what may stand between two calls besides the literals
+_TAG = re.compile(r"<[^<>]*>|\[/?[A-Z_]+\]")
+_WORD = re.compile(rf"{_TAG.pattern}|<[^\s<>]*|[^\s<\[]+")  # a tag, one that the name closes, anything else
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer holds.
+
+    Attributes:
+        calls: those that could be read, in order.
+        content: the text before the first call.
+        broken: something begins as a call does, and cannot be read.
+    """
+
+    calls: list[ToolCall]
+    content: str
+    broken: bool
+
+
+class CallFormat:
+    """How a chat template writes calls.
+
+    Args:
+        write: returns what the template writes for an answer with these calls, without the token that ends
+            the turn; raises where it cannot.
+        answer: what it writes for an answer without a call.
+
+    Raises ValueError where the template shows no call that can be read.
+    """
+
+    def __init__(self, write: Callable[[list[ToolCall]], str], answer: str) -> None:
+        self._answer = answer
+        self._quote = ""
+        self._one = one = without_thought(write([PROBE]))
+        try:
+            self._two = without_thought(write([PROBE, PROBE]))
+        except Exception:  # some templates refuse parallel calls, by raising what they like
+            self._two = ""
+        if NAME not in one:
+            raise ValueError("the template leaves calls out")
+        for place in (match.start() for match in re.finditer(r"\{", one)):
+            value, end = _decoded(one, place)
+            if value is not None and NAME in json.dumps(value):
+                self._literals(place, end)
+                self._name_key, self._arguments_key = _keys(value)
+                self._read_one = self._object
+                return
+        start = one.index(NAME)
+        after = start + len(NAME)
+        brace, key = one.find("{", after), one.find(KEYS[0], after)
+        if key < 0:
+            raise ValueError("the template leaves arguments out")
+        if re.match(r"\(\s*" + KEYS[0], one[after:]):
+            self._literals(start, one.rindex(VALUES[1]) + len(VALUES[1]) + 2)
+            self._read_one = self._python
+        elif 0 <= brace < key:
+            value, end = _decoded(one, brace)
+            if value is None:
+                # Gemma 4 has a quote of its own, and bare keys
+                self._quote = one[key + len(KEYS[0]) : one.index(VALUES[0])].lstrip(": ")
+                end = len(self._quote) and one.index("}", one.index(VALUES[1])) + 1
+                if not end:
+                    raise ValueError("the template writes arguments in a form of its own")
+            self._literals(start, end)
+            self._middle = one[after:brace].strip()
+            self._read_one = self._named
+        else:
+            places = [one.find(word, after) for word in (KEYS[0], VALUES[0], KEYS[1], VALUES[1])]
+            if -1 in places or places != sorted(places):
+                raise ValueError("the template writes calls in a form of its own")
+            self._learn_tags(start, places, without_thought(write([TYPED])))
+            self._read_one = self._tagged
+
+    def _learn_tags(self, start: int, places: list[int], typed: str) -> None:
+        """Learn what stands between keys and values, as Qwen3-Coder, GLM, MiniMax and DeepSeek V3.2 write."""
+        one = self._one
+        key_a, value_a, key_b, value_b = places
+        before_value = one[key_a + len(KEYS[0]) : value_a]
+        between, rest = one[value_a + len(VALUES[0]) : key_b], one[value_b + len(VALUES[1]) :]
+        after_value = os.path.commonprefix([between, rest])
+        after_value = after_value[: max(map(after_value.rfind, ">]}")) + 1]  # whole tags
+        if not after_value:
+            raise ValueError("the template shows no end of an argument")
+        before_key = between[len(after_value) :].strip()
+        after_name = one[start + len(NAME) : key_a].strip().removesuffix(before_key).strip()
+        # Some say beside the key whether the value is text (DeepSeek), or of which type (Kimi K3).
+        before_other = typed[typed.index(KEYS[0]) + len(KEYS[0]) : typed.index(str(_NUMBER))]
+        same = os.path.commonprefix([before_value, before_other])
+        end = os.path.commonprefix([before_value[len(same) :][::-1], before_other[len(same) :][::-1]])[::-1]
+        self._is_typed = before_value == before_other
+        found = _WORD.match(rest[len(after_value) :].strip())
+        after_call = found.group() if found else ""
+        self._literals(start, value_b + len(VALUES[1]) + len(after_value))
+        self._after_call = re.compile(rf"\s*{_loose(after_call)}") if after_call else re.compile("")
+        self._name = re.compile(
+            rf"\s*([^\s<>]+?)(?:{_loose(after_name)}|\s*(?={_loose(before_key)}))"
+            if after_name
+            else rf"\s*([^\s<>]+?)\s*(?={_loose(before_key)}|{_loose(after_call)})"
+        )
+        self._parameter = re.compile(
+            rf"\s*{_loose(before_key)}(?P<key>[^<>\n]*?)"
+            rf"(?:(?P<text>{_loose(before_value)})|{_loose(same)}[^\"<>]*{_loose(end)})"
+            rf"(?P<value>.*?){_loose(after_value)}(?=\s*(?:{_loose(before_key)}|{_loose(after_call)}))",
+            re.DOTALL,
+        )
+
+    def _literals(self, start: int, end: int) -> None:
+        """Keep what stands around a call: before all calls, before each, after each."""
+        one, two = self._one, self._two
+        opening, closing = one[:start], one[end:]
+        if two.startswith(opening) and (again := two.find(one[start:end], end)) >= 0:
+            between = two[end:again]
+            each = os.path.commonprefix([opening[::-1], between[::-1]])[::-1]
+            tag = re.search(r"[<\[]", each)
+            each = each[tag.start() :] if tag else each.lstrip()
+            closing = os.path.commonprefix([closing, between])
+        else:
+            each = opening
+        words = sorted({*_WORD.findall(f"{opening} {one[end:]} {closing} {each}")}, key=len, reverse=True)
+        self._between = re.compile("|".join([*map(re.escape, words), _GLUE]))
+        # What a call begins with: its tags, of which models leave out the first at times, or all of it.
+        begins = [word for word in _WORD.findall(opening) if word[0] in "<[" and word not in self._answer]
+        begins = begins or [opening.strip()]
+        self._mark = re.compile("|".join(map(re.escape, begins)))
+
+    def read(self, text: str, schemas: Schemas | None = None) -> Reading:
+        """Return the calls in an answer.
+
+        Args:
+            text: what the model wrote after its prompt, thought included or not.
+            schemas: the parameters' JSON Schema of each candidate tool, by name; they type what a form
+                writes as bare text.
+        """
+        text = without_thought(text)
+        if self._mark.pattern:
+            mark = self._mark.search(text)
+            start = mark.start() if mark else -1
+        else:  # Llama 3 writes a bare object, which may be all of an answer and no part of one
+            bare = re.sub(r"^(?:\s|<\|[a-z_]+\|>)+", "", text)
+            start = len(text) - len(bare) if bare.startswith("{") else -1
+        if start < 0:
+            return Reading([], text.strip(), False)
+        content, place = text[:start].strip(), start
+        if self._quote:
+            text = text[:start] + _as_json(text[start:], self._quote)
+        calls: list[ToolCall] = []
+        while found := self._read_one(text, self._skip(text, place), schemas or {}):
+            calls.append(found[0])
+            place = found[1]
+        # behind the last call nothing may begin as a call does
+        again = bool(self._mark.pattern and self._mark.search(text, place))
+        return Reading(calls, content, not calls or again)
+
+    def _skip(self, text: str, place: int) -> int:
+        """Return where the literals between two calls end."""
+        while (glue := self._between.match(text, place)) and glue.end() > place:
+            place = glue.end()
+        return place
+
+    def _object(self, text: str, place: int, schemas: Schemas) -> tuple[ToolCall, int] | None:
+        value, end = _decoded(text, place)
+        if not isinstance(value, dict):
+            return None
+        inner: dict[str, Any] = value["function"] if isinstance(value.get("function"), dict) else value
+        keys = (self._arguments_key, "arguments", "parameters")
+        arguments: Any = next((inner[key] for key in keys if key in inner), {})
+        call = call_of(inner.get(self._name_key, inner.get("name")), arguments)
+        return (call, end) if call else None
+
+    def _named(self, text: str, place: int, schemas: Schemas) -> tuple[ToolCall, int] | None:
+        brace = text.find("{", place)
+        name = _name_at(text[place : max(brace, place)], schemas, self._middle)
+        if brace < 0 or not name:
+            return None
+        value, end = _decoded(text, brace)
+        call = call_of(name, value) if isinstance(value, dict) else None
+        return (call, end) if call else None
+
+    def _tagged(self, text: str, place: int, schemas: Schemas) -> tuple[ToolCall, int] | None:
+        named = self._name.match(text, place)
+        if not named:
+            return None
+        name, place = named.group(1), named.end()
+        properties = schemas.get(name, {}).get("properties", {})
+        arguments: dict[str, Any] = {}
+        while found := self._parameter.match(text, place):
+            key, value = found["key"].strip(), found["value"]
+            is_text = _takes_text(properties.get(key), value) if self._is_typed else found["text"] is not None
+            arguments[key] = value if is_text else _typed(value)
+            place = found.end()
+        closed = self._after_call.match(text, place)
+        return (ToolCall(name, arguments), closed.end()) if closed else None
+
+    def _python(self, text: str, place: int, schemas: Schemas) -> tuple[ToolCall, int] | None:
+        bracket = text.find("(", place)
+        name = text[place:bracket].strip()
+        if bracket < 0 or not re.fullmatch(r"[^\s()\[\]<>{}\"'=,]+", name):
+            return None
+        for end in (match.end() for match in re.compile(r"\)").finditer(text, bracket)):
+            try:
+                call = ast.parse(f"f{text[bracket:end]}", mode="eval").body
+                if not isinstance(call, ast.Call) or call.args:
+                    return None
+                arguments = {str(word.arg): value_of(word.value) for word in call.keywords}
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+            return ToolCall(name, arguments), end
+        return None
+
+
+def _decoded(text: str, place: int) -> tuple[Any, int]:
+    try:
+        return _JSON.raw_decode(text, place)
+    except (ValueError, RecursionError):
+        return None, place
+
+
+def call_of(name: Any, arguments: Any) -> ToolCall | None:
+    """Return a call; its arguments are an object, or one as JSON in a text, and `""` is none. Else None."""
+    try:
+        # Twice in quotes, as models do that have seen OpenAI's format.
+        for _ in range(2):
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments) if arguments.strip() else {}
+        json.dumps([name, arguments], allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # NaN, half a surrogate pair, no JSON
+        return None
+    arguments = {} if arguments is None else arguments
+    return (
+        ToolCall(name, arguments) if isinstance(name, str) and name and isinstance(arguments, dict) else None
+    )
+
+
+def without_thought(text: str) -> str:
+    """Return an answer behind its thought; a thought may have begun in the prompt."""
+    for opening, closing in THOUGHTS:
+        before, found, after = text.partition(closing)
+        # only a thought that opens the answer, or that the prompt has opened: not one that is quoted later
+        if found and (opening in before or not re.search(r"[{\[]", before)):
+            start = before.find(opening)
+            text = (before[:start] if start > 0 else "") + after
+    return text
+
+
+def _keys(value: Any) -> tuple[str, str]:
+    """Return under which keys an object, or one within it, holds the name and the arguments."""
+    inner = next((item for item in value.values() if isinstance(item, dict) and NAME in item.values()), value)
+    name = next((key for key, item in inner.items() if item == NAME), None)
+    if name is None:
+        raise ValueError("the template writes calls in a form of its own")
+    return name, next((key for key, item in inner.items() if KEYS[0] in json.dumps(item)), "arguments")
+
+
+def _name_at(text: str, schemas: Schemas, middle: str) -> str:
+    """Return the tool's name with which a text begins: a candidate's, or up to what follows a name."""
+    text = text.strip()
+    candidates = [name for name in schemas if text.startswith(name)]
+    return max(candidates, key=len, default=re.split(rf"[\s<\[{re.escape(middle[:1])}]", text)[0])
+
+
+def _takes_text(schema: Any, value: str) -> bool:
+    """Tell whether a bare value is a text: where its schema takes one."""
+    kinds = types_of(schema)
+    return "string" in kinds and not ("null" in kinds and value in ("null", "None"))
+
+
+def _loose(literal: str) -> str:
+    """Return a pattern for a literal in which white space between tags does not count."""
+    words = r"\s*".join(map(re.escape, literal.split()))
+    return r"\n?" * literal[:1].isspace() + words + r"\n?" * literal[-1:].isspace()
+
+
+def _typed(value: str) -> Any:
+    """Return a bare value that is no text; some templates write it as Python does."""
+    try:
+        return literal(value)
+    except ValueError:
+        return value
+
+
+def _as_json(text: str, quote: str) -> str:
+    """Return a text of objects with a quote of their own and bare keys as JSON."""
+    parts = text.split(quote)
+    for place, part in enumerate(parts):
+        if place % 2:
+            parts[place] = json.dumps(part, ensure_ascii=False)
+        else:
+            parts[place] = re.sub(r'([{,]\s*)([^\s:"{}\[\],<>|][^:"{}\[\],<>|]*?)\s*:', r'\1"\2":', part)
+    return "".join(parts)
+
+
+def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:
+    """Tell whether calls are the same, in the same order, as JSON: 1 is not true."""
+    return [_canonical(call) for call in one] == [_canonical(call) for call in other]
+
+
+def _canonical(call: ToolCall) -> str:
+    return json.dumps([call.name, call.arguments], sort_keys=True)

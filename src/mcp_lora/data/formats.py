@@ -1,0 +1,509 @@
+r"""Read tool-call data of any form that people publish or log: names are mapped first, then there is one way.
+
+Of a record four things are looked for, each under any of its names: what was said before (messages,
+conversations, contents, input, …), what was answered (completion, response, outputs, …) or the calls that are
+right (function_call, answers, ground_truth), the tools, and the system message. A message has a role and a
+content, which is a text or parts; a part is a text, a thought, a call or a result. In OpenAI's form:
+
+    {"messages": [{"role": "user", "content": "What is 128 * 46?"},
+                  {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function":
+                      {"name": "calculate", "arguments": "{\"expression\": \"128 * 46\"}"}}]},
+                  {"role": "tool", "tool_call_id": "1", "content": "5888"}],
+     "tools": [{"type": "function", "function": {"name": "calculate", "parameters": {…}}}]}
+
+FORMATS names the forms for the statistics; docs/data.md shows a record of each. A form with other names is
+added to the tables below.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from mcp_lora.data import languages, text_calls
+from mcp_lora.data.calls import THOUGHTS
+from mcp_lora.data.records import (
+    ANSWER,
+    CALL,
+    RESULT,
+    SYSTEM,
+    USER,
+    Content,
+    Fault,
+    Tool,
+    ToolCall,
+    Turn,
+    literal,
+)
+from mcp_lora.data.tools import tools_in
+
+# The forms by the keys that show them, the first that fits.
+FORMATS: dict[str, set[str]] = {
+    "filtered": {"tool_info"},
+    "function_call": {"source_instruction"},
+    "mcp_flow_test": {"instruction", "tool_name", "tools"},
+    "xlam": {"query", "answers"},
+    "bfcl": {"question", "function"},
+    "toucan": {"messages", "question"},
+    "glaive": {"chat"},
+    "gemini": {"contents"},
+    "otel": {"gen_ai.input.messages"},
+    "otel-span": {"attributes"},
+    "nemo-gym": {"responses_create_params"},
+    "tau-bench": {"traj"},
+    "batch-request": {"body"},
+    "alpaca": {"instruction", "output"},
+    "responses": {"input", "output"},
+    "langsmith": {"inputs", "outputs"},
+    "request-log": {"request", "response"},
+    "trl": {"prompt", "completion"},
+    "trl-preference": {"prompt", "chosen"},
+    "sharegpt": {"conversations"},
+    "openai": {"messages"},
+}
+
+
+def _names(names: str) -> tuple[str, ...]:
+    return tuple(names.split())
+
+
+def _by_name(groups: dict[str, str]) -> dict[str, str]:
+    return {name: group for group, names in groups.items() for name in names.split()}
+
+
+# What holds a record's parts, whatever the form; of several names the first that there is counts.
+_WRAPPERS = _names(
+    "attributes request body input inputs data extra invocation_params optional_params toolConfig "
+    "responses_create_params"
+)
+_QUESTIONS = _names("instruction source_instruction query question")
+_HISTORY = _names("messages conversations conversation contents traj trajectory trace dialog chat prompt")
+_HISTORY += ("gen_ai.input.messages", *_QUESTIONS, "input")
+_ANSWERS = _names("completion output outputs response gen_ai.output.messages choices message chosen")
+_RIGHT = _names("function_call answers ground_truth tool_calls expected_tool_calls expected_calls")
+_TOOLS = _names("tools functions function available_tools tool_defs tool_definitions tool_info")
+_TOOLS += ("gen_ai.tool.definitions",)
+_SYSTEMS = _names("system system_prompt systemInstruction system_instruction instructions")
+_SYSTEMS += ("gen_ai.system_instructions",)
+_EVENT = {"sessionId", "leafUuid", "payload"}  # what shows a line of a session log, Claude Code's or Codex's
+# Of a message and its parts.
+_ROLE_OF = _by_name(
+    {
+        SYSTEM: "system developer systemmessage systemprompt",
+        USER: "user human humanmessage question",
+        ANSWER: "answer assistant gpt ai aimessage aimessagechunk model bot chatbot agent chatgpt reasoning",
+        CALL: "toolcall toolcalls functioncall",
+        RESULT: "tool function observation toolresponse toolresult ipython toolmessage functionmessage "
+        "environment functioncalloutput functionresponse",
+    }
+)
+# The kind of a part by its plain name (see `_plain`): mcp_tool_use, tool-call, toolResult.
+_KINDS = {
+    "thought": re.compile(r"thinking|reasoning(text)?|summarytext|thought"),
+    "result": re.compile(r".*(tool|function)(call)?(result|response|output)"),
+    "call": re.compile(r".*(tooluse|toolcall|functioncall)"),
+    "text": re.compile(r".*text|markdown|refusal"),
+}
+_REASONING = _names("reasoning_content reasoning thinking thought")
+_NAMES = _names("name toolName tool_name")
+_ARGUMENTS = _names("arguments args parameters input kwargs")
+_RESULTS = _names("content output response result results value text")
+_IDS = _names("tool_call_id tool_use_id toolUseId toolCallId call_id id")
+
+
+def recognise(record: Any) -> str:
+    """Return the name of a record's form by its keys, `?` for none that we know."""
+    if isinstance(record, list):
+        return "messages"
+    keys = set(record) if isinstance(record, dict) else set()
+    return next((name for name, shown in FORMATS.items() if shown <= keys), "?")
+
+
+def records(found: Iterable[Any]) -> Iterator[Any]:
+    """Yield a file's records; the events of a session log, one a line, are one for each session.
+
+    Messages that stand in no conversation are one together, and {"data": […]} holds records.
+    """
+    sessions: dict[Any, list[Any]] = {}
+    messages = []
+    for record in found:
+        if not isinstance(record, dict):
+            yield record
+        elif "type" in record and _EVENT & record.keys():
+            if {"message", "payload"} & record.keys():
+                sessions.setdefault(record.get("sessionId"), []).append(record)
+        elif record.keys() == {"data"} and isinstance(record["data"], list):
+            yield from records(record["data"])
+        elif _role(record) and {"content", "value", "tool_calls"} & record.keys():
+            messages.append(record)
+        else:
+            yield record
+    yield from sessions.values()
+    if messages:
+        yield messages
+
+
+def is_session(record: Any) -> bool:
+    """Tell whether a record is the events of a session log."""
+    first = record[0] if isinstance(record, list) and record else None
+    return isinstance(first, dict) and bool(_EVENT & first.keys())
+
+
+def read(record: Any, find: Callable[[str], Tool]) -> Content:
+    """Return what a record holds.
+
+    A message that cannot be read ends the conversation, and is kept as its fault: what stands before may do.
+
+    Args:
+        record: as it stands in a file.
+        find: returns a tool of the catalogues, for a record that brings none.
+
+    Raises Fault where there is no conversation in it, or a tool is in no catalogue.
+    """
+    record = {"messages": record} if isinstance(record, list) else _unwrapped(record)
+    content = Content([])
+    content.tools += tools_in(_first(record, _TOOLS), _server(record), content.cleaned)
+    try:
+        for message in _said(record):
+            content.turns += _turns(message, content)
+    except Fault as fault:
+        if not content.turns:
+            raise
+        content.fault = fault
+    if not content.tools:
+        names = dict.fromkeys(call.name for turn in content.turns for call in turn.calls)
+        content.tools = [find(name) for name in names]
+    own = {(tool.server, tool.name): tool for tool in reversed(content.tools)}
+    content.tools = list({tool.name: tool for tool in own.values()}.values())[::-1]
+    return content
+
+
+def _unwrapped(record: Any) -> Any:
+    """Return a record's own keys and those of what wraps its request."""
+    if not isinstance(record, dict):
+        raise Fault(
+            "unknown-format", f"a row is an object or a list of messages, not {type(record).__name__}"
+        )
+    for name in _WRAPPERS:
+        inner = record.get(name) if name == "input" else _parsed(record.get(name), quietly=True)
+        if name == "attributes" and isinstance(inner, list):  # OpenTelemetry's protocol
+            pairs = [one for one in inner if isinstance(one, dict) and isinstance(one.get("value"), dict)]
+            inner = {str(one.get("key")): next(iter(one["value"].values()), None) for one in pairs}
+        if isinstance(inner, dict):
+            record = inner | {key: value for key, value in record.items() if key != name}
+    return record
+
+
+def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """Return the first value that there is under any of these names; an empty text is none."""
+    for name in names:
+        if (value := record.get(name)) not in (None, ""):
+            return value
+    return None
+
+
+def _server(record: Mapping[str, Any]) -> str:
+    info = record.get("server_info")
+    name = info.get("server_name", info.get("name")) if isinstance(info, dict) else record.get("server_name")
+    return name if isinstance(name, str) else ""
+
+
+def _said(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a record's messages: system, what was said, and what was answered or is the right call."""
+    if system := _first(record, _SYSTEMS):
+        system = system.get("parts", system) if isinstance(system, dict) else system  # Gemini's
+        yield {"role": "system", "content": system}
+    right, question = _parsed(_first(record, _RIGHT)), _first(record, _QUESTIONS)
+    traces = [key for key in record if key.endswith("__trace")]  # NeMo Data Designer's
+    said = question if right is not None and question is not None else _first(record, (*_HISTORY, *traces))
+    if said and said == record.get("instruction") and isinstance(record.get("input"), str):  # Alpaca's
+        said = f"{said}\n{record['input']}".strip()
+    if said is None:
+        raise Fault("unknown-format", _what_it_looks_like(record))
+    history = list(_messages(said, USER))
+    yield from history
+    if right == []:  # no tool fits
+        yield {"role": "assistant", "content": languages.refusal(str(question or ""))}
+    elif right is not None:
+        right = right if isinstance(right, list) else [right]
+        if all(isinstance(one, str) and one.rstrip().endswith(")") for one in right):  # add(a=1)
+            yield {"role": "assistant", "content": f"[{', '.join(right)}]"}
+        else:
+            yield {"role": "assistant", "tool_calls": right}
+    elif history and _role(history[-1]) not in (ANSWER, CALL):
+        yield from _messages(_first(record, _ANSWERS), ANSWER)
+
+
+def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
+    """Yield the messages in a value; a bare text is one of `role`."""
+    if isinstance(value, str):
+        parsed = _parsed(value, quietly=True)
+        said = parsed if isinstance(parsed, list) else [parsed]
+        if any(isinstance(one, dict) and (_role(one) or _inner(one) is not None) for one in said):
+            value = parsed  # a question may be JSON, too
+    if isinstance(value, str):
+        turns = _GLAIVE.split(value)[1:]
+        if not turns:
+            yield {"role": role, "content": value}
+        for who, text in zip(turns[::2], turns[1::2], strict=True):
+            name = "tool" if who == "FUNCTION RESPONSE" else who.lower()
+            yield {"role": name, "content": text.replace("<|endoftext|>", "").strip()}
+    elif isinstance(value, list):
+        for item in value:
+            yield from _messages(item, role)
+    elif isinstance(value, dict):
+        inner = None if _role(value) else _inner(value)
+        if inner is None:
+            yield value
+        else:
+            yield from _messages(inner, role)
+    elif value is not None:
+        raise Fault("bad-message", f"a message is no object but {type(value).__name__}")
+
+
+def _inner(value: Mapping[str, Any]) -> Any:
+    """Return the messages that a reply of a server, or a trace, holds."""
+    return _first(value, ("messages", *_ANSWERS, "generations", "candidates"))
+
+
+_GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+
+
+def _role(message: Mapping[str, Any]) -> str | None:
+    """Return the role of a message, None for one that we do not know."""
+    named = message.get("role") or message.get("from") or message.get("type")
+    if isinstance(message.get("lc"), int) and isinstance(message.get("id"), list):
+        named = (message["id"] or [""])[-1]
+    return _ROLE_OF.get(_plain(named)) if isinstance(named, str) else None
+
+
+def _plain(name: str) -> str:
+    """Return a name without case and separators: tool-call and toolCall are tool_call."""
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _opened(message: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a message without what wraps it; None for an event of a session log that is none."""
+    if message.get("isMeta") or message.get("isSidechain"):
+        return None
+    for name in ("message", "payload", "data", "kwargs"):  # Claude Code, Codex, LangChain twice
+        if isinstance(inner := message.get(name), dict):
+            kind: dict[str, Any] = {key: message[key] for key in ("type", "lc", "id") if key in message}
+            return kind | inner if name in ("data", "kwargs") or _role(inner) or name == "message" else None
+    if isinstance(inner := message.get("content"), dict) and "parts" in inner:  # Gemini's candidates
+        return inner
+    return message if _role(message) or not {"timestamp", "sessionId"} & set(message) else None
+
+
+def _turns(message: dict[str, Any], content: Content) -> Iterator[Turn]:
+    """Yield the turns of a message; the tools that a system message lists are added to `content`."""
+    opened = _opened(message)
+    if opened is None:
+        return
+    role = _role(opened)
+    if role is None:
+        raise Fault("bad-message", f"a message has the keys {', '.join(opened)}, and no role that is known")
+    parts = list(_parts(opened, role))
+    texts, thoughts = ([text for kind, text in parts if kind == wanted] for wanted in ("text", "thought"))
+    results = [item for kind, item in parts if kind == "result"]
+    calls = [item for kind, item in parts if kind == "call"]
+    text = "\n".join(texts)
+    if role == SYSTEM:
+        content.tools += tools_in(opened.get("tools"), "", content.cleaned)
+        text, listed = _without_tools(text)
+        content.tools += listed
+        yield Turn(SYSTEM, text)
+    elif role == RESULT:
+        for item in results or [opened]:
+            yield from _results(item)
+    elif role == USER:
+        for item in results:
+            yield from _results(item)
+        if text.strip() or not results:
+            yield Turn(USER, text)
+    else:
+        text, thought = _without_thought(text)
+        thoughts = [*thoughts, thought] if thought else thoughts
+        if role == CALL:
+            named = opened if isinstance(opened.get("name"), str) else _literal(text)
+            calls, text = (named if isinstance(named, list) else [named]), ""
+        turn = _call(calls) if calls else Turn(ANSWER)
+        if not calls and text.strip():
+            schemas = {tool.name: tool.parameters for tool in content.tools}
+            if reading := text_calls.read(text, schemas):
+                turn = Turn(CALL, calls=tuple(reading.calls), ids=("",) * len(reading.calls))
+                text = reading.content
+        weight = opened.get("weight")
+        yield turn._replace(text=text.strip(), reasoning="\n".join(thoughts), trained=weight != 0)
+
+
+def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
+    """Yield what a message holds: ("text", text), ("thought", text), ("call", item) and ("result", item)."""
+    for name in _REASONING:
+        if isinstance(text := message.get(name), str) and text.strip():
+            yield "thought", text
+    value = _first(message, ("content", "parts", "value", "summary", "text", "refusal", "message"))
+    for part in value if isinstance(value, list) else [value]:
+        if role == RESULT and not (isinstance(part, dict) and _kind(part)[0] == "result"):
+            continue  # all of it is the result
+        if isinstance(part, dict):
+            yield from _part(part)
+        elif part is not None:
+            if not isinstance(part, str):
+                raise Fault("bad-message", f"a message's content is no text but {type(part).__name__}")
+            yield "text", part
+    more = message.get("additional_kwargs")  # LangChain's
+    for name in ("tool_calls", "function_call"):
+        calls = message.get(name) or (more.get(name) if isinstance(more, dict) else None)
+        calls = _literal(calls) if isinstance(calls, str) else calls
+        for call in calls if isinstance(calls, list) else [calls] * bool(calls):
+            yield "call", call
+
+
+def _kind(part: dict[str, Any]) -> tuple[str, str]:
+    """Return of which kind a part is, and what says so: its `type`, or the key that holds it."""
+    for name in (part.get("type"), *part):
+        for kind, pattern in _KINDS.items():
+            if isinstance(name, str) and pattern.fullmatch(_plain(name)):
+                return kind, name
+    return "", ""
+
+
+def _part(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield a part of a message's content."""
+    kind, name = _kind(part)
+    if not kind:
+        kind = part.get("type") or ", ".join(part)
+        raise Fault("bad-message", f"content has blocks of type {kind}, which are neither text nor calls")
+    kind = "thought" if part.get("thought") is True else kind
+    inner = part.get(name, part)
+    if kind in ("call", "result"):
+        value = _parsed(part["value"]) if "value" in part else inner if isinstance(inner, dict) else part
+        yield kind, value
+    else:
+        yield kind, str(_first(part, (*_REASONING, "text", "content", "value", "refusal")) or "")
+
+
+def _results(item: Mapping[str, Any]) -> Iterator[Turn]:
+    """Yield the results in a message or a part: one, or each <tool_response> of a text."""
+    value = _first(item, _RESULTS)
+    known = _parsed(value, quietly=True)
+    failed = item.get("is_error") or item.get("isError") or (isinstance(known, dict) and known.get("isError"))
+    given, text = _id(item), _result_text(value)
+    for part in _TOOL_RESPONSE.findall(text) or [text]:
+        yield Turn(RESULT, part, ids=(given,) if given else (), failed=bool(failed))
+
+
+_TOOL_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+
+
+def _result_text(value: Any) -> str:
+    """Return the text of a result: MCP's {"content": [{"type": "text", "text": "5888"}]}, or any value.
+
+    Images and files in it are left out, as no template renders them.
+    """
+    if isinstance(value, dict) and len(value) == 1 and isinstance(value.get("result"), str):  # Gemini's
+        return str(value["result"])
+    known = _parsed(value, quietly=True)
+    parts = known.get("content") if isinstance(known, dict) else known
+    if (
+        isinstance(parts, list)
+        and parts
+        and all(isinstance(part, dict) for part in parts)
+        and all({"type", "text"} & part.keys() for part in parts)
+    ):
+        texts = [_first(part, ("text", "value", "content")) for part in parts]
+        return "\n".join(text for text in texts if isinstance(text, str))
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _id(item: Any) -> str:
+    """Return the id of a call, or of the call that a result belongs to; "" where it has none."""
+    given = (item.get(key) for key in _IDS) if isinstance(item, dict) else ()
+    return next((name for name in given if isinstance(name, str) and name.isprintable()), "")
+
+
+def _call(items: list[Any]) -> Turn:
+    """Read calls: {name, arguments}, that in {function: …}, or BFCL's {name: {argument: [values]}}."""
+    calls, ids = [], []
+    for item in items:
+        item = _literal(item) if isinstance(item, str) else item
+        ids.append(_id(item))
+        item = item if isinstance(item, dict) else {}
+        if isinstance(item.get("custom"), dict):
+            raise Fault("custom-call", "a custom tool call holds free text, no arguments")
+        if isinstance(item.get("function"), dict):
+            item = item["function"]
+        if "name" not in item and len(item) == 1:
+            ((name, values),) = item.items()
+            if isinstance(values, dict) and all(isinstance(value, list) for value in values.values()):
+                chosen = {key: value[0] for key, value in values.items() if value and value[0] != ""}
+                item = {"name": name, "arguments": chosen}
+        if not isinstance(name := _first(item, _NAMES), str):
+            raise Fault("no-call", "a call has no name, or there is none")
+        arguments = _first(item, _ARGUMENTS)
+        for _ in range(2):  # encoded twice, at times
+            if isinstance(arguments, str):
+                arguments = _literal(arguments) if arguments.strip() else {}
+        arguments = {} if arguments is None else arguments
+        if not isinstance(arguments, dict):
+            raise Fault("bad-arguments", f"the arguments of {name} are no JSON object")
+        calls.append(ToolCall(name, arguments))
+    if not calls:
+        raise Fault("no-call", "the list of calls is empty")
+    return Turn(CALL, "", tuple(calls), tuple(ids))
+
+
+def _without_thought(text: str) -> tuple[str, str]:
+    """Return a text without the thought that opens it, and the thought."""
+    for opening, closing in THOUGHTS:
+        before, found, after = text.partition(closing)
+        if found and before.lstrip().startswith(opening):
+            return after.lstrip(), before.lstrip().removeprefix(opening).strip()
+    return text, ""
+
+
+def _without_tools(text: str) -> tuple[str, list[Tool]]:
+    """Return a system message without the tools that it lists as JSON, and these tools."""
+    tools: list[Tool] = []
+    text = re.sub(r"(?<=<tools>).*?(?=</tools>)", text_calls.as_json, text, flags=re.DOTALL)
+    kept, place = "", 0
+    for found in re.finditer(r"[\[{]", text):
+        if found.start() < place:
+            continue
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, found.start())
+            listed = list(tools_in(value))
+        except (ValueError, RecursionError, Fault):
+            continue
+        if listed:
+            kept, place, tools = kept + text[place : found.start()], end, tools + listed
+    return re.sub(r"<tools>\s+</tools>", "", kept + text[place:]).strip() if tools else text, tools
+
+
+def _parsed(value: Any, quietly: bool = False) -> Any:
+    """Return what a string of JSON, or Python, holds where it looks like an object or array."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and value.rstrip()[-1:] in ("}", "]"):
+        try:
+            return literal(value)
+        except ValueError:
+            if not quietly:
+                raise Fault("bad-json", f"a field is no JSON: {value[:80]}") from None
+    return value
+
+
+def _literal(text: str) -> Any:
+    """Return what JSON, or a Python literal as Toucan writes it, holds."""
+    try:
+        return literal(text)
+    except ValueError:
+        raise Fault("bad-json", f"a call is neither JSON nor a Python literal: {text[:80]}") from None
+
+
+def _what_it_looks_like(record: Mapping[str, Any]) -> str:
+    if "tools" in record or {"name", "description"} <= set(record):
+        return "a tool catalogue, which holds no call: give it with --tools"
+    keys = ", ".join(map(str, record)) or "none"
+    return (
+        f'no known format has these keys: {keys}; bring {{"messages": […], "tools": […]}}, see docs/data.md'
+    )

@@ -1,0 +1,215 @@
+r"""The second pass of a conversion: each row gets its split and its candidate tools, and is written twice.
+
+In OpenAI's form, a file a split (train.jsonl, seen.jsonl, …), which is what is trained; tests also say whose
+tool is the gold one:
+
+    {"messages": [{"role": "system", "content": "You are a helpful assistant. …"},
+                  {"role": "user", "content": "What is 128 * 46?"},
+                  {"role": "assistant", "content": null, "tool_calls": [{"id": "call_1", "type": "function",
+                   "function": {"name": "calculate", "arguments": "{\"expression\":\"128 * 46\"}"}}]}],
+     "tools": [{"type": "function", "function": {"name": "calculate", "description": …, "parameters": {…}}}],
+     "server": "calculator"}
+
+And in LLaMA-Factory's sharegpt form (its data/README.md), for those who train without mcp-lora:
+
+    {"conversations": [{"from": "human", "value": "What is 128 * 46?"},
+                       {"from": "function_call",
+                        "value": "{\"name\": \"calculate\", \"arguments\": {\"expression\": …}}"}],
+     "system": "You are a helpful assistant …",
+     "tools": "[{\"name\": \"calculate\", \"description\": …, \"parameters\": …}]"}
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from mcp_lora.data import languages
+from mcp_lora.data.catalogue import Catalogue
+from mcp_lora.data.files import BUFFER
+from mcp_lora.data.records import Settings, Tool
+from mcp_lora.data.rows import Progress, Row, Rows
+from mcp_lora.data.sampling import Pool, Split
+
+# The splits, and what LLaMA-Factory's form of each is named.
+SPLITS = {
+    "train": "mcp_train",
+    "seen": "mcp_test_seen",
+    "unseen_tool": "mcp_test_unseen_tool",
+    "unseen_server": "mcp_test_unseen_server",
+    "no_call": "mcp_test_no_call",
+}
+# Between the results of parallel calls: LLaMA-Factory allows one turn for all of them and joins them so
+# itself (its data/converter.py, OpenAIDatasetConverter).
+_BETWEEN_RESULTS = "\n</tool_response>\n<tool_response>\n"
+
+
+def engine_file(split: str) -> str:
+    """Return the name of LLaMA-Factory's file of a split."""
+    return "mcp_train_data.json" if split == "train" else f"{SPLITS[split]}.json"
+
+
+class Samples:
+    """Writes the samples of a conversion into `folder`.
+
+    Attributes:
+        extra: no-call samples that were made, by split.
+        count: samples, by split.
+        pool: where the candidates come from.
+    """
+
+    def __init__(self, folder: Path, catalogue: Catalogue, rows: Rows, settings: Settings) -> None:
+        self.extra: Counter[str] = Counter()
+        self.count: Counter[str] = Counter()
+        self._folder = folder
+        self._tools = catalogue.tools
+        self._rows = rows
+        self._settings = settings
+        split = Split(settings.holdout_servers, settings.holdout_tools, settings.test, settings.seed)
+        self._split = split.within(rows.kept)
+        self.pool = Pool(catalogue, self._split)
+        self._kept = {*rows.kept.values()}
+        self._open = contextlib.ExitStack()
+        self._files: dict[str, list[IO[bytes]]] = {}
+
+    def write(self, progress: Progress) -> None:
+        """Write a sample for every row, and no-call samples of some."""
+        rows = self._rows
+        some = self._split.servers or self._split.tools
+        held_out = {row.asked for row in rows if self._held_out(self._gold(row))} if some else set()
+        with self._open:
+            for place, row in enumerate(rows):
+                own, gold = self._own(row), self._gold(row)
+                split = self._split_of(row, gold, row.asked in held_out)
+                if split != "train" and not _calls(row.messages):
+                    split = "no_call"  # its calls are context, the right answer is not to call
+                count = self._settings.candidates
+                sampled = self.pool.sample(own, row.called, count, row.asked, split == "unseen_server")
+                server = gold[0].server if gold else ""
+                # A test asks for the call, and for nothing after it.
+                if split != "train":
+                    self._write(split, _up_to_the_call(row.messages), sampled, server)
+                elif self._settings.turns == "each" and gold:
+                    for messages in _each_call(row.messages):
+                        self._write(split, messages, sampled, server)
+                else:
+                    self._write(split, row.messages, sampled, server)
+                rows.accounts[row.file, row.format].written[split] += 1
+                if gold and row.drawn < self._settings.no_call * 2**64:
+                    # As many candidates as with the gold tool, or their number would tell.
+                    more = self.pool.sample(
+                        own, row.called, len(sampled) + len(gold), row.asked, split == "unseen_server"
+                    )
+                    distractors = [tool for tool in more if tool.name not in row.called]
+                    self._write_no_call(split, row, distractors[: len(sampled)])
+                if place % 1000 == 0:
+                    progress("writing", place / rows.count)
+            for _, array in self._files.values():
+                array.write(b"\n]\n")
+
+    def _own(self, row: Row) -> list[Tool]:
+        return [self._tools[tool] if isinstance(tool, int) else tool for tool in row.own]
+
+    def _gold(self, row: Row) -> list[Tool]:
+        return [tool for tool in self._own(row) if tool.name in row.called]
+
+    def _held_out(self, gold: list[Tool]) -> str | None:
+        """Return the test of held-out servers or tools that a question belongs to."""
+        if any(self._split.server(tool.server) for tool in gold):
+            return "unseen_server"
+        if any(self._split.tool(tool.server, tool.name) for tool in gold):
+            return "unseen_tool"
+        return None
+
+    def _split_of(self, row: Row, gold: list[Tool], asked_in_a_test: bool) -> str:
+        """Return a row's split: the same question is never trained on and tested."""
+        if test := self._held_out(gold):
+            return test
+        # One question of a tool is always trained on, or it would not be a seen tool. That it is the
+        # one with the highest hash lets questions move from training into the test, never back.
+        if not asked_in_a_test and (not self._split.row(row.asked) or row.asked in self._kept):
+            return "train"
+        return "seen" if gold else "no_call"
+
+    def _write(self, split: str, messages: list[Any], tools: list[Tool], server: str) -> None:
+        sample: dict[str, Any] = {"messages": messages, "tools": [tool.described for tool in tools]}
+        if split != "train":
+            sample["server"] = server
+        if split not in self._files:
+            names = (f"{split}.jsonl", engine_file(split))
+            self._files[split] = [
+                self._open.enter_context((self._folder / name).open("wb", BUFFER)) for name in names
+            ]
+        lines, array = self._files[split]
+        lines.write(msgspec.json.encode(sample) + b"\n")
+        array.write((b",\n" if self.count[split] else b"[\n") + msgspec.json.encode(llama_factory(sample)))
+        self.count[split] += 1
+
+    def _write_no_call(self, split: str, row: Row, distractors: list[Tool]) -> None:
+        """Write the row's question once more, without the gold tool and with the answer that says so."""
+        if not distractors:
+            return
+        asked = _up_to_the_call(row.messages)[:-1]
+        question = next(message["content"] for message in reversed(asked) if message["role"] == "user")
+        answer = {"role": "assistant", "content": languages.refusal(question)}
+        split = "train" if split == "train" else "no_call"
+        self._write(split, [*asked, answer], distractors, "")
+        self.extra[split] += 1
+
+
+def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample in LLaMA-Factory's form.
+
+    That form holds one text or one call, or parallel ones, a turn: text beside a call, reasoning, weights and
+    later system messages are left out, and the results of parallel calls joined.
+    """
+    turns: list[dict[str, str]] = []
+    for message in sample["messages"]:
+        content = message["content"] or ""
+        if message["role"] == "user":
+            turns.append({"from": "human", "value": content})
+        elif message["role"] == "tool":
+            if turns[-1]["from"] == "observation":
+                turns[-1]["value"] += _BETWEEN_RESULTS + content
+            else:
+                turns.append({"from": "observation", "value": content})
+        elif made := message.get("tool_calls"):
+            calls = [
+                {"name": call["function"]["name"], "arguments": msgspec.Raw(call["function"]["arguments"])}
+                for call in made
+            ]
+            value = msgspec.json.encode(calls if len(calls) > 1 else calls[0]).decode()
+            turns.append({"from": "function_call", "value": value})
+        elif message["role"] == "assistant":
+            turns.append({"from": "gpt", "value": content})
+    tools = [tool["function"] for tool in sample["tools"]]
+    return {
+        "conversations": turns,
+        "system": sample["messages"][0]["content"],
+        "tools": msgspec.json.encode(tools).decode() if tools else "",
+    }
+
+
+def _calls(messages: list[Any]) -> list[int]:
+    """Return the places of the calls that are trained on."""
+    return [
+        place
+        for place, message in enumerate(messages)
+        if "tool_calls" in message and message.get("weight") != 0
+    ]
+
+
+def _up_to_the_call(messages: list[Any]) -> list[Any]:
+    """Return the messages up to and with the first call; all of them where none calls."""
+    calls = _calls(messages)
+    return messages[: calls[0] + 1] if calls else messages
+
+
+def _each_call(messages: list[Any]) -> Iterator[list[Any]]:
+    """Yield the messages up to and with each call that is trained on; those before it are context."""
+    for place in _calls(messages):
+        before = [one | {"weight": 0} if one["role"] == "assistant" else one for one in messages[:place]]
+        yield [*before, messages[place]]

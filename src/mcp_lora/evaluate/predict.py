@@ -1,0 +1,166 @@
+r"""Put questions to a model: through LLaMA-Factory's prediction, or to a server of OpenAI's protocol.
+
+The engine writes generated_predictions.jsonl, in the order of the questions; one line:
+
+    {"prompt": "…", "predict": "<tool_call>\n{\"name\": \"get-sum\", …}\n</tool_call>", "label": "…"}
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Generator, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.data import files
+from mcp_lora.engine import launch
+from mcp_lora.engine.topology import World
+from mcp_lora.errors import McpLoraError
+from mcp_lora.evaluate.answers import Said
+from mcp_lora.evaluate.questions import Question
+from mcp_lora.prompts import render
+from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.train.recipe import Machine
+
+# An engine's start costs up to a minute, and what it has not written down is lost when it is interrupted.
+CHUNK = 1000
+KEY = "OPENAI_API_KEY"
+_AT_ONCE = 8  # questions that a server is asked at a time
+_BATCH = "per_device_eval_batch_size"
+_RETRIES = 5  # of a server that fails for the moment; the pauses grow
+
+
+def by_engine(
+    questions: Sequence[Question],
+    template: ChatTemplate,
+    settings: dict[str, Any],
+    machine: Machine,
+    world: World,
+    command: str,
+) -> Generator[tuple[Question, Said]]:
+    """Let LLaMA-Factory answer, greedily, in batches of questions of like length.
+
+    It is given the token ids of each prompt, as in training (see mcp_lora.prompts.render).
+
+    Args:
+        questions: rendered, in any order.
+        template: the model's.
+        settings: its keys: all that shapes the model, adapter, max_new_tokens, batch.
+        machine: where it runs.
+        world: the processes that share the questions.
+        command: what to run again after a failure.
+
+    Raises McpLoraError where the engine fails.
+    """
+    encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
+    longest_first = sorted(encoded, key=lambda one: -len(one[1]))
+    for start in range(0, len(questions), CHUNK):
+        chunk = longest_first[start : start + CHUNK]
+        with tempfile.TemporaryDirectory(prefix="mcp-lora-") as place:
+            folder = Path(place)
+            render.write(folder / "prompts", [(prompt, target) for _, prompt, target in chunk])
+            config = settings | {
+                "model_name_or_path": template.stopping_model(settings, folder / "model"),
+                "stage": "sft",
+                "do_predict": True,
+                "predict_with_generate": True,
+                "do_sample": False,  # the engine samples at temperature 0.95 by default
+                "skip_special_tokens": False,  # or [TOOL_CALLS] and its like vanish from what is read
+                "template": render.TEMPLATE,
+                "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
+                "tokenized_path": str(folder / "prompts"),
+                "use_cpu": not machine.gpus,
+                "report_to": "none",
+                "output_dir": str(folder / "answers"),
+            }
+            environment = launch.engine_environment(settings, world, machine.gpus, os.environ)
+            environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are what counts here
+            while (outcome := launch.run_engine("train", config, environment)).code:
+                if not outcome.out_of_memory or (size := config[_BATCH]) == 1:
+                    raise outcome.error(command)
+                config[_BATCH] = settings[_BATCH] = size // 2
+            rows: list[Any] = list(files.read(folder / "answers" / "generated_predictions.jsonl"))
+        for (question, *_), row in zip(chunk, rows, strict=True):
+            text = template.without_end(row["predict"])
+            # what ends an answer, and what pads it, may be one token: its length tells
+            cut = len(template.ids(text)) >= settings["max_new_tokens"]
+            yield question, Said(question.prompt, text, [], "cut off" if cut else None)
+
+
+def by_endpoint(
+    questions: Sequence[Question],
+    url: str,
+    model: str,
+    max_tokens: int,
+    template: ChatTemplate,
+) -> Generator[tuple[Question, Said]]:
+    """Ask a server that speaks OpenAI's chat protocol, several questions at once, in the order of answers.
+
+    The key is OPENAI_API_KEY of the environment, if the server wants one. What fails for the moment is
+    tried again.
+
+    Args:
+        url: up to and with /v1.
+        model: its name there.
+        max_tokens: that an answer may have.
+        template: the model's; where it can switch thinking, the request sets it as in training.
+
+    Raises McpLoraError where the server cannot be reached, or refuses.
+    """
+    from openai import OpenAI
+
+    thinking = {"enable_thinking": template.thinking}
+    switched = {"chat_template_kwargs": thinking} if template.switches_thinking else None
+    client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=_RETRIES)
+    failures: list[Exception] = []
+
+    def ask(question: Question) -> tuple[Question, Said] | None:
+        if failures:  # what the others are asking is waited for, and kept; no more is asked
+            return None
+        messages = question.sample["messages"][:-1]
+        try:
+            reply = client.chat.completions.with_raw_response.create(
+                model=model,
+                messages=messages,
+                tools=question.sample["tools"],
+                temperature=0,
+                max_tokens=max_tokens,
+                extra_body=switched,
+            )
+        except Exception as error:  # the server may do anything
+            failures.append(error)
+            return None
+        prompt = json.dumps(messages, ensure_ascii=False)
+        return question, _said(prompt, reply.text)
+
+    # Its threads are daemons, as nobody who interrupts wants to wait for a server that does not answer.
+    with client, ThreadPool(_AT_ONCE) as pool:
+        yield from filter(None, pool.imap_unordered(ask, questions))
+    if failures:
+        raise McpLoraError(
+            f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
+            f"model, is the key in {KEY}? What it has answered is kept: mcp-lora eval --endpoint {url} "
+            f"--model {model}"
+        )
+
+
+def _said(prompt: str, body: str) -> Said:
+    """Read a chat completion; a server may send anything."""
+    try:
+        # Half a surrogate pair, which JSON can hold and a file cannot, becomes a question mark.
+        reply = json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
+        (choice, *_) = reply["choices"]
+        message = choice["message"]
+        made = [call["function"] for call in message.get("tool_calls") or [] if call.get("function")]
+        calls = [{"name": str(call["name"]), "arguments": call.get("arguments") or {}} for call in made]
+        text = message.get("content") or ""
+        if isinstance(text, list):
+            text = "".join(str(part.get("text", "")) for part in text)
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        cut = choice.get("finish_reason") == "length"
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return Said(prompt, body[:1000], [], "no reply")
+    if thought:  # without an answer, a call may stand in it
+        text = f"<think>\n{thought}\n</think>\n\n{text}" if text or calls else thought
+    return Said(prompt, str(text), calls, "cut off" if cut else None)

@@ -1,0 +1,106 @@
+r"""The held-out questions of a converted dataset, with their right answers.
+
+A row of a test (see mcp_lora.data.samples) is a conversation that ends with the right answer: a call,
+parallel calls, or a text where no candidate tool fits.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.data import dataset
+from mcp_lora.data.records import Tool, ToolCall
+from mcp_lora.errors import McpLoraError
+from mcp_lora.prompts.chat_template import called
+
+SPLITS = tuple(split for split in dataset.SPLITS if split != "train")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out sample of one of SPLITS.
+
+    `prompt` and `target` are what the chat template renders of it; empty before it has been fitted.
+    """
+
+    split: str
+    sample: dict[str, Any]
+    prompt: str = ""
+    target: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """The same for the same question of the same split, wherever it is asked."""
+        sample = json.dumps(self.sample, sort_keys=True)
+        return hashlib.sha256(f"{self.split}\n{sample}".encode()).hexdigest()[:16]
+
+    @property
+    def instruction(self) -> str:
+        """What is asked last."""
+        asked = [message["content"] for message in self.sample["messages"] if message["role"] == "user"]
+        return str(asked[-1])
+
+    @property
+    def server(self) -> str:
+        """Whose tool is the right one; empty where the data does not say, or none is."""
+        return str(self.sample.get("server", ""))
+
+    @cached_property
+    def expected(self) -> list[ToolCall]:
+        """The right calls; none where no tool fits."""
+        return called(self.sample["messages"][-1])
+
+    @cached_property
+    def tools(self) -> dict[str, Tool]:
+        """The candidate tools, by name."""
+        return {tool["function"]["name"]: Tool("", **tool["function"]) for tool in self.sample["tools"]}
+
+
+def _command(folder: Path, missing: Sequence[str]) -> str:
+    """Return the command that converts once more, and holds more out for these splits."""
+    settings = dataset.settings_of(dataset.statistics(folder) or {})
+    keys = {"seen": "test", "unseen_tool": "holdout_tools", "unseen_server": "holdout_servers"}
+    shares = [keys.get(split, split) for split in missing]
+    more: dict[str, Any] = {key: 0.5 if getattr(settings, key) < 0.5 else 0.9 for key in shares}
+    return dataset.command(replace(settings, **more), folder)
+
+
+def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
+    """Return the splits of a converted dataset that are wanted; of none wanted, all that there are.
+
+    Raises McpLoraError where one is unknown, or not there.
+    """
+    if unknown := [split for split in wanted if split not in SPLITS]:
+        raise McpLoraError(
+            f"there is no split {', '.join(unknown)}: mcp-lora eval --split {' or '.join(SPLITS)}"
+        )
+    there = dataset.names(folder)
+    if missing := [split for split in wanted if split not in there]:
+        what = f"{folder} holds no questions of split {', '.join(missing)}"
+        raise McpLoraError(f"{what}: {_command(folder, missing)}, and train again")
+    return list(wanted) or [split for split in SPLITS if split in there]
+
+
+def read(folder: Path, splits: Sequence[str]) -> list[Question]:
+    """Return the questions of a converted dataset, of all its splits where none is named.
+
+    Raises McpLoraError where there are none, or a split is unknown, not there, or damaged.
+    """
+    wanted = chosen(folder, splits)
+    found = [Question(split, sample) for split in wanted for sample in dataset.samples(folder, split)]
+    if not found:
+        what = f"{folder} holds no held-out questions, there are too few rows for that"
+        raise McpLoraError(f"{what}: {_command(folder, ['seen'])}, and train again")
+    for question in found:
+        try:
+            _ = question.instruction, question.expected, question.tools
+        except (ValueError, TypeError, LookupError):
+            raise McpLoraError(
+                f"a question of {question.split} in {folder} is damaged: mcp-lora convert --out {folder}, "
+                f"after removing {dataset.file_of(folder, question.split).name}"
+            ) from None
+    return found

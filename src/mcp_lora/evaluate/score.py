@@ -1,0 +1,190 @@
+"""Predicted against expected calls: what is right about an answer, and what goes wrong first.
+
+Values are compared by the rules of the Berkeley Function Calling Leaderboard's AST evaluation (Patil et
+al., gorilla.cs.berkeley.edu), carried over to JSON Schema: texts without case, spaces and most
+punctuation, a whole number where a number is wanted, an optional argument at its default given or left
+out, lists in order, parallel calls in any order. tests/test_leaderboard.py holds them against the
+leaderboard's own checker.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from mcp_lora.data.records import ToolCall
+from mcp_lora.data.tools import parts_of, types_of
+
+# What can go wrong with an answer, in the order in which it is looked for.
+ERRORS = (
+    "call where none fits",
+    "no reply",
+    "cut off",
+    "no call",
+    "unreadable call",
+    "wrong tool",
+    "missing argument",
+    "unexpected argument",
+    "wrong type",
+    "wrong value",
+)
+_IGNORED = re.compile(r"[ ,./\-_*^]")
+
+Schema = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is right about one answer; each of valid, tool, param, ast and exact implies those before it.
+
+    Attributes:
+        valid: it is one call or more that can be read.
+        schema: every call is to a tool on offer, and its arguments validate against the tool's schema.
+        tool: it calls the right tools, each as often as is right.
+        param: and with the right arguments by name.
+        ast: and every value is right by the leaderboard's rules.
+        exact: and equal as JSON (1 is not 1.0, nor true).
+        abstained: it calls nothing, and does not try to.
+        error: the first of ERRORS; None if it is right (`ast`, or `abstained` where no tool fits).
+    """
+
+    valid: bool
+    schema: bool
+    tool: bool
+    param: bool
+    ast: bool
+    exact: bool
+    abstained: bool
+    error: str | None
+
+
+def judge(
+    expected: Sequence[ToolCall],
+    predicted: Sequence[ToolCall],
+    schemas: Mapping[str, Schema],
+    tried: bool = False,
+    valid_arguments: bool = True,
+    failed: str | None = None,
+) -> Verdict:
+    """Judge the calls that could be read from one answer; none are expected where no tool on offer fits.
+
+    `schemas` are those of the parameters of each tool on offer, by name; `tried` tells that the answer holds
+    a call that could not be read, `valid_arguments` that each predicted call validates against its schema.
+    `failed` is what ended the answer too early, "no reply" or "cut off": without a call it is no abstention.
+    """
+    exact = bool(expected) and sorted(map(_canonical, predicted)) == sorted(map(_canonical, expected))
+    error = None if exact else _first_error(expected, predicted, schemas, tried, failed)
+    reached = _rank(error) if expected else 0
+    return Verdict(
+        valid=bool(predicted),
+        schema=bool(predicted) and valid_arguments and all(call.name in schemas for call in predicted),
+        tool=reached > _rank("wrong tool"),
+        param=reached > _rank("unexpected argument"),
+        ast=reached > _rank("wrong value"),
+        exact=exact,
+        abstained=not predicted and not tried and not failed,
+        error=error,
+    )
+
+
+def _first_error(
+    expected: Sequence[ToolCall],
+    predicted: Sequence[ToolCall],
+    schemas: Mapping[str, Schema],
+    tried: bool,
+    failed: str | None,
+) -> str | None:
+    if not expected:
+        return "call where none fits" if predicted or tried else failed
+    if not predicted:
+        return failed or ("unreadable call" if tried else "no call")
+    if sorted(call.name for call in predicted) != sorted(call.name for call in expected):
+        return "wrong tool"
+    left = list(predicted)
+    errors = []
+    for call in expected:
+        # The nearest of those that are left, so that the order of parallel calls does not count.
+        found = [
+            (_error(call.arguments, other.arguments, schemas.get(call.name, {})), place)
+            for place, other in enumerate(left)
+            if other.name == call.name
+        ]
+        error, place = max(found, key=lambda pair: (_rank(pair[0]), -pair[1]))
+        errors.append(error)
+        del left[place]
+    return min(errors, key=_rank)
+
+
+def _rank(error: str | None) -> int:
+    return len(ERRORS) if error is None else ERRORS.index(error)
+
+
+def _error(expected: Mapping[str, Any], given: Mapping[str, Any], schema: Schema) -> str | None:
+    """Return the first thing that is wrong with the arguments of a call of the right tool."""
+    properties = _properties(schema, schema)
+    required = schema.get("required")
+    optional = set(properties) - set(required if isinstance(required, list) else [])
+    defaults = {name: properties[name]["default"] for name in optional if "default" in properties[name]}
+
+    left_out = expected.keys() - given.keys()
+    if any(name not in defaults or expected[name] != defaults[name] for name in left_out):
+        return "missing argument"
+    right = defaults | dict(expected)
+    if given.keys() - right.keys():
+        return "unexpected argument"
+    wrong = [name for name in given if not same(right[name], given[name], properties.get(name, {}), schema)]
+    if any(_kind(right[name]) is not _kind(given[name]) for name in wrong):
+        return "wrong type"
+    return "wrong value" if wrong else None
+
+
+def same(expected: Any, given: Any, schema: Schema | bool = True, root: Schema | None = None) -> bool:
+    """Tell whether two values of an argument, as JSON gives them, are the same by the leaderboard's rules.
+
+    `schema` is the argument's, as far as it is known, and says whether a number may have a fraction; `root`
+    is the one that `$ref` refers to.
+    """
+    root = root or {}
+    if _kind(expected) is not _kind(given):
+        return False
+    if isinstance(expected, str):
+        return _bare(expected) == _bare(given)
+    if isinstance(expected, list):
+        items = next(
+            (part["items"] for part in parts_of(schema, root) if isinstance(part.get("items"), dict)), True
+        )
+        return len(expected) == len(given) and all(
+            same(one, other, items, root) for one, other in zip(expected, given, strict=True)
+        )
+    if isinstance(expected, dict):
+        properties = _properties(schema, root)
+        return expected.keys() == given.keys() and all(
+            same(value, given[name], properties.get(name, True), root) for name, value in expected.items()
+        )
+    kinds = types_of(schema, root)
+    whole = "integer" in kinds and "number" not in kinds
+    return bool(expected == given) and not (whole and isinstance(given, float))
+
+
+def _bare(text: str) -> str:  # the leaderboard's standardize_string
+    return _IGNORED.sub("", text).lower().replace("'", '"')
+
+
+def _kind(value: Any) -> type:
+    """Return the type of a JSON value; a number is one kind, with or without a fraction."""
+    return float if type(value) is int else type(value)
+
+
+def _properties(schema: Any, root: Schema) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts_of(schema, root):
+        properties = part.get("properties")
+        if isinstance(properties, dict):
+            found |= {name: value for name, value in properties.items() if isinstance(value, dict)}
+    return found
+
+
+def _canonical(call: ToolCall) -> bytes:
+    return msgspec.json.encode([call.name, call.arguments], order="sorted")

@@ -1,0 +1,451 @@
+r"""What is trained: what the model's own chat template renders of a conversation, token by token.
+
+A sample is what `mcp-lora convert` writes, in OpenAI's form:
+
+    {"messages": [{"role": "system", "content": "You are a helpful assistant."},
+                  {"role": "user", "content": "What is 3 plus 4?"},
+                  {"role": "assistant", "content": null, "tool_calls": [{"id": "call_1", "type": "function",
+                   "function": {"name": "get-sum", "arguments": "{\"a\": 3, \"b\": 4}"}}]}],
+     "tools": [{"type": "function", "function": {"name": "get-sum", "description": "…", "parameters": {…}}}]}
+
+Each assistant turn is trained as a server would meet it. Its prompt is the template's rendering of all
+messages before it and the tools, with the generation prompt, tokenized as a server does. Its target is what
+follows that prompt in the rendering of the same messages and the answer, up to and with the token that ends
+the turn. Labels are the target alone. Turns of which one begins with the other share a sample; else each has
+its own. For Qwen2.5 the sample above becomes
+
+    <|im_start|>system\nYou are … <tools>…</tools> …<|im_end|>\n<|im_start|>user\nWhat is 3 …?<|im_end|>\n
+    <|im_start|>assistant\n                                                                 and, trained on:
+    <tool_call>\n{"name": "get-sum", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>
+
+What is the same for every prompt, so that training, evaluation and a server agree: thinking is off where the
+template can switch it off (servers take chat_template_kwargs, enable_thinking=false); the date is
+DATE (date_string, strftime_now); calls are numbered from 000000001.
+"""
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from itertools import count, product
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.data import calls
+from mcp_lora.data.calls import CallFormat, Reading, Schemas
+from mcp_lora.data.records import Fault, ToolCall
+from mcp_lora.errors import McpLoraError
+
+DATE = datetime(2024, 7, 26)  # what Llama 3's template takes where it is not told
+IGNORED = -100  # the label of a token that is not trained on
+# For a model without any chat template; eos_token ends a turn, as it is all that such a model knows.
+PLAIN = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + eos_token + '\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+Message = dict[str, Any]
+_SYSTEM: Message = {"role": "system", "content": "Be good."}
+_QUESTION: Message = {"role": "user", "content": "What is probe question?"}
+_ANSWER: Message = {"role": "assistant", "content": "probe answer"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": calls.NAME,
+        "description": "Adds.",
+        "parameters": {
+            "type": "object",
+            "properties": {key: {"type": "string", "description": "A number."} for key in calls.KEYS},
+            "required": list(calls.KEYS),
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample to train on: token ids, and labels of the same length, IGNORED where nothing is learned.
+
+    `prompt` and `target` are the texts of its last turn; `lost` counts the turns whose text beside a call the
+    template leaves out.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt: str
+    target: str
+    lost: int = 0
+
+
+class ChatTemplate:
+    """A model's chat template: prompts, targets and the calls in answers.
+
+    Args:
+        tokenizer: the model's; its chat_template is replaced where it knows no tools.
+        thinking: leave thinking on, and train the answers' reasoning.
+
+    Attributes:
+        tokenizer: with the chat template that is used.
+        is_own: whether that is the model's own.
+        note: which it is and why, in words.
+        ends: the tokens that end a turn, by whether it calls a tool.
+        arguments_parsed, empty_content: how it takes calls: arguments as an object or as JSON in a text, and
+            "" or None where there is no text beside them.
+        switches_thinking: whether the template can switch thinking on and off.
+        is_thinking_off: whether it is switched off.
+
+    Raises McpLoraError where prompts and answers of this template cannot be told apart.
+    """
+
+    def __init__(self, tokenizer: Any, thinking: bool = False) -> None:
+        self.tokenizer = tokenizer
+        known = getattr(tokenizer, "added_tokens_decoder", {})  # mistral-common's tokenizer has none
+        added = (str(token) for token in known.values() if token.special)
+        self._special: list[str] = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._only_special = re.compile("(?:" + "|".join([*map(re.escape, self._special), r"\s"]) + ")*")
+        self.thinking = thinking
+        self.ends: dict[bool, str] = {}
+        self.arguments_parsed = True
+        self.empty_content: str | None = ""
+        own = tokenizer.get_chat_template(tools=[_TOOL]) if tokenizer.chat_template else None
+        why = self._try(own) if own else "the model has none"
+        self.is_own = why is None
+        self.note = "the model's own chat template"
+        if why is not None:
+            self.note += (
+                f" will not do, {why}: tools and calls are written in Hermes' form (chat_template.jinja)"
+            )
+            if failed := self._try(self._fallback(own)):
+                raise McpLoraError(
+                    f"this model has no chat template to train with: {why}; and in Hermes' form {failed}: "
+                    f"mcp-lora train --model OTHER"
+                )
+        # Where nothing differs thinking cannot be switched off, and the answers' thoughts are trained.
+        prompts = [self._apply([_QUESTION], [_TOOL], thinking=on) for on in (False, True)]
+        self.switches_thinking = prompts[0] != prompts[1]
+        self.is_thinking_off = self.switches_thinking and not thinking
+        self._keeps_thoughts = not self.is_thinking_off
+
+    def _try(self, template: str) -> str | None:
+        """Take a template, or say what is wrong with it."""
+        self.tokenizer.chat_template = template
+        self._keeps_thoughts, why = True, ""
+        try:
+            prompt = self._apply([_QUESTION], [_TOOL])
+        except Exception as error:  # templates raise what they like
+            return f"it refuses a question with tools ({_line(error)})"
+        if calls.NAME not in prompt:
+            return "it shows no tools"
+        # What servers differ in: whether arguments are an object or JSON, and content is empty or none.
+        for self.arguments_parsed, self.empty_content in product((True, False), ("", None)):
+            try:
+                for called, answer in ((False, _ANSWER), (True, _calling([calls.PROBE]))):
+                    self.ends[called] = self._end(answer)
+                self.format = CallFormat(
+                    lambda made: self._turn([_QUESTION], _calling(made), [_TOOL])[1],
+                    self._turn([_QUESTION], _ANSWER, [_TOOL])[1],
+                )
+                for call in (calls.OTHER, calls.PROBE):
+                    self._written = self._turn([_QUESTION], _calling([call]), [_TOOL])[1]
+                    if not calls.same_calls(self.read(self._written).calls, [call]):
+                        raise ValueError("it is read back as another")
+                return None
+            except Exception as error:
+                why = why or f"it writes no call that can be read ({_line(error)})"
+        return why
+
+    def _fallback(self, own: str | None) -> str:
+        """Return the model's own template behind ours, which hides the tools and calls from it."""
+        preamble = files("mcp_lora.prompts").joinpath("fallback.jinja").read_text(encoding="utf-8").strip()
+        body = own or PLAIN
+        self.tokenizer.chat_template = body
+        try:
+            takes_system = _SYSTEM["content"] in self._apply([_SYSTEM, _QUESTION], [])
+        except Exception:
+            takes_system = False
+        return f"{{%- set system_role = {str(takes_system).lower()} -%}}\n{preamble}\n{body}"
+
+    def turn(self, messages: Sequence[Message], answer: Message, tools: Sequence[Any]) -> tuple[str, str]:
+        """Return the prompt that a server sends the model, and what the model has to write as `answer`.
+
+        Args:
+            messages: what stands before the answer, in OpenAI's form.
+            answer: the assistant's message.
+            tools: the candidate tools.
+
+        Returns:
+            Prompt and target; the target ends with the token that ends the turn.
+
+        Raises Fault where the template refuses it, or what it writes is not read back as it was.
+        """
+        try:
+            prompt, target = self._turn(messages, answer, tools)
+        except Fault:
+            raise
+        except Exception as error:  # templates refuse by raising what they like
+            raise Fault("not-renderable", f"the chat template refuses it: {_line(error)}") from None
+        wanted = called(answer)
+        reading = self.read(target, schemas(tools))
+        if not calls.same_calls(reading.calls, wanted) or (wanted and reading.broken):
+            told = f"{len(wanted)} calls are read back as {len(reading.calls)}, or as other ones"
+            raise Fault("not-read-back", f"the chat template cannot write it: {told}")
+        if not target.removesuffix(self.ends[bool(wanted)]).strip():
+            raise Fault("empty-answer", "the chat template writes nothing of the answer")
+        return prompt, target
+
+    def read(self, text: str, schemas: Schemas | None = None) -> Reading:
+        """Return the calls in an answer; `schemas` are those of the candidate tools' parameters, by name."""
+        return self.format.read(self.without_end(text), schemas)
+
+    def without_end(self, text: str) -> str:
+        """Return an answer without the tokens that end it, and those that pad it in a batch."""
+        ends = {*self.ends.values(), self.tokenizer.eos_token, self.tokenizer.pad_token} - {None}
+        return re.sub(rf"(?:\s*(?:{'|'.join(map(re.escape, ends))}))+\s*$", "", text)
+
+    def stopping_model(self, config: Mapping[str, Any], folder: Path) -> str:
+        """Return a model at which the engine's prediction stops where a turn ends.
+
+        The engine takes the words that stop an answer from the tokenizer: eos_token, and the extra special
+        tokens (its train/sft/workflow.py). Where these are others than what ends a turn, `folder` becomes
+        the model with another tokenizer, its other files linked.
+
+        Args:
+            config: names the model, in LLaMA-Factory's keys.
+            folder: one that is not there yet.
+        """
+        model = str(config["model_name_or_path"])
+        tokenizer = self.tokenizer
+        extra = {str(token) for token in getattr(tokenizer, "_extra_special_tokens", None) or []}
+        ends = {*self.ends.values()}
+        early = any(token in self._written for token in extra - ends)
+        if ends <= {tokenizer.eos_token, *extra} and not early:
+            return model
+        from huggingface_hub import snapshot_download
+
+        source = Path(model)
+        if not source.is_dir():  # training has fetched it
+            hub = hub_arguments(config)
+            del hub["trust_remote_code"]
+            source = Path(snapshot_download(model, **hub, ignore_patterns=["original/*", "*.pth", "*.gguf"]))
+        stopping = copy.deepcopy(tokenizer)
+        stopping.add_special_tokens({"extra_special_tokens": sorted(ends - {tokenizer.eos_token})})
+        folder.mkdir(parents=True)
+        stopping.save_pretrained(folder)
+        for file in source.iterdir():
+            if not (folder / file.name).exists() and not file.name.startswith("tokenizer"):
+                (folder / file.name).symlink_to(file.resolve())
+        return str(folder)
+
+    def encode(self, sample: Mapping[str, Any], last_only: bool = False) -> list[Encoded]:
+        """Return the samples to train on, one or more for a conversation.
+
+        Args:
+            sample: in OpenAI's form, see above.
+            last_only: train on the last turn alone.
+
+        Raises Fault where the template cannot render it, or not so that it is read back.
+        """
+        messages, tools = sample["messages"], sample.get("tools") or []
+        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        found: list[Encoded] = []
+        trained = [place for place in turns if messages[place].get("weight") != 0]
+        for place in trained[-1:] if last_only else trained:
+            turn = self.turn(messages[:place], messages[place], tools)
+            prompt, target = self.ids(turn[0]), self.ids(turn[1])
+            said = (messages[place].get("content") or "").strip()
+            lost = int(bool(messages[place].get("tool_calls")) and said not in turn[1])
+            before = found[-1].input_ids if found else []
+            if found and prompt[: len(before)] == before:
+                last = found.pop()
+                labels, lost = last.labels, lost + last.lost
+            else:
+                before, labels = [], []
+            ignored = [IGNORED] * (len(prompt) - len(before))
+            found.append(Encoded(prompt + target, labels + ignored + target, *turn, lost))
+        return found
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a rendered text; the template has written all special tokens."""
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def _turn(self, messages: Sequence[Message], answer: Message, tools: Sequence[Any]) -> tuple[str, str]:
+        prompt = self._apply(messages, tools)
+        whole = self._apply([*messages, answer], tools, prompting=False)
+        text = self._behind(prompt, whole, messages, answer, tools)
+        bare = text.rstrip()
+        before, eos, after = bare.rpartition(self.tokenizer.eos_token)
+        if eos and self._only_special.fullmatch(after):  # some go on with the next turn's beginning
+            return prompt, before + eos
+        if bare.endswith(tuple(self._special)):
+            return prompt, bare
+        return prompt, bare + self.ends.get(bool(answer.get("tool_calls")), "")
+
+    def _behind(
+        self, prompt: str, whole: str, messages: Sequence[Message], answer: Message, tools: Sequence[Any]
+    ) -> str:
+        """Return what follows the prompt in the rendering of prompt and answer.
+
+        Raises Fault where the rendering does not hold the prompt.
+        """
+        if whole.startswith(prompt):
+            return whole.removeprefix(prompt)
+        same = len(os.path.commonprefix([prompt, whole]))
+        for opening, closing in calls.THOUGHTS:
+            # The generation prompt opens a thought, or an empty one, that the history does not hold.
+            start = prompt.rfind(opening, 0, same + len(opening))
+            start = start if start >= 0 and start <= same else prompt.find(opening, same)
+            rest = prompt[start:] if start >= 0 else ""
+            if rest and whole.startswith(prompt[:start]) and rest.count(opening) == 1:
+                behind = whole[start:]
+                if rest.rstrip().endswith(closing):
+                    return behind.lstrip("\n") if rest.endswith("\n") else behind
+                if rest.strip() == opening:
+                    thought = str(answer.get("reasoning_content") or "").strip()
+                    return f"{thought}\n{closing}\n\n{behind.removeprefix(opening).lstrip()}"
+        # Mistral Nemo moves the system message to the last question: what stands behind that is the answer.
+        said = str(messages[-1].get("content") or "")
+        place = prompt.rfind(said) if said else -1
+        tail = prompt[place:]
+        if place >= 0 and whole.count(tail) == 1 and len(tail) > len(said):
+            return whole[whole.index(tail) + len(tail) :]
+        # Hermes 3 writes a result otherwise where the conversation goes on: what stands behind the words that
+        # ask for an answer is the answer.
+        history = self._apply(messages, tools, prompting=False)
+        asks = prompt[len(history) :] if prompt.startswith(history) else ""
+        if asks.strip() and whole.count(asks) == prompt.count(asks):
+            return whole[whole.rindex(asks) + len(asks) :]
+        raise Fault(
+            "not-renderable", "the chat template's prompt is no part of the conversation with its answer"
+        )
+
+    def _end(self, answer: Message) -> str:
+        """Return the token that ends a turn: its last, or the one with which the next turn begins."""
+        _, text = self._turn([_QUESTION], answer, [_TOOL])
+        if end := next((token for token in self._special if text.endswith(token)), None):
+            return end
+        made = answer.get("tool_calls") or []
+        following = [{"role": "tool", "tool_call_id": call["id"], "content": "3"} for call in made]
+        more = self._apply([_QUESTION, answer, *(following or [_QUESTION])], [_TOOL], prompting=False)
+        rest = more[more.rindex(text) + len(text) :].lstrip()
+        if end := next((token for token in self._special if rest.startswith(token)), None):
+            return end
+        raise ValueError("no token ends a turn")
+
+    def _apply(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any],
+        prompting: bool = True,
+        thinking: bool | None = None,
+    ) -> str:
+        on = self.thinking if thinking is None else thinking
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(self._served(messages)),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=prompting,
+                enable_thinking=on,
+                thinking=on,
+                date_string=DATE.strftime("%d %b %Y"),
+                strftime_now=DATE.strftime,
+            )
+        )
+
+    def _served(self, messages: Sequence[Message]) -> Iterator[Message]:
+        """Yield messages as a server hands them to a template: arguments as objects, ids of one kind."""
+        ids: dict[str, str] = {}
+        number = count(1)
+        for message in messages:
+            message = {key: value for key, value in message.items() if value is not None and key != "weight"}
+            if not self._keeps_thoughts:
+                message.pop("reasoning_content", None)
+            made = message.pop("tool_calls", None)
+            message["content"] = message.get("content") or (self.empty_content if made else "")
+            if message["role"] == "tool":
+                message["tool_call_id"] = ids.get(message.get("tool_call_id", ""), calls.CALL_ID)
+            if made:
+                message["tool_calls"] = []
+            for call in made or []:
+                given, function = call.get("id", ""), call["function"]
+                ids[given] = f"{next(number):0{len(calls.CALL_ID)}d}"
+                arguments = function["arguments"]
+                if self.arguments_parsed and isinstance(arguments, str):
+                    arguments = json.loads(arguments)
+                function = {"name": function["name"], "arguments": arguments}
+                message["tool_calls"].append({"type": "function", "id": ids[given], "function": function})
+            yield message
+
+
+def hub_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a model is loaded, of a configuration in LLaMA-Factory's keys, as the engine does it."""
+    return {
+        "trust_remote_code": bool(config.get("trust_remote_code")),
+        "revision": config.get("model_revision") or "main",
+        "cache_dir": config.get("cache_dir"),
+        "token": config.get("hf_hub_token"),
+    }
+
+
+def load(config: Mapping[str, Any], local_files_only: bool = False) -> ChatTemplate:
+    """Return the chat template of the model that a configuration, in LLaMA-Factory's keys, names.
+
+    The tokenizer is loaded and changed as the engine does it (its model/loader.py and model/patcher.py).
+
+    Args:
+        config: names the model.
+        local_files_only: fetch nothing.
+
+    Raises McpLoraError where the tokenizer cannot be read, or the template will not do.
+    """
+    from transformers import AutoTokenizer
+
+    model = str(config["model_name_or_path"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, **hub_arguments(config), local_files_only=local_files_only
+        )
+    except (OSError, ValueError) as error:
+        raise McpLoraError(
+            f"the tokenizer of {model} cannot be read ({_line(error)}): mcp-lora train --model FOLDER"
+        ) from None
+    for key, special in (("add_tokens", False), ("add_special_tokens", True)):
+        if words := config.get(key):
+            tokenizer.add_tokens([word.strip() for word in words.split(",")], special_tokens=special)
+    return ChatTemplate(tokenizer, bool(config.get("enable_thinking")))
+
+
+def schemas(tools: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Return the parameters' JSON Schema of each of a sample's tools, by name."""
+    return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+
+
+def called(message: Mapping[str, Any]) -> list[ToolCall]:
+    """Return the calls of a message in OpenAI's form."""
+    found = []
+    for call in message.get("tool_calls") or []:
+        given = call["function"]["arguments"]
+        arguments = json.loads(given) if isinstance(given, str) else given
+        found.append(ToolCall(call["function"]["name"], arguments))
+    return found
+
+
+def _calling(made: Sequence[ToolCall]) -> Message:
+    functions = [
+        {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)} for call in made
+    ]
+    each = [
+        {"id": f"call_{number}", "type": "function", "function": function}
+        for number, function in enumerate(functions, 1)
+    ]
+    return {"role": "assistant", "content": None, "tool_calls": each}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

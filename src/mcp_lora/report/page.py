@@ -1,0 +1,280 @@
+"""A page about a run, or about several side by side: one HTML file that needs nothing else.
+
+It is made of the files in the runs' folders: run.yaml, manifest.json, trainer_state.json, eval/*.jsonl.
+The page notes which of them are missing. The page itself is report.html, a Jinja template.
+"""
+
+import difflib
+import json
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain
+from math import isfinite
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from mcp_lora.data import files
+from mcp_lora.errors import McpLoraError
+from mcp_lora.evaluate import answers
+from mcp_lora.evaluate.answers import Answer
+from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, adapter_hash, summarise
+from mcp_lora.evaluate.score import ERRORS
+from mcp_lora.train import manifest, runs
+
+EXAMPLES = 20
+_COMPARED = 20_000  # characters, whose comparison takes a second; the time grows with their square
+_OUTCOMES = ("lost", "wrong", "gained", "right")  # in the order in which examples are shown
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is in a run's folder: run.yaml, manifest.json or {}, each model's answers, the base's first.
+
+    `history` is what the trainer has logged, in transformers' keys; the newest checkpoint's if it is not
+    finished. `name` is what the page calls the run.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    history: list[dict[str, Any]]
+    answers: dict[str, list[Answer]]
+
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """Return what was logged of a value: (step, value)."""
+        logged = ((row["step"], row[key]) for row in self.history if key in row and "step" in row)
+        return [(step, value) for step, value in logged if isfinite(value)]
+
+
+def write(folders: Sequence[Path]) -> Path:
+    """Write and return report.html in a run's folder; of several runs comparison.html in the first one's.
+
+    Raises McpLoraError where a folder contains no run or a damaged one, or the page cannot be written.
+    """
+    several = len(folders) > 1
+    file = folders[0] / ("comparison.html" if several else "report.html")
+    page = _render([_read(folder, str(folder) if several else folder.resolve().name) for folder in folders])
+    try:
+        file.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise McpLoraError(
+            f"{file} cannot be written ({error.strerror}): make room or grant it, and mcp-lora report "
+            f"{shlex.join(map(str, folders))}"
+        ) from None
+    return file
+
+
+def _render(found: Sequence[Run]) -> str:
+    """Return the page; of several runs the adapters are compared, with the first."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    several = len(found) > 1
+    adapters = {run.name: run.answers[ADAPTER] for run in found if ADAPTER in run.answers}
+    said, left_out = _common(adapters if several else found[0].answers)
+    base = Path(found[0].config["model_name_or_path"])
+    wrong = {one.verdict.error for each in said.values() for one in each}
+    curves: dict[str, list[Any]] = defaultdict(list)
+    for colour, run in enumerate(found, 0 if several else 1):  # as the bars of its adapter
+        for name, key in (("loss", "loss"), ("loss", "eval_loss"), ("learning rate", "learning_rate")):
+            if points := run.curve(key):
+                curves[name].append((colour, key, points))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(
+        runs=found,
+        several=several,
+        base=base.name if base.is_absolute() else base,
+        made_of=_side_by_side([_made_of(run) for run in found]),
+        settings=_side_by_side([run.config for run in found]),
+        evaluation=summarise(said) if said else None,
+        models=list(said),
+        left_out=left_out,
+        unasked=[run.folder for run in found if not (ADAPTER in run.answers if several else run.answers)],
+        examples=_examples(said),
+        errors={error: f"error-{place}" for place, error in enumerate(ERRORS) if error in wrong},
+        curves=curves,
+        validated=any(run.curve("eval_loss") for run in found),
+        usage=None if several else _usage(found[0]),
+        stale=[run.folder for run in found if _is_stale(run)],
+    )
+
+
+def compare(expected: str, said: str) -> list[tuple[str, str]]:
+    """Return what was said in parts: "same", "extra" where it is not expected, "missing" where it should be.
+
+    Texts are compared by words and signs, so that a wrong argument is marked and not all of its line.
+    """
+    if len(expected) + len(said) > _COMPARED:
+        return [("missing", expected), ("extra", said)]
+    one, other = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (expected, said))
+    parts = []
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    for kind, low, high, start, end in matcher.get_opcodes():
+        if kind == "equal":
+            parts.append(("same", "".join(one[low:high])))
+        else:
+            parts += [("missing", "".join(one[low:high])), ("extra", "".join(other[start:end]))]
+    return [part for part in parts if part[1]]
+
+
+def _read(folder: Path, name: str) -> Run:
+    config = runs.read_run(folder)
+    states = [folder, *filter(runs.is_complete, runs.checkpoints(folder)[::-1])]
+    histories = (_json(place / "trainer_state.json").get("log_history") for place in states)
+    kept = {unquote(file.stem): answers.read(file) for file in sorted((folder / "eval").glob("*.jsonl"))}
+    models = [BASE, *(name for name in kept if name not in (BASE, ADAPTER)), ADAPTER]
+    return Run(
+        name,
+        folder,
+        config,
+        manifest.read(folder),
+        next(filter(None, histories), []),
+        {model: kept[model] for model in models if kept.get(model)},
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return files.load(file, f"remove it, and mcp-lora report {file.parent}")
+
+
+def _common(said: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], int]:
+    """Return the answers to the questions that all were asked, in one order, and the number of the others."""
+    by_key = {name: {answer.question: answer for answer in each} for name, each in said.items()}
+    every = dict.fromkeys(chain.from_iterable(by_key.values()))
+    common = [key for key in every if all(key in each for each in by_key.values())]
+    found = {name: [each[key] for key in common] for name, each in by_key.items()}
+    return found if common else {}, len(every) - len(common)
+
+
+def _made_of(run: Run) -> dict[str, str]:
+    """Return what a run was made of, in words; where a key is left out, with the engine's default."""
+    config, record = run.config, run.manifest
+    rendered = record.get("rendered") or {}
+    device = int(config.get("per_device_train_batch_size", 8))
+    accumulated = int(config.get("gradient_accumulation_steps", 1))
+    processes = int(record.get("processes", 1))
+    steps, epochs = (max((row.get(key, 0) for row in run.history), default=0) for key in ("step", "epoch"))
+    data = record.get("data")
+    quantised = f"{config['quantization_bit']}-bit base, " if config.get("quantization_bit") else ""
+    rank = config.get("lora_rank", 8)
+    found = {
+        "base model": config["model_name_or_path"],
+        "chat template": rendered.get("chat_template", "not recorded"),
+        "method": f"{quantised}{config.get('finetuning_type', 'lora')}, rank {rank}, alpha "
+        f"{config.get('lora_alpha', 2 * rank)}, dropout {config.get('lora_dropout', 0)}, "
+        f"{config.get('lora_target', 'all')} layers",
+        "learning rate": f"{config.get('learning_rate', 5e-5)}, {config.get('lr_scheduler_type', 'linear')}",
+        "batch": f"{device * accumulated * processes} = {device} per device × {accumulated} accumulated × "
+        f"{processes} process{'es' * (processes > 1)}",
+        "trained": f"{steps} steps, {epochs:g} epochs",
+        "samples": f"{rendered['samples']:,}" if rendered.get("samples") else "not recorded",
+        "data": f"{Path(data['file']).name}, SHA-256 {data['sha256'][:12]}…" if data else "not recorded",
+    }
+    if record:
+        found |= {
+            "time": _duration(record),
+            "hardware": ", ".join(record["gpus"]) or "CPU",
+            "packages": ", ".join(f"{name} {version}" for name, version in record["packages"].items()),
+            "commit": record["git_commit"] or "none",
+            "seed": record["seed"],
+        }
+        if record["retries"]:
+            found["restarts"] = f"{len(record['retries'])} with a smaller batch per device"
+    return found
+
+
+def _duration(record: Mapping[str, Any]) -> str:
+    began = datetime.fromisoformat(record["started"])
+    when = f"{began:%Y-%m-%d %H:%M} UTC"
+    if not record["ended"]:
+        return f"{when}, and never came to its end"
+    seconds = round((datetime.fromisoformat(record["ended"]) - began).total_seconds())
+    ended = "" if record["exit"] == 0 else f", failed with exit code {record['exit']}"
+    return f"{when}, {seconds // 3600} h {seconds % 3600 // 60} min {seconds % 60} s{ended}"
+
+
+def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:
+    """Return rows of (key, the value of each run, whether they differ); those that differ come first."""
+    rows = []
+    for key in dict.fromkeys(chain.from_iterable(columns)):
+        values = [str(column.get(key, "")) for column in columns]
+        rows.append((key, values, len(set(values)) > 1))
+    return sorted(rows, key=lambda row: not row[2])
+
+
+def _examples(said: Mapping[str, list[Answer]]) -> list[dict[str, Any]]:
+    """Return examples of each split and outcome in turn, so that none hides the others.
+
+    Each is an answer of the last model, the outcome (right or wrong; gained or lost if the first model's is
+    otherwise), the right calls as text, and (name, error, parts; see `compare`) of each model's answer.
+    """
+    met: Counter[tuple[int, str]] = Counter()
+    ranked = []
+    for row in zip(*said.values(), strict=True):
+        first, last = (row[place].verdict.error is None for place in (0, -1))
+        outcome = ("right" if last else "wrong") if first == last else ("gained" if last else "lost")
+        group = _OUTCOMES.index(outcome), row[-1].split
+        ranked.append((met[group], *group, row))
+        met[group] += 1
+    ranked.sort(key=lambda one: one[:3])
+    # Compared are those alone that are shown: the time of a comparison grows with the square of a text.
+    return [
+        {
+            "answer": row[-1],
+            "outcome": _OUTCOMES[outcome],
+            "expected": _calls(row[-1].expected) or "no call: no tool on offer fits",
+            "said": [(name, one.verdict.error, _parts(one)) for name, one in zip(said, row, strict=True)],
+        }
+        for _, outcome, _, row in ranked[:EXAMPLES]
+    ]
+
+
+def _parts(answer: Answer) -> list[tuple[str, str]]:
+    if answer.calls and answer.expected:
+        return compare(_calls(answer.expected), _calls(answer.calls))
+    return [("same", _calls(answer.calls) or answer.text)]
+
+
+def _calls(calls: Sequence[Any]) -> str:
+    return "\n".join(
+        f"{call.name} {json.dumps(call.arguments, indent=2, ensure_ascii=False, sort_keys=True)}"
+        for call in calls
+    )
+
+
+def _is_stale(run: Run) -> bool:
+    """Tell whether the adapter has been trained on since it was evaluated."""
+    file = run.folder / "eval" / ASKED
+    try:
+        return file.is_file() and file.read_text("utf-8") != adapter_hash(runs.adapter(run.folder))
+    except McpLoraError:  # there is no adapter any more
+        return False
+
+
+def _usage(run: Run) -> dict[str, str] | None:
+    """Return commands and Python code that use a run's adapter, None if it has none."""
+    try:
+        adapter = runs.adapter(run.folder)
+    except McpLoraError:
+        return None
+    base, place = run.config["model_name_or_path"], str(adapter.absolute())
+    return {
+        "Talk to it": shlex.join(["mcp-lora", "chat", str(run.folder)]),
+        "Merge it into the base model": shlex.join(["mcp-lora", "export", str(run.folder)]),
+        "Load it in Python": f"from peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({place!r})  # with the chat template\n"
+        f'model = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")\n'
+        f"model = PeftModel.from_pretrained(model, {place!r})\n",
+    }

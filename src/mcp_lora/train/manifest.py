@@ -1,0 +1,153 @@
+"""What a run was made of: `manifest.json` in its folder, written at its start and again at its end.
+
+    {"started": "2026-11-24T12:00:00+00:00", "ended": "2026-11-24T14:10:03+00:00", "exit": 0,
+     "retries": [{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16,
+                  "per_device_eval_batch_size": 8,
+                  "resume_from_checkpoint": "outputs/mcp_lora/checkpoint-100"}],
+     "command": ["…/llamafactory-cli", "train", "outputs/mcp_lora/run.yaml"],
+     "environment": {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "4"}, "processes": 4,
+     "python": "3.11.7", "platform": "Linux-…", "packages": {"torch": "2.14.1"}, "gpus": ["NVIDIA A100"],
+     "git_commit": "8373a1e…", "seed": 42, "data": {"file": "…/train.jsonl", "sha256": "…"},
+     "base": {"file": "…/config.json", "sha256": "…"}, "conversion": {"read": 293, …},
+     "rendered": {"samples": 236, …}, "config": {"lora_rank": 64, …}}
+
+`conversion` is the dataset's stats.json, which the next conversion replaces, `rendered` the rendered data
+set's rendered.json. `ended` and `exit` are null while it trains, and stay so where it was killed.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.data import dataset, files
+from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.prompts.chat_template import hub_arguments
+
+NAME = "manifest.json"
+PACKAGES = (
+    "mcp-lora",
+    "llamafactory",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "accelerate",
+    "datasets",
+)
+
+
+def describe(
+    config: Mapping[str, Any], argv: list[str], environment: Mapping[str, str], processes: int
+) -> dict[str, Any]:
+    """Return the manifest of a run of `config` that begins now.
+
+    `argv` and `environment` are the engine's command and its own variables, `processes` is how many train.
+    """
+    import torch
+
+    folder = Path(str(config.get("dataset_dir")))
+    return {
+        "started": _now(),
+        "ended": None,
+        "exit": None,
+        "retries": [],
+        "command": argv,
+        "environment": dict(environment),
+        "processes": processes,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": _versions(),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "git_commit": _git_commit(),
+        "seed": config.get("seed", 42),  # transformers' own
+        "data": _hashed(dataset.file_of(folder, "train")),
+        "conversion": dataset.statistics(folder),
+        "base": _hashed(cached(config, "config.json")),
+        "config": dict(config),
+    }
+
+
+def read(run: Path) -> dict[str, Any]:
+    """Return a run's manifest, an empty one where it has none; a McpLoraError where it is damaged."""
+    return files.load(run / NAME, f"remove it, and mcp-lora report {run}")
+
+
+def check_data(run: Path, folder: Path) -> None:
+    """Raise a McpLoraError where the data in `folder` is other than that which a run was trained on."""
+    record, file = read(run), dataset.file_of(folder, "train")
+    known = (record.get("data") or {}).get("sha256")
+    if known and file.is_file() and files.sha256(file) != known:
+        conversion = record.get("conversion") or {}
+        inputs = list(dict.fromkeys(source["file"] for source in conversion.get("sources", [])))
+        again = dataset.command(replace(dataset.settings_of(conversion), inputs=inputs), folder)
+        raise McpLoraError(f"{file} is not what {run} was trained on: {again}, or mcp-lora train --overwrite")
+
+
+def write(run: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a run's manifest, whole or not at all; an OSError where the folder cannot be written."""
+    new = run / f"{NAME}.new"
+    new.write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, run / NAME)
+
+
+@contextmanager
+def recorded(run: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Write a manifest now, and once more with how what is done meanwhile has ended.
+
+    Raises McpLoraError where the folder cannot be written.
+    """
+    with explained(f"{run} cannot be written", "mcp-lora train --output OTHER_FOLDER"):
+        write(run, record)
+    try:
+        yield
+        record["exit"] = 0
+    except BaseException as error:
+        record["exit"] = error.code if isinstance(error, McpLoraError) else 1
+        raise
+    finally:
+        record["ended"] = _now()
+        with suppress(OSError):  # the engine reports a full disk
+            write(run, record)
+
+
+def cached(config: Mapping[str, Any], name: str) -> Path | None:
+    """Return a file of the base model: in its folder, or where the hub's cache has it; nothing is fetched."""
+    from transformers.utils import cached_file
+
+    places = hub_arguments(config)
+    del places["trust_remote_code"]
+    try:
+        return Path(cached_file(str(config.get("model_name_or_path")), name, local_files_only=True, **places))
+    except (OSError, ValueError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _git_commit() -> str | None:
+    with suppress(OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    return None
+
+
+def _hashed(file: Path | None) -> dict[str, str] | None:
+    return {"file": str(file), "sha256": files.sha256(file)} if file and file.is_file() else None

@@ -1,0 +1,107 @@
+"""About how much of a GPU's memory a training takes, before any weight is read.
+
+Parameters are counted on PyTorch's meta device and are exact. The rest is an estimate to choose a GPU by,
+in bytes per GPU:
+
+    weights      2 a parameter of the base, 4 in fp32, 0.52 in 4 bits (with scales); ZeRO-3 shards them
+    adapter      16 a trained parameter: fp32 weight 4, gradient 4, AdamW's two moments 8 (2 in 8 bits);
+                 ZeRO-2 shards all but the weight, ZeRO-3 all
+    activations  tokens × layers × (12h + 4q + 4k + 8f + c(5h + q + f)), where h is hidden_size, q and k the
+                 widths of queries and keys, f intermediate_size; c is 2, or 3 with LoRA dropout (its mask).
+                 With gradient checkpointing: tokens × 2h × layers, and one layer in full
+    logits       12 for each token and entry of the vocabulary: bf16, log-softmax in fp32, both gradients;
+                 none with liger's fused loss
+
+The activations are what transformers' Llama layer keeps for the backward pass under bf16 autocast with
+flash attention (norms' inputs in fp32, linear layers' inputs, a copy of each for its lora_A), counted in
+the manner of Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
+(arXiv:2205.05198). Not counted: CUDA's context (about 1 GB), fragmentation, DeepSpeed's and NCCL's buffers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.train.recipe import number, read_config
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parameters of the base and of the adapter, which are exact, and estimated bytes per GPU."""
+
+    base: int
+    trained: int
+    weights: float
+    adapter: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """Bytes per GPU."""
+        return self.weights + self.adapter + self.activations + self.logits
+
+
+def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
+    """Return about what a configuration (LLaMA-Factory's keys) takes on each of `processes` GPUs.
+
+    None where the model's config.json is not here. A model that cannot be built raises what it likes.
+    """
+    from transformers import AutoConfig
+
+    model, remote = str(config["model_name_or_path"]), bool(config.get("trust_remote_code"))
+    try:
+        shape = AutoConfig.from_pretrained(model, trust_remote_code=remote, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    base, trained, adapted = _parameters(shape, config)
+    size = 2 if config.get("bf16") or config.get("fp16") else 4
+    weights = (base - adapted) * size + adapted * (0.52 if config.get("quantization_bit") == 4 else size)
+    moments = 2 if "8bit" in str(config.get("optim")) else 8
+    deepspeed = Path(str(config.get("deepspeed")))
+    sharding = read_config(deepspeed).get("zero_optimization", {}) if deepspeed.is_file() else {}
+    own, shared = (processes if sharding.get("stage", 0) >= stage else 1 for stage in (3, 2))
+    text = shape.get_text_config()
+    tokens = number(config, "per_device_train_batch_size", 8) * number(config, "cutoff_len", 2048)
+    return Estimate(
+        base=base,
+        trained=trained,
+        weights=weights / own,
+        adapter=trained * (4 / own + (4 + moments) / shared),
+        activations=tokens * _activations(text, config) * size / 2,
+        logits=0.0 if config.get("enable_liger_kernel") else tokens * text.vocab_size * 12,
+    )
+
+
+def _parameters(shape: Any, config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Count the parameters of the base, of its adapter, and of the layers that get one.
+
+    For lora_target=all these are the linear layers of the language model, without its head.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    target = config.get("lora_target") or "all"
+    names = tuple(f".{name.strip()}" for name in (target.split(",") if isinstance(target, str) else target))
+    adapted = [
+        layer
+        for name, layer in model.get_decoder().named_modules()
+        if isinstance(layer, torch.nn.Linear) and (target == "all" or f".{name}".endswith(names))
+    ]
+    rank = int(number(config, "lora_rank", 8))
+    trained = sum(rank * (layer.in_features + layer.out_features) for layer in adapted)
+    return model.num_parameters(), trained, sum(layer.weight.numel() for layer in adapted)
+
+
+def _activations(text: Any, config: Mapping[str, Any]) -> int:
+    """Return the bytes of activations of one token, in bf16; `text` is the language model's config."""
+    hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    queries, keys = head * text.num_attention_heads, head * text.num_key_value_heads
+    copies = (3 if config.get("lora_dropout") else 2) * (5 * hidden + queries + inner)
+    layer = 12 * hidden + 4 * queries + 4 * keys + 8 * inner + copies
+    kept = bool(config.get("disable_gradient_checkpointing"))
+    return int(layers * layer if kept else layers * 2 * hidden + layer)

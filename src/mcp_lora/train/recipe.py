@@ -1,0 +1,251 @@
+"""From a preset, the environment, overrides and flags to the configuration that is run.
+
+The keys are LLaMA-Factory's own (see mcp_lora.engine.api). A preset is a YAML file in train_configs/:
+
+    model_name_or_path: Qwen/Qwen2.5-7B-Instruct
+    lora_rank: 64
+    learning_rate: 2.0e-4
+"""
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mcp_lora.errors import McpLoraError, explained
+
+RECIPE = Path("train_configs/lora_config.yaml")
+ZERO = Path("train_configs/ds_z0_config.json")  # its neighbours are the other stages
+DEMO = "./scripts/train_lora.sh demo"
+# The embedded model, of 0.135 billion, already trains at no more than 200 tokens a second on two
+# cores; the time grows with the parameters.
+CPU_PARAMETERS = 2e9
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken")
+_PATHS = ("model_name_or_path", "dataset_dir", "output_dir", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides how a configuration can be run: CUDA devices, bf16, installed packages."""
+
+    gpus: int
+    bf16: bool
+    deepspeed: bool
+    flash_attention: bool = False
+    liger: bool = False
+
+
+def detect_machine(imagined: int | None = None) -> Machine:
+    """Look at this machine; a plan may be made for `imagined` GPUs, which are taken to support bf16.
+
+    On a CPU bf16 counts only where the processor computes in it. PyTorch emulates it elsewhere: on two AVX2
+    cores `a @ b.T`, (2048, 576) by (1536, 576), ran at 20 GFLOP/s in bf16 and at 143 in fp32.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if imagined and imagined > gpus:
+        gpus, bf16 = imagined, True
+    elif gpus:
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    packages = ("deepspeed", "flash_attn", "liger_kernel")
+    return Machine(gpus, bf16, *(importlib.util.find_spec(package) is not None for package in packages))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a YAML file of LLaMA-Factory keys; a McpLoraError where it cannot be read or is no mapping."""
+    with explained(f"{file} cannot be read", "go to the project's folder, or mcp-lora train --config FILE"):
+        content = _yaml(file.read_bytes(), f"{file} is not YAML", "fix it and run again")
+    if not isinstance(content, dict):
+        raise McpLoraError(f"{file} holds no `key: value` lines: fix it and run again")
+    return {str(key): _from_yaml(str(key), value) for key, value in content.items()}
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """Read `key=value` words; a value is YAML, so `true`, `0.1`, `1e-4` and `[a, b]` are typed.
+
+    Raises McpLoraError with all words of another form.
+    """
+    wrong = [word for word in words if not re.match(r"\w+=", word)]
+    if wrong:
+        raise McpLoraError(f"not of the form key=value: {' '.join(wrong)}: mcp-lora train lora_rank=32")
+    pairs = (word.split("=", 1) for word in words)
+    quoted = "quote it, as in mcp-lora train 'key=\"value\"'"
+    return {key: _from_yaml(key, _yaml(value, "a value is not YAML", quoted)) for key, value in pairs}
+
+
+def resolve(
+    file: Path,
+    environment: Mapping[str, str],
+    overrides: list[str],
+    flags: Mapping[str, Any],
+    machine: Machine,
+) -> tuple[dict[str, Any], list[str]]:
+    """Put the four sources of a configuration together and fit the result to the machine.
+
+    Later wins: `file`, MODEL_PATH in `environment`, `overrides` (key=value), `flags` (None is not set). Paths
+    come out absolute. Returns the configuration in LLaMA-Factory's keys, and what was fitted, in words.
+
+    Raises McpLoraError where the file or an override cannot be read.
+    """
+    config, notes = read_config(file), []
+    model = environment.get("MODEL_PATH")
+    given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
+    if model and "model_name_or_path" not in given:
+        config["model_name_or_path"] = model
+        notes.append(f"the model is {model}, by MODEL_PATH in the environment")
+    config |= given
+    for changes, note in _fitted(config, machine, given.keys()):
+        config |= changes
+        notes.append(note)
+    if config.get("deepspeed") is None:
+        config.pop("deepspeed", None)
+    for key in _PATHS:
+        # A hub id looks like a path but is none; what does not exist stays as it was given.
+        value = config.get(key)
+        place = os.path.expanduser(value) if isinstance(value, str) else ""
+        if place and (key.endswith("_dir") or os.path.exists(place)):
+            config[key] = os.path.abspath(place)
+    return config, notes
+
+
+def _fitted(
+    config: Mapping[str, Any], machine: Machine, given: Collection[str]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield what suits the machine, and say so in words; what is `given` stays as it is.
+
+    The engine uses neither flash attention, which requires a GPU of Ampere or later, as bf16 does, nor liger
+    kernels by itself. On a CPU one sample at a time fills the cores, and needs no padding; the global batch
+    size stays. PyTorch draws dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at 0.1.
+    DeepSpeed's stage 0 divides nothing, and learns less in bf16, as it casts the adapter and begins with an
+    empty step of AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298
+    with it and 0.282 without (tests/bench/test_train.py). Gradient checkpointing costs 20 to 30 % of the
+    time.
+    """
+    if config.get("bf16") and not machine.bf16:
+        lower = {"fp16": True} if machine.gpus else {}
+        yield {"bf16": False, **lower}, f"no bf16 on this machine: training in {'fp16' if lower else 'fp32'}"
+    if machine.gpus:
+        if machine.flash_attention and machine.bf16 and "flash_attn" not in config:
+            yield {"flash_attn": "fa2"}, "flash attention (flash_attn=auto: without)"
+        if machine.liger and "enable_liger_kernel" not in config:
+            note = "liger kernels, which need no room for logits (enable_liger_kernel=false: without)"
+            yield {"enable_liger_kernel": True}, note
+    else:
+        apple = " (Apple's GPU is not used)" if sys.platform == "darwin" else ""
+        yield {"use_cpu": True, "fp16": False}, f"no CUDA device{apple}: training on the CPU"
+        if (key := "disable_gradient_checkpointing") not in config:
+            yield {key: True}, f"no gradient checkpointing, which takes time ({key}=false: with)"
+        per_device, accumulated = "per_device_train_batch_size", "gradient_accumulation_steps"
+        size = number(config, per_device, 8)
+        if size > 1 and not {per_device, accumulated} & {*given}:
+            batch = int(size * number(config, accumulated, 1))
+            note = f"one sample at a time, without padding ({per_device}={size}: as on a GPU)"
+            yield {per_device: 1, accumulated: batch}, note
+        if (dropout := config.get("lora_dropout")) and "lora_dropout" not in given:
+            note = f"no dropout, whose masks take time (lora_dropout={dropout}: as on a GPU)"
+            yield {"lora_dropout": 0.0}, note
+        if Path(str(config.get("deepspeed"))).name == ZERO.name and "deepspeed" not in given:
+            yield (
+                {"deepspeed": None},
+                "no DeepSpeed, of which stage 0 divides nothing (--zero 0: as on a GPU)",
+            )
+    if os.name == "nt" and number(config, "preprocessing_num_workers", 1) > 1:
+        yield {"preprocessing_num_workers": 1}, "one preprocessing worker, as Windows cannot fork"
+    if config.get("deepspeed") and not machine.deepspeed:
+        note = "DeepSpeed is not installed: training without it (stages 2 and 3 save memory)"
+        yield {"deepspeed": None}, note
+
+
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Return a number of a configuration, `default` where it is left out; a McpLoraError where it is none."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise McpLoraError(f"{key}={value} is no number: mcp-lora train {key}={default:g}")
+    return value
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    """Return a configuration as the YAML that LLaMA-Factory reads."""
+    return yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False)
+
+
+def missing_model(model: str, shape_only: bool = False) -> str | None:
+    """Say what is wrong with a model that is a path by its looks, but no folder with a model.
+
+    With `shape_only` its config.json will do.
+    """
+    folder = Path(os.path.expanduser(model))
+    looks_like_path = model.startswith((".", "~")) or "\\" in model or model.count("/") > 1
+    if not (looks_like_path or folder.is_absolute() or os.path.exists(folder)):
+        return None
+    if not (folder / "config.json").is_file():
+        return f"there is no model in {model} (no config.json)"
+    # transformers makes an empty tokenizer of a config.json alone, and says nothing.
+    if not shape_only and not any(any(folder.glob(name)) for name in _TOKENIZERS):
+        return f"there is no tokenizer in {model} ({', '.join(_TOKENIZERS)})"
+    return None
+
+
+def too_big(model: str, machine: Machine) -> str | None:
+    """Say so where a model is too big to be trained without a GPU."""
+    count = parameters(model)
+    if machine.gpus or count is None or count <= CPU_PARAMETERS:
+        return None
+    size = f"{model} has {count / 1e9:.1f} billion parameters"
+    return f"{size}, which without a GPU would train for weeks. See the whole way on a small model: {DEMO}"
+
+
+def parameters(model: str) -> float | None:
+    """Return a model's number of parameters: from its safetensors files, else from its name."""
+    from safetensors import SafetensorError, safe_open
+
+    folder, count = Path(os.path.expanduser(model)), 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                    count += prod(tensors.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise McpLoraError(f"{file} is damaged ({error}): copy the model again") from None
+    named = re.search(r"(\d+(?:\.\d+)?)b\b", folder.name.lower())
+    return count or (float(named[1]) * 1e9 if named else None)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice")
+        return super().construct_mapping(node, deep)  # which adds what `<<` merges
+
+
+def _yaml(text: str | bytes, problem: str, command: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2025-13-01
+        raise McpLoraError(f"{problem} ({' '.join(str(error).split())}): {command}") from None
+
+
+def _from_yaml(key: str, value: Any) -> Any:
+    """Undo what YAML 1.1 makes of two things that everybody writes.
+
+    It reads 1e-4 as text (it wants 1.0e-4), and `no`, the name of a strategy, as false.
+    """
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
+        return float(value)
+    return "no" if value is False and key.endswith("_strategy") else value

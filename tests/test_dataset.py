@@ -73,7 +73,7 @@ def killed_at(step: str, number: int, out: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from mcp_lora import dataset
+from mcp_lora.data import dataset
 step, calls = dataset.{step}, []
 def killed(*words, **more):
     done = step(*words, **more)

@@ -98,7 +98,7 @@ def test_interruptions_end_the_whole_family_the_second_at_once() -> None:
     )
     script = (
         "import signal, sys\n"
-        "from mcp_lora import cli, launch\n"
+        "from mcp_lora.cli import app as cli\nfrom mcp_lora.engine import launch\n"
         "signal.signal(signal.SIGINT, cli._interrupted)\n"
         f"launch.run([sys.executable, '-c', {launcher!r}], {{}})"
     )

@@ -176,7 +176,7 @@ def test_every_preset_names_its_command_and_is_accepted_by_the_engine(preset: Pa
     resolved, _ = resolve(preset, {}, [], {}, recipe.detect_machine())
     assert api.problems(resolved) == []
     file = tmp_path / "run.yaml"
-    file.write_text(recipe.dump(resolved))
+    file.write_text(api.dump(resolved))
     check = (
         "import sys, yaml; from llamafactory.hparams.parser import _parse_train_args as parse;"
         "print(parse(yaml.safe_load(open(sys.argv[1])))[3].lora_rank)"
@@ -188,7 +188,7 @@ def test_every_preset_names_its_command_and_is_accepted_by_the_engine(preset: Pa
 
 def test_the_dump_is_yaml_that_comes_back() -> None:
     values = {"learning_rate": 2e-4, "path": "C:\\a b", "none": None, "名": "值"}
-    assert yaml.safe_load(recipe.dump(values)) == values
+    assert yaml.safe_load(api.dump(values)) == values
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mcp_lora.errors import McpLoraError
 
 _MODEL = "llamafactory/hparams/model_args.py"
@@ -81,6 +83,21 @@ def fetched(config: Mapping[str, Any]) -> str:
         what = f"{model} cannot be fetched, {on[0]} is set ({reason})"
         again = f"check the network and pip show {hubs[on[0]]}, or unset {on[0]}"
         raise McpLoraError(f"{what}: {again}") from None
+
+
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Return a number of a configuration, `default` where it is left out; a McpLoraError where it is none."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise McpLoraError(f"{key}={value} is no number: mcp-lora train {key}={default:g}")
+    return value
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    """Return a configuration as the YAML that LLaMA-Factory reads."""
+    return yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False)
 
 
 def train(config: dict[str, Any]) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcp_lora.engine.api import dump
 from mcp_lora.engine.topology import World
 from mcp_lora.errors import McpLoraError, explained
-from mcp_lora.train.recipe import dump
 
 # torchrun and LLaMA-Factory's launcher raise these when a rank has failed for another reason.
 _WRAPPERS = ("ChildFailedError", "CalledProcessError")
@@ -139,6 +139,13 @@ def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = 
         except BaseException:
             _stop(process.pid)
             raise
+
+
+def output(argv: list[str]) -> str | None:
+    """Return what a command prints, None where it fails or does not exist."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 def real_error(stderr: str, lines: int = 8) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mcp_lora.engine.api import number
 from mcp_lora.errors import McpLoraError
-from mcp_lora.train.recipe import number
 
 _PORT = "29500"  # torchrun's own default
 

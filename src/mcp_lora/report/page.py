@@ -1,7 +1,7 @@
 """A page about a run, or about several side by side: one HTML file that needs nothing else.
 
 It is made of the files in the runs' folders: run.yaml, manifest.json, trainer_state.json, eval/*.jsonl.
-The page notes which of them are missing. The page itself is report.html, a Jinja template.
+The page notes which of them are missing. The page itself is page.html, a Jinja template.
 """
 
 import difflib
@@ -91,7 +91,7 @@ def _render(found: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(
+    return environment.get_template("page.html").render(
         runs=found,
         several=several,
         base=base.name if base.is_absolute() else base,

@@ -19,7 +19,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import dataset, files
+from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.prompts.chat_template import hub_arguments
 
@@ -66,7 +66,7 @@ def describe(
         "platform": platform.platform(),
         "packages": _versions(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-        "git_commit": _git_commit(),
+        "git_commit": launch.output(["git", "rev-parse", "HEAD"]),
         "seed": config.get("seed", 42),  # transformers' own
         "data": _hashed(dataset.file_of(folder, "train")),
         "conversion": dataset.statistics(folder),
@@ -140,13 +140,6 @@ def _versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-def _git_commit() -> str | None:
-    with suppress(OSError, subprocess.CalledProcessError):
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    return None
 
 
 def _hashed(file: Path | None) -> dict[str, str] | None:

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.train.recipe import number, read_config
+from mcp_lora.engine.api import number
+from mcp_lora.train.recipe import read_config
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from mcp_lora.engine.api import number
 from mcp_lora.errors import McpLoraError, explained
 
 RECIPE = Path("train_configs/lora_config.yaml")
@@ -165,21 +166,6 @@ def _fitted(
     if config.get("deepspeed") and not machine.deepspeed:
         note = "DeepSpeed is not installed: training without it (stages 2 and 3 save memory)"
         yield {"deepspeed": None}, note
-
-
-def number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """Return a number of a configuration, `default` where it is left out; a McpLoraError where it is none."""
-    value = config.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise McpLoraError(f"{key}={value} is no number: mcp-lora train {key}={default:g}")
-    return value
-
-
-def dump(config: Mapping[str, Any]) -> str:
-    """Return a configuration as the YAML that LLaMA-Factory reads."""
-    return yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False)
 
 
 def missing_model(model: str, shape_only: bool = False) -> str | None:

@@ -21,8 +21,10 @@ from typing import Any
 
 from mcp_lora.data import files
 from mcp_lora.engine import api
+from mcp_lora.engine.api import dump
 from mcp_lora.errors import McpLoraError, explained
-from mcp_lora.train.recipe import dump, read_config
+from mcp_lora.train import manifest
+from mcp_lora.train.recipe import read_config
 
 DEFAULT = Path("outputs/mcp_lora")
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for a tokenizer's
@@ -145,18 +147,30 @@ def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
     if changed:
         what = f"{run} holds another run's checkpoint ({', '.join(changed)})"
         raise McpLoraError(f"{what}: take that run's settings, or mcp-lora train --overwrite")
-    if not is_finished(run):
-        return
-    state = files.load(run / "trainer_state.json", f"mcp-lora train --overwrite --output {run}")
-    steps = config.get("max_steps", -1)  # wins over the epochs where it is positive
-    if steps > 0:
-        done, more = state["global_step"] >= steps, f"max_steps={2 * steps}"
-    else:
-        done = state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6
-        more = f"num_train_epochs={state['epoch'] + 1:g}"
-    if done:
+    if is_done(run, config) and manifest.read(run).get("ended", "before there were manifests"):
+        state = _state(run)
+        more = f"max_steps={2 * config.get('max_steps', 0)}"
+        if config.get("max_steps", -1) <= 0:
+            more = f"num_train_epochs={state['epoch'] + 1:g}"
         what = f"a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), nothing to resume"
         raise McpLoraError(f"{run} holds {what}: mcp-lora train --resume {more}, or --overwrite")
+
+
+def is_done(run: Path, config: Mapping[str, Any]) -> bool:
+    """Tell whether training in this folder came to the end that a configuration sets.
+
+    So it may have where mcp-lora was killed, and the engine was not.
+    """
+    if not is_finished(run):
+        return False
+    state, steps = _state(run), config.get("max_steps", -1)  # wins over the epochs where it is positive
+    if steps > 0:
+        return bool(state["global_step"] >= steps)
+    return bool(state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6)
+
+
+def _state(run: Path) -> dict[str, Any]:
+    return files.load(run / "trainer_state.json", f"mcp-lora train --overwrite --output {run}")
 
 
 def put_aside(run: Path) -> Path | None:
@@ -223,10 +237,8 @@ def adapter(run: Path, checkpoint: str | None = None) -> Path:
     else:
         whole = list(filter(is_complete, checkpoints(run)))
         choices = [*whole[::-1], run]
-        if is_finished(run) and whole:
-            state = files.load(run / "trainer_state.json", f"mcp-lora train --overwrite --output {run}")
-            if state.get("global_step", 0) >= int(whole[-1].name[11:]):
-                choices = [run, *whole[::-1]]
+        if whole and is_finished(run) and _state(run).get("global_step", 0) >= int(whole[-1].name[11:]):
+            choices = [run, *whole[::-1]]
     for folder in choices:
         if (folder / "adapter_config.json").is_file():
             return folder

@@ -9,8 +9,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from mcp_lora.engine.api import number
 from mcp_lora.errors import McpLoraError
-from mcp_lora.train.recipe import number
 
 FEW = 50  # steps, below which more rows or a smaller batch help
 _POINTS = 20  # of a loss curve

@@ -11,6 +11,7 @@ from typing import Any
 from mcp_lora import demo_model
 from mcp_lora.data import dataset, files
 from mcp_lora.engine import api, launch
+from mcp_lora.engine.api import number
 from mcp_lora.engine.topology import World, share_batch
 from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import chat_template as prompts
@@ -177,7 +178,7 @@ def preview(plan: Plan, say: Say) -> str:
     plan = _fit(plan, _training_rows(plan.config), say)
     known = plan.steps or "not known, the data is not converted: mcp-lora convert"
     parts = {
-        str(plan.run / "run.yaml"): [configuration.dump(plan.config)],
+        str(plan.run / "run.yaml"): [api.dump(plan.config)],
         "command": [" ".join(plan.argv)],
         "environment": [f"{name}={value}" for name, value in plan.environment.items()],
         "plan": [plan.batch, *_needed_memory(plan), f"steps: {known}"],
@@ -210,8 +211,8 @@ def _training_rows(config: Mapping[str, Any]) -> int | None:
     stats = dataset.statistics(Path(str(config.get("dataset_dir"))))
     if stats is None:
         return None
-    rows = int(min(stats["samples"]["train"], configuration.number(config, "max_samples", math.inf)))
-    held_out = configuration.number(config, "val_size", 0)
+    rows = int(min(stats["samples"]["train"], number(config, "max_samples", math.inf)))
+    held_out = number(config, "val_size", 0)
     # datasets' train_test_split rounds a share up
     return rows - (math.ceil(rows * held_out) if held_out < 1 else int(held_out))
 
@@ -249,7 +250,9 @@ def _run(plan: Plan, say: Say, retry: bool, overwrite: bool) -> None:
         recorded = manifest.recorded(plan.run, record)
     try:
         with recorded:
-            if plan.world.rank is None:
+            if resume and runs.is_done(plan.run, plan.config):
+                say("training has come to its end already, and was not recorded")
+            elif plan.world.rank is None:
                 _run_engine(plan, say, retry, retries)
             else:
                 api.train(plan.config)
@@ -334,7 +337,7 @@ def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
 
     The batch is that of training, or that of validation where memory ran out in it.
     """
-    size = int(configuration.number(plan.config, _EVALUATED if in_evaluation else _BATCH[0], 8))
+    size = int(number(plan.config, _EVALUATED if in_evaluation else _BATCH[0], 8))
     if size == 1:
         return None
     processes = plan.world.processes

@@ -11,7 +11,7 @@ from conftest import record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mcp_lora.data.dataset import Settings, convert
+from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.errors import McpLoraError
 
 # Python's json writes NaN, half surrogate pairs and big numbers, and reads them again.

@@ -16,7 +16,7 @@ from conftest import BIN, ROOT, record, write_json
 
 from mcp_lora.cli.app import app, main
 from mcp_lora.data import dataset
-from mcp_lora.train import recipe, runs
+from mcp_lora.train import machine, runs
 
 Capture = pytest.CaptureFixture[str]
 
@@ -62,7 +62,7 @@ def fail(capsys: Capture, *words: str) -> str:
         ("train --dry-run per_device_train_batch_size=0", "size=0 is no whole number from 1"),
         ("train --dry-run deepspeed=nowhere.json", "there is no nowhere.json"),
         ("eval outputs/none", "contains no run"),
-        ("eval --endpoint URL", "mcp-lora eval --endpoint URL --model NAME"),
+        ("eval --endpoint URL", "mcp-lora eval --endpoint URL --endpoint-model NAME"),
         ("eval --base-only --adapter-only", "exclude each other"),
         ("chat outputs/none", "mcp-lora train --output"),
         ("export", "outputs/mcp_lora holds no adapter"),
@@ -105,9 +105,9 @@ def test_an_interruption_names_the_command_that_goes_on(
         assert f"to go on: {shlex.join(['mcp-lora', *words])}\n" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(recipe.detect_machine().gpus > 0, reason="this machine has a GPU")
+@pytest.mark.skipif(machine.detect_machine().gpus > 0, reason="this machine has a GPU")
 def test_a_big_model_without_a_gpu_is_refused_with_the_demos_command(capsys: Capture) -> None:
-    assert "./scripts/train_lora.sh demo" in fail(capsys, "train")
+    assert "mcp-lora demo" in fail(capsys, "train")
     assert not Path("outputs").exists()
 
 
@@ -124,7 +124,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(capsys: Capture, project: Path) 
     assert command.split() == ["command", str(BIN / "llamafactory-cli"), "train", str(run_file)]
     assert {"FORCE_TORCHRUN=1"} <= set(environment.splitlines())
     assert sorted(project.rglob("*")) == before
-    if not recipe.detect_machine().gpus:
+    if not machine.detect_machine().gpus:
         assert "7.0 billion parameters" in shown.err and "use_cpu: true" in text
 
 
@@ -150,7 +150,7 @@ def test_an_export_over_something_or_from_a_quantised_base_is_refused(
 
 def test_an_evaluation_wants_held_out_questions(capsys: Capture, project: Path) -> None:
     source = write_json(project / "few.json", [record(f"Add {number}.") for number in range(6)])
-    main_ok(["convert", str(source), "--out", "data/one", "--test", "0.01", "--seed", "7"])
+    main_ok(["convert", str(source), "--output", "data/one", "--test", "0.01", "--seed", "7"])
     runs.write_config(Path("outputs/one"), {"dataset_dir": "data/one"})
     said = fail(capsys, "eval", "outputs/one")
     command = shlex.split(said[said.index("mcp-lora convert") : said.index(", and train again")])
@@ -238,11 +238,13 @@ def test_inspect_shows_a_sample_as_the_engine_sees_it(
     sample = json.loads(Path("data/llama_factory/mcp_train_data.json").read_text())[1]
     question, call = (turn["value"] for turn in sample["conversations"])
     shown = inspect("2")
-    assert f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<tool_call>" in shown
+    assert f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n⟦<tool_call>" in shown
     assert json.loads(call)["name"] in shown and "trained on" in shown
     found = json.loads(inspect("2", "--json"))
     assert list(found) == ["input_ids", "labels", "prompt", "target"]
-    assert " ".join(inspect("2", "--ids").split()).startswith(" ".join(map(str, found["input_ids"])))
+    assert " ".join(re.sub("[⟦⟧]", "", inspect("2", "--ids")).split()).startswith(
+        " ".join(map(str, found["input_ids"]))
+    )
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     assert tokenizer.decode(found["input_ids"]) == found["prompt"] + found["target"]
     assert tokenizer.decode([label for label in found["labels"] if label != -100]) == found["target"]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora.data import dataset, languages
-from mcp_lora.data.dataset import Settings, convert, refresh
+from mcp_lora.data import conversion, dataset, languages
+from mcp_lora.data.conversion import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import questions
 
@@ -73,7 +73,7 @@ def killed_at(step: str, number: int, out: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from mcp_lora.data import dataset
+from mcp_lora.data import conversion, dataset
 step, calls = dataset.{step}, []
 def killed(*words, **more):
     done = step(*words, **more)
@@ -82,7 +82,7 @@ def killed(*words, **more):
         os.kill(os.getpid(), signal.SIGKILL)
     return done
 dataset.{step} = killed
-dataset.convert(dataset.Settings([{str(SAMPLE)!r}], seed=2), Path({str(out)!r}))
+conversion.convert(conversion.Settings([{str(SAMPLE)!r}], seed=2), Path({str(out)!r}))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -423,25 +423,25 @@ def test_a_row_is_explained_in_each_step(tmp_path: Path) -> None:
     row = said("Go.", "open")
     source = write_json(tmp_path / "rows.json", [said("Stop."), row, said("Go.", "shut")])
     settings = Settings([str(source)])
-    steps = dict(dataset.explain(settings, 2))
+    steps = dict(conversion.explain(settings, 2))
     assert (
         list(steps) == ["as read (openai)", "as understood", "as written"]
         and steps["as read (openai)"] == row
     )
     assert [turn["role"] for turn in steps["as understood"]] == ["user", "call", "result", "answer"]
     assert call_of(steps["as written"][0]) == "open"
-    assert "shut is called, but not among the tools" in dict(dataset.explain(settings, 3))["rejected"]
+    assert "shut is called, but not among the tools" in dict(conversion.explain(settings, 3))["rejected"]
     with pytest.raises(McpLoraError, match="fewer than 4 rows"):
-        list(dataset.explain(settings, 4))
+        list(conversion.explain(settings, 4))
     broken = tmp_path / "rows.jsonl"
     broken.write_text("{broken\n")
-    steps = dict(dataset.explain(Settings([str(broken)]), 1))
+    steps = dict(conversion.explain(Settings([str(broken)]), 1))
     assert steps["as read (?)"] == "{broken" and "not JSON" in steps["rejected"]
 
 
 def test_an_input_is_not_written_over(sample_data: Path) -> None:
     before = contents(sample_data)
-    with pytest.raises(McpLoraError, match="would be written over: mcp-lora convert --out OTHER_FOLDER"):
+    with pytest.raises(McpLoraError, match="would be written over: mcp-lora convert --output OTHER_FOLDER"):
         converted(sample_data, sample_data / "train.jsonl")
     assert contents(sample_data) == before
 
@@ -480,15 +480,15 @@ def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -
 
 def test_a_damaged_description_is_an_error(sample_data: Path) -> None:
     (sample_data / "stats.json").write_text("{")
-    with pytest.raises(McpLoraError, match=r"stats\.json is damaged.*mcp-lora convert --out"):
-        refresh(None, sample_data)
+    with pytest.raises(McpLoraError, match=r"stats\.json is damaged.*mcp-lora convert --output"):
+        refresh([], sample_data)
 
 
 @pytest.mark.parametrize("end", ['{"messages": [', '{"instruction": "of another make"}'])
 def test_a_damaged_or_foreign_row_is_an_error(sample_data: Path, end: str) -> None:
     with (sample_data / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write(end)
-    with pytest.raises(McpLoraError, match=r"train\.jsonl cannot be used.*mcp-lora convert --out"):
+    with pytest.raises(McpLoraError, match=r"train\.jsonl cannot be used.*mcp-lora convert --output"):
         list(dataset.samples(sample_data, "train"))
     with pytest.raises(McpLoraError, match="holds train, seen, not no_call: mcp-lora convert"):
         list(dataset.samples(sample_data, "no_call"))
@@ -497,7 +497,7 @@ def test_a_damaged_or_foreign_row_is_an_error(sample_data: Path, end: str) -> No
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file is in the way")
     for out in (tmp_path / "out", tmp_path / "out/below"):
-        with pytest.raises(McpLoraError, match="mcp-lora convert --out"):
+        with pytest.raises(McpLoraError, match="mcp-lora convert --output"):
             converted(out, SAMPLE)
     assert (tmp_path / "out").read_text() == "a file is in the way"
 
@@ -511,7 +511,7 @@ def test_a_folder_keeps_what_others_put_there_and_nothing_of_the_old_conversion(
     assert load(sample_data / "mine/notes.json") == "mine"
 
 
-@pytest.mark.parametrize(("step", "number"), [("_dump", 2), ("Path.replace", 1), ("Path.replace", 4)])
+@pytest.mark.parametrize(("step", "number"), [("dump", 2), ("Path.replace", 1), ("Path.replace", 4)])
 def test_a_conversion_that_is_killed_leaves_the_old_one_or_is_made_again(
     tmp_path: Path, step: str, number: int
 ) -> None:
@@ -523,12 +523,12 @@ def test_a_conversion_that_is_killed_leaves_the_old_one_or_is_made_again(
     before, after = contents(old), contents(new)
     killed_at(step, number, old)
     unharmed = contents(old) == before
-    assert unharmed == (dataset.statistics(old) is not None) == (step == "_dump")
-    assert dataset.is_up_to_date(old) == unharmed
+    assert unharmed == (dataset.statistics(old) is not None) == (step == "dump")
+    assert conversion.is_up_to_date(old) == unharmed
     # no rows of the old one stand beside new ones
     left = {file: content for file, content in contents(old).items() if file != "stats.json"}
     assert left.items() <= before.items() or left.items() <= after.items()
-    assert (refresh(None, old).statistics is None) == unharmed
+    assert (refresh([], old).statistics is None) == unharmed
     assert contents(old) == (before if unharmed else after)
     converted(old, SAMPLE, seed=2)  # and the next one is not disturbed
     assert contents(old) == after and load(old / "mine/notes.json") == "mine"
@@ -542,22 +542,22 @@ def test_changed_contents_are_converted_with_the_last_settings(tmp_path: Path) -
     stats = converted(out, source, candidates=3, tools=[str(tools)])
     assert set(stats["inputs"]) == {str(source), str(tools)}
     os.utime(source, (2e9, 2e9))
-    for data in (None, source):
-        assert dataset.is_up_to_date(out) and "up to date" in refresh(data, out).message
+    for data in ([], [source]):
+        assert conversion.is_up_to_date(out) and "up to date" in refresh(data, out).message
     write_json(source, [record(f"Q{i}", tool=f"t{i}") for i in range(12)])
     os.utime(source, (1, 1))
-    assert not dataset.is_up_to_date(out)
-    done = refresh(None, out)
+    assert not conversion.is_up_to_date(out)
+    done = refresh([], out)
     assert done.statistics and done.statistics["read"] == 12 and "--candidates 3" in done.message
     assert all(len(names(sample)) == 3 for sample in dataset.samples(out, "train"))
     write_json(tools, [{"name": "other", "parameters": {}}])
-    assert refresh(None, out).statistics
+    assert refresh([], out).statistics
     dataset.file_of(out, "train").unlink()  # what is not there cannot be used
-    assert refresh(None, out).statistics
-    done = refresh(SAMPLE, out)
+    assert refresh([], out).statistics
+    done = refresh([SAMPLE], out)
     assert done.statistics and done.statistics["read"] > 200
     with pytest.raises(McpLoraError, match=r"no data in nowhere\.json"):
-        refresh(Path("nowhere.json"), out)
+        refresh([Path("nowhere.json")], out)
 
 
 def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None
     kept = {"inputs": [str(source)], "candidates": 3, "test": 0.1, "seed": 42}
     write_json(tmp_path / "out/stats.json", {"settings": kept, "files": [str(source)]})
     assert dataset.statistics(tmp_path / "out") is None
-    again = refresh(None, tmp_path / "out").statistics
+    again = refresh([], tmp_path / "out").statistics
     assert again and again["settings"]["candidates"] == 3 and again["samples"] == {"train": 1}
 
 
@@ -579,22 +579,22 @@ def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("one").rename("two")
     monkeypatch.chdir("two")
-    assert "up to date" in refresh(None, Path("out")).message  # where it lies does not matter
+    assert "up to date" in refresh([], Path("out")).message  # where it lies does not matter
     source.unlink()
     for _ in range(2):
         for folder in (Path("out"), Path("named")):
-            assert "is not here" in refresh(None, folder).message and dataset.is_up_to_date(folder)
+            assert "is not here" in refresh([], folder).message and conversion.is_up_to_date(folder)
         write_json(Path("data/filtered/filtered_sample.json"), [record("sample")])
     newer = write_json(Path("data/filtered/filtered_20260101_000000.json"), [record("newer")])
-    stats = refresh(None, Path("out")).statistics
+    stats = refresh([], Path("out")).statistics
     assert stats and list(stats["inputs"]) == [str(newer.absolute())]
-    assert refresh(None, Path("named")).statistics is None
+    assert refresh([], Path("named")).statistics is None
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "stats.json", "train.jsonl", "seen.jsonl"])
 def test_a_file_of_another_make_is_not_written_over(tmp_path: Path, name: str) -> None:
     write_json(tmp_path / name, {"a": 1})
-    for attempt in (lambda: refresh(SAMPLE, tmp_path), lambda: converted(tmp_path, SAMPLE)):
+    for attempt in (lambda: refresh([SAMPLE], tmp_path), lambda: converted(tmp_path, SAMPLE)):
         with pytest.raises(McpLoraError, match=rf"{name}, which mcp-lora did not make"):
             attempt()
     assert contents(tmp_path) == {name: (tmp_path / name).read_bytes()}
@@ -631,7 +631,7 @@ def test_a_conversion_can_be_repeated_by_its_command(tmp_path: Path) -> None:
 
     settings = {"seed": 7, "tools": [str(SHAPES / "tools")], "strict_schema": True, "redact": False}
     first = converted(tmp_path / "one", SAMPLE, **settings)
-    words = shlex.split(dataset.command(Settings(**first["settings"]), tmp_path / "two"))
+    words = shlex.split(conversion.command(Settings(**first["settings"]), tmp_path / "two"))
     with pytest.raises(SystemExit) as caught:
         main(words[1:])
     assert not caught.value.code and load(tmp_path / "two/stats.json") == first

@@ -10,9 +10,9 @@ from chat_templates import templates
 from conftest import BIN, run
 
 from mcp_lora import doctor
-from mcp_lora.data import dataset
+from mcp_lora.data import conversion
 from mcp_lora.train import recipe
-from mcp_lora.train.recipe import Machine
+from mcp_lora.train.machine import Machine
 
 CPU = Machine(0, False, False)
 
@@ -23,7 +23,7 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(model: Path, **changes: Any) -> dict[str, doctor.Finding]:
-    settings, _ = recipe.resolve(recipe.RECIPE, {}, [], {"model_name_or_path": str(model)}, CPU)
+    settings = recipe.resolve(recipe.RECIPE, {}, [], {"model_name_or_path": str(model)}, CPU)
     return {finding.what: finding for finding in doctor.examine(settings | changes, CPU)}
 
 
@@ -72,7 +72,7 @@ def test_an_answer_that_does_not_end_with_eos(tiny_model: Path, tmp_path: Path) 
 
 
 def test_data_that_has_changed_since(tiny_model: Path, project: Path) -> None:
-    dataset.convert(dataset.Settings())
+    conversion.convert(conversion.Settings())
     (source,) = (project / "data/filtered").glob("filtered_*.json")
     later = (project / "data/llama_factory/stats.json").stat().st_mtime + 10
     os.utime(source, (later, later))

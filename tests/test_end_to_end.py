@@ -161,7 +161,7 @@ def test_an_evaluation_of_a_server(project: Path, tiny_model: Path) -> None:
     with started(argv, project, API_HOST="127.0.0.1", API_PORT=port, CUDA_VISIBLE_DEVICES="") as process:
         try:
             assert process.stderr and any("Uvicorn running" in line for line in process.stderr)
-            words = ["--endpoint", f"http://127.0.0.1:{port}/v1", "--model", "tiny"]
+            words = ["--endpoint", f"http://127.0.0.1:{port}/v1", "--endpoint-model", "tiny"]
             done = succeed(project, "eval", *words)
         finally:
             process.terminate()
@@ -244,7 +244,7 @@ def test_what_shapes_the_model_reaches_eval_chat_and_export(project: Path, tiny_
     succeed(project, "train", "--model", tiny_model, *SMALL, *wider)
     succeed(project, "eval", "outputs/wider", "--adapter-only", "--limit", "1")
     succeed(project, "chat", "outputs/wider", stdin="exit\n")
-    succeed(project, "export", "outputs/wider", "--to", "outputs/wider_model")
+    succeed(project, "export", "outputs/wider", "--output", "outputs/wider_model")
 
 
 def test_a_model_with_code_of_its_own_is_trained_and_exported(project: Path, tiny_model: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_model_with_code_of_its_own_is_trained_and_exported(project: Path, tin
     (folder / "config.json").write_text(json.dumps(shape | {"architectures": ["MineForCausalLM"]}))
     words = [*SMALL, "max_steps=1", "trust_remote_code=true", "--output", "outputs/mine"]
     succeed(project, "train", "--model", folder, *words)
-    done = succeed(project, "export", "outputs/mine", "--to", "outputs/mine_model")
+    done = succeed(project, "export", "outputs/mine", "--output", "outputs/mine_model")
     assert "the largest difference of a logit" in done.stderr
     assert (project / "outputs/mine_model/modeling_mine.py").is_file()
 

@@ -14,18 +14,27 @@ import pytest
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
 
-from mcp_lora.data.dataset import Settings, convert
+from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.engine import launch
-from mcp_lora.engine.topology import World
+from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import predict, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Said
-from mcp_lora.evaluate.evaluation import BASE, Endpoint, Evaluation, evaluate, requirement, summarise, unmet
+from mcp_lora.evaluate.evaluation import (
+    BASE,
+    Endpoint,
+    Evaluation,
+    Request,
+    evaluate,
+    requirement,
+    summarise,
+    unmet,
+)
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train import manifest, runs
-from mcp_lora.train.recipe import Machine
+from mcp_lora.train.machine import Machine
 
 CPU = Machine(0, False, True)
 JUDGE = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
@@ -77,7 +86,7 @@ def test_a_damaged_question_is_told(tmp_path: Path) -> None:
     sample = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
     for change in ({"tools": [{}]}, {"tools": "["}, {"messages": sample["messages"][2:]}):
         file.write_text(json.dumps(sample | change) + "\n", encoding="utf-8")
-        with pytest.raises(McpLoraError, match="seen in .* is damaged: mcp-lora convert --out"):
+        with pytest.raises(McpLoraError, match="seen in .* is damaged: mcp-lora convert --output"):
             questions.read(tmp_path, [])
 
 
@@ -231,8 +240,10 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
         return completion(tool_calls=[{"id": "1", "type": "function", "function": function}])
 
     with server(answer) as (url, requests):
-        with pytest.raises(McpLoraError, match=f"who are you.*OPENAI_API_KEY.*--endpoint {url} --model m"):
-            evaluate(run, CPU, World(), splits=["seen"], endpoint=Endpoint(url, "m"))
+        with pytest.raises(
+            McpLoraError, match=f"who are you.*OPENAI_API_KEY.*--endpoint {url} --endpoint-model m"
+        ):
+            evaluate(Request(run, splits=["seen"], endpoint=Endpoint(url, "m")))
         assert failed and {request["key"] for request in requests} == {"Bearer secret"}
         assert {(request["model"], request["temperature"]) for request in requests} == {("m", 0)}
         kept = (run / "eval/endpoint-m.jsonl").read_text(encoding="utf-8").splitlines()
@@ -240,7 +251,7 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
         down = False
         for missing in (len(expected) - len(kept), 0):
             requests.clear()
-            found = evaluate(run, CPU, World(), splits=["seen"], endpoint=Endpoint(url, "m"))
+            found = evaluate(Request(run, splits=["seen"], endpoint=Endpoint(url, "m")))
             assert len(requests) == missing
             assert list(found.answers) == ["m"] and found.splits["seen"].figures["m"]["exact"].share == 1
 
@@ -252,12 +263,12 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
         yield from ((question, said("Hello.")) for question in asked)
 
     monkeypatch.setattr(predict, "by_engine", by_engine)
-    evaluate(run, CPU, World(), splits=["no_call"], limit=2, models=[BASE])
+    evaluate(Request(run, splits=["no_call"], limit=2, models=[BASE]))
     with server(lambda body: completion(content="half a pair: \ud800")) as (url, _):
-        found = evaluate(run, CPU, World(), splits=["no_call"], limit=2, endpoint=Endpoint(url, "m"))
+        found = evaluate(Request(run, splits=["no_call"], limit=2, endpoint=Endpoint(url, "m")))
         assert list(found.answers) == ["base", "m"] and "abstained" in found.splits["no_call"].gains["m"]
         assert found.answers["m"][0].text == "half a pair: ?"  # what can be written
-        more = evaluate(run, CPU, World(), splits=["no_call"], endpoint=Endpoint(url, "m"))
+        more = evaluate(Request(run, splits=["no_call"], endpoint=Endpoint(url, "m")))
         assert list(more.answers) == ["m"]
     metrics = json.loads((run / "eval/metrics_part.json").read_text(encoding="utf-8"))
     assert metrics["max_new_tokens"] > 32 and not (run / "eval/metrics.json").exists()
@@ -283,16 +294,16 @@ def test_the_batch_is_halved_where_memory_runs_out(
     monkeypatch.setattr(launch, "run_engine", run_engine)
     template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
     settings = {"model_name_or_path": str(tiny_model), "per_device_eval_batch_size": 16, "max_new_tokens": 9}
-    found = predict.by_engine(asked, template, settings, CPU, World(), "mcp-lora eval")
+    found = predict.by_engine(asked, template, settings, CPU, Topology(), "mcp-lora eval")
     assert {reply.text for _, reply in found} == {"No."} and batches == [16, 8, 4]
 
 
 def test_a_run_is_asked_about_its_own_data_and_splits(run: Path) -> None:
     with pytest.raises(McpLoraError, match="questions are of seen: mcp-lora eval"):
-        evaluate(run, CPU, World(), splits=["seen"], requirements=[requirement("no_call.abstained>0")])
+        evaluate(Request(run, splits=["seen"], requirements=[requirement("no_call.abstained>0")]))
     manifest.write(run, {"data": {"file": "train.jsonl", "sha256": "of other data"}, "conversion": {}})
     with pytest.raises(McpLoraError, match="is not what .* was trained on: mcp-lora convert"):
-        evaluate(run, CPU, World())
+        evaluate(Request(run))
 
 
 SUM = {"a": 3, "b": 4}
@@ -342,7 +353,7 @@ def test_a_server_that_never_answers_can_be_left(run: Path) -> None:
         return completion(content="Too late.")
 
     with server(answer) as (url, _):
-        argv = [BIN / "mcp-lora", "eval", run, "--endpoint", url, "--model", "m", "--limit", "1"]
+        argv = [BIN / "mcp-lora", "eval", run, "--endpoint", url, "--endpoint-model", "m", "--limit", "1"]
         with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment()) as process:
             try:
                 assert asked.wait(120)
@@ -358,18 +369,18 @@ def test_a_folder_that_cannot_be_written_is_told(run: Path) -> None:
     (run / "eval").write_text("a file")
     told = pytest.raises(McpLoraError, match="eval.* cannot be written .*mcp-lora eval")
     with server(lambda body: completion(content="No.")) as (url, _), told:
-        evaluate(run, CPU, World(), limit=1, endpoint=Endpoint(url, "m"))
+        evaluate(Request(run, limit=1, endpoint=Endpoint(url, "m")))
     left = [thread.name for thread in threading.enumerate() if "_handle_workers" in thread.name]
     assert not left, "the threads that ask a server outlive the failure"
 
 
 def test_an_adapter_is_looked_for_before_anything_is_asked(run: Path) -> None:
     with pytest.raises(McpLoraError, match="holds no adapter"):
-        evaluate(run, CPU, World())
+        evaluate(Request(run))
     assert not (run / "eval").exists()
 
 
 def test_a_server_that_is_not_there_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "_RETRIES", 0)
     with pytest.raises(McpLoraError, match="http://127.0.0.1:9/v1 does not answer"):
-        evaluate(run, CPU, World(), limit=1, endpoint=Endpoint("http://127.0.0.1:9/v1", "m"))
+        evaluate(Request(run, limit=1, endpoint=Endpoint("http://127.0.0.1:9/v1", "m")))

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, SHAPES, SHARED, catalogue_of, write_json
 
-from mcp_lora.data import dataset, files, formats
+from mcp_lora.data import conversion, dataset, files, formats
 from mcp_lora.data.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
 from mcp_lora.data.tools import schema_of, tools_in
 from mcp_lora.errors import McpLoraError
@@ -363,8 +363,8 @@ def test_session_logs_are_redacted_unless_told_otherwise(tmp_path: Path) -> None
     source.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
     tools = [str(write_json(tmp_path / "sea.json", [BARE]))]
     for redact, kept in ((None, False), (False, True)):
-        settings = dataset.Settings([str(source)], tools, test=0.0, redact=redact)
-        stats = dataset.convert(settings, tmp_path / "out")
+        settings = conversion.Settings([str(source)], tools, test=0.0, redact=redact)
+        stats = conversion.convert(settings, tmp_path / "out")
         assert stats["cleaned"].get("redacted mail address", 0) == (not kept)
         text = (tmp_path / "out/train.jsonl").read_text(encoding="utf-8")
         assert ("ann@corp.example" in text) == kept and "Mail " in text
@@ -651,7 +651,7 @@ def test_rows_of_every_form_with_anything_wrong_in_them_end_in_one_place(tmp_pat
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for turns in ("call", "all", "each"):
-        stats = dataset.convert(dataset.Settings([str(source)], turns=turns), tmp_path / "out")
+        stats = conversion.convert(conversion.Settings([str(source)], turns=turns), tmp_path / "out")
         assert (
             stats["read"] == sum(stats["written"].values()) + sum(stats["rejected"].values()) >= len(rows) / 2
         )
@@ -667,9 +667,9 @@ needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not h
 def converted(row: Any, folder: Path, tools: list[str], turns: str) -> dict[str, Any] | None:
     source = folder / "row.jsonl"
     source.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    settings = dataset.Settings([str(source)], tools, turns=turns, test=0.0)
+    settings = conversion.Settings([str(source)], tools, turns=turns, test=0.0)
     try:
-        dataset.convert(settings, folder / "out")
+        conversion.convert(settings, folder / "out")
     except McpLoraError as error:
         assert "no usable row" in str(error)
         return None

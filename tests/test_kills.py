@@ -65,7 +65,7 @@ def moments() -> random.Random:
 
 
 def test_convert(tmp_path: Path, moments: random.Random) -> None:
-    words = ["convert", SAMPLE, "--holdout-tools", "0.2", "--out"]
+    words = ["convert", SAMPLE, "--holdout-tools", "0.2", "--output"]
     succeed(tmp_path, *words, "whole")
     usual = succeed(tmp_path, *words, "killed")
     for number in range(KILLS):

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError
-from mcp_lora.train import recipe
-from mcp_lora.train.recipe import Machine, resolve
+from mcp_lora.train import machine, recipe
+from mcp_lora.train.machine import Machine
 
 GPU = Machine(gpus=1, bf16=True, deepspeed=True)
 PRESETS = sorted((ROOT / "train_configs").glob("*.yaml"))
@@ -20,6 +20,12 @@ PRESETS = sorted((ROOT / "train_configs").glob("*.yaml"))
 @pytest.fixture(autouse=True)
 def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
+
+
+def resolve(*sources: Any) -> tuple[dict[str, Any], list[str]]:
+    """The resolved configuration, and what is said of it."""
+    said: list[str] = []
+    return recipe.resolve(*sources, said.append), said
 
 
 def test_the_recipe_is_the_papers() -> None:
@@ -153,19 +159,19 @@ def test_parameters_are_counted_in_the_files_or_read_off_the_name(tiny_model: Pa
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    assert recipe.parameters(str(tiny_model)) == model.num_parameters()
-    assert recipe.parameters("org/Qwen2.5-0.5B") == 0.5e9
-    assert recipe.parameters("embedded") is None
+    assert machine.parameters(str(tiny_model)) == model.num_parameters()
+    assert machine.parameters("org/Qwen2.5-0.5B") == 0.5e9
+    assert machine.parameters("embedded") is None
     (tmp_path / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(McpLoraError, match="model.safetensors is damaged"):
-        recipe.parameters(str(tmp_path))
+        machine.parameters(str(tmp_path))
 
 
 def test_a_big_model_wants_a_gpu() -> None:
-    said = recipe.too_big("Qwen/Qwen2.5-7B-Instruct", Machine(0, False, True))
-    assert said and "7.0 billion" in said and recipe.DEMO in said
-    assert recipe.too_big("Qwen/Qwen2.5-7B-Instruct", GPU) is None
-    assert recipe.too_big("Qwen/Qwen2.5-0.5B-Instruct", Machine(0, False, True)) is None
+    said = machine.too_big("Qwen/Qwen2.5-7B-Instruct", Machine(0, False, True))
+    assert said and "7.0 billion" in said and machine.DEMO in said
+    assert machine.too_big("Qwen/Qwen2.5-7B-Instruct", GPU) is None
+    assert machine.too_big("Qwen/Qwen2.5-0.5B-Instruct", Machine(0, False, True)) is None
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
@@ -173,7 +179,7 @@ def test_every_preset_names_its_command_and_is_accepted_by_the_engine(preset: Pa
     """In a process of its own: the engine's parser sets up devices and DeepSpeed."""
     head = preset.read_text(encoding="utf-8").split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines()) and "mcp-lora train" in head
-    resolved, _ = resolve(preset, {}, [], {}, recipe.detect_machine())
+    resolved, _ = resolve(preset, {}, [], {}, machine.detect_machine())
     assert api.problems(resolved) == []
     file = tmp_path / "run.yaml"
     file.write_text(api.dump(resolved))

@@ -11,7 +11,7 @@ import pytest
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, ROOT, record, run, write_json
 
-from mcp_lora.data.dataset import Settings, convert
+from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import answers, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Said

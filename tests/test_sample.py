@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT, SAMPLE
 
-from mcp_lora.data.dataset import Settings, convert
+from mcp_lora.data.conversion import Settings, convert
 
 RECORDS: list[dict[str, Any]] = json.loads(SAMPLE.read_text(encoding="utf-8"))
 

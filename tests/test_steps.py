@@ -165,3 +165,40 @@ def test_a_plan_shows_what_is_fitted(
     assert "optimizer steps: 45, of 18 samples in batches of 2; warm-up steps: 4" in said
     assert "\nsteps: 5, of 18 samples" in plan("max_steps=5")[0]
     assert "warmup_steps=9, but the run has 9 optimizer steps" in plan("warmup_steps=9")[1]
+
+
+def sizes(per_device: int, accumulated: int) -> dict[str, int]:
+    return {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated}
+
+
+BATCH = sizes(16, 8)
+
+
+@pytest.mark.parametrize(
+    ("processes", "per_device", "accumulated"),
+    [(1, 16, 8), (2, 16, 4), (4, 16, 2), (8, 16, 1), (16, 8, 1), (128, 1, 1)],
+)
+def test_the_batch_is_the_same_on_any_number_of_gpus(
+    processes: int, per_device: int, accumulated: int
+) -> None:
+    assert steps.share_batch(BATCH, processes) == sizes(per_device, accumulated)
+    words = f"batch 128 = {per_device} per device × {accumulated} accumulated × {processes} processes"
+    assert steps.describe_batch(sizes(per_device, accumulated), processes) == words
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(3, 126), (5, 130), (6, 132), (7, 126), (256, 256)])
+def test_a_batch_that_is_not_divided_is_rounded(processes: int, batch: int) -> None:
+    assert steps.global_batch(steps.share_batch(BATCH, processes), processes) == batch
+
+
+def test_another_batch_can_be_wanted() -> None:
+    assert steps.share_batch(BATCH, 4, 256) == sizes(16, 4)
+    assert steps.share_batch(BATCH, 1, 4) == sizes(4, 1)
+    assert steps.share_batch({}, 2) == sizes(4, 1)  # the engine's defaults
+
+
+@pytest.mark.parametrize("value", ["two", 0, -1, 1.5, True])
+def test_a_batch_that_is_no_number_is_refused(value: object) -> None:
+    for key in BATCH:
+        with pytest.raises(McpLoraError, match=f"{key}={value} is no .*mcp-lora train {key}="):
+            steps.share_batch(BATCH | {key: value}, 1)

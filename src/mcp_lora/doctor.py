@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from mcp_lora.data import dataset
+from mcp_lora.data import conversion, dataset
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts import chat_template
 from mcp_lora.train import manifest, training
-from mcp_lora.train.recipe import Machine, missing_model
+from mcp_lora.train.machine import Machine
+from mcp_lora.train.recipe import missing_model
 
 _ROOM = 20e9  # bytes: a 7B model's weights in bf16, and some checkpoints
 
@@ -137,7 +138,7 @@ def _data(folder: Path) -> Finding:
     try:
         if not dataset.statistics(folder):
             return Finding("data", "warning", f"{folder} holds none yet: mcp-lora convert")
-        if not dataset.is_up_to_date(folder):
+        if not conversion.is_up_to_date(folder):
             return Finding("data", "warning", f"the inputs of {folder} have changed: mcp-lora convert")
     except McpLoraError as error:
         return Finding("data", "problem", str(error))

@@ -14,7 +14,7 @@ SCRIPT = """
 import resource, sys, time
 from pathlib import Path
 import mcp_lora.cli.app
-from mcp_lora.data.dataset import Settings, convert
+from mcp_lora.data.conversion import Settings, convert
 
 def peak():
     (own,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]

@@ -20,13 +20,13 @@ import yaml
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, ROOT, SAMPLE, environment
 
-from mcp_lora.data.dataset import Settings, convert
+from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.evaluate import evaluation, questions
 from mcp_lora.evaluate.answers import Judge, Said
 from mcp_lora.evaluate.evaluation import ADAPTER, BASE
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train import runs
-from mcp_lora.train.recipe import Machine
+from mcp_lora.train.machine import Machine
 
 # The base does not stop by itself: plain prediction takes a minute for each of its answers.
 COUNT = {BASE: 8, ADAPTER: 24}
@@ -63,7 +63,7 @@ def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pyt
         start = time.perf_counter()
         _run(BIN / "llamafactory-cli", "train", "plain.yaml")
         between = time.perf_counter()
-        found = evaluation.evaluate(run, CPU, limit=count, models=[model])
+        found = evaluation.evaluate(evaluation.Request(run, limit=count, models=[model]))
         took = {"plain": between - start, "ours": time.perf_counter() - between}
         seconds[model] = {name: each / count for name, each in took.items()}
         lines = (tmp_path / f"plain-{model}/generated_predictions.jsonl").read_text(encoding="utf-8")

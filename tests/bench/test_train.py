@@ -114,7 +114,7 @@ def test_training_is_faster_than_the_guides_and_trls(tmp_path: Path) -> None:
     data, others = tmp_path / "data/llama_factory", tmp_path / "data/held_out"
     for part, folder in ((rows[::3][:84], data), (rows[1::6], others)):
         source = write_json(folder.with_suffix(".json"), part)
-        _run(tmp_path, BIN / "mcp-lora", "convert", source, *CONVERSION, "--out", folder)
+        _run(tmp_path, BIN / "mcp-lora", "convert", source, *CONVERSION, "--output", folder)
 
     template = chat_template.load({"model_name_or_path": str(model)})
     settings = {"cutoff_len": 4096, "val_size": 0.1}  # as LLaMA-Factory holds rows out: all train on the same

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.engine.api import dump
-from mcp_lora.engine.topology import World
+from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError, explained
 
 # torchrun and LLaMA-Factory's launcher raise these when a rank has failed for another reason.
@@ -63,7 +63,7 @@ def engine_argv(verb: str, file: Path) -> list[str]:
 
 
 def engine_environment(
-    config: Mapping[str, Any], world: World, visible: int, environment: Mapping[str, str]
+    config: Mapping[str, Any], topology: Topology, visible: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the variables that the engine needs besides those it inherits (`environment`).
 
@@ -74,26 +74,30 @@ def engine_environment(
     added = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])}
     if not visible:
         added |= {name: environment.get(name, value) for name, value in _KEEP_BUFFERS.items()}
-    if visible > world.per_node:
+    if visible > topology.per_node:
         shown = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(visible)))
-        added["CUDA_VISIBLE_DEVICES"] = ",".join(shown.split(",")[: world.per_node])
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(shown.split(",")[: topology.per_node])
     by_ray = environment.get("USE_RAY", "").lower() in ("1", "y", "true")  # which starts them itself
-    if not by_ray and (config.get("deepspeed") or world.processes > 1):
+    if not by_ray and (config.get("deepspeed") or topology.processes > 1):
         added["FORCE_TORCHRUN"] = "1"
-        added["NPROC_PER_NODE"] = str(world.per_node)
+        added["NPROC_PER_NODE"] = str(topology.per_node)
         # what a shell has left would win over what is wanted
-        added |= {"NNODES": str(world.nodes), "NODE_RANK": str(world.node_rank)}
-    if world.master:
-        added["MASTER_ADDR"], added["MASTER_PORT"] = world.master
+        added |= {"NNODES": str(topology.nodes), "NODE_RANK": str(topology.node_rank)}
+    if topology.master:
+        added["MASTER_ADDR"], added["MASTER_PORT"] = topology.master
     elif "FORCE_TORCHRUN" in added and "MASTER_ADDR" in environment:
         added["MASTER_ADDR"] = "127.0.0.1"
     return added
 
 
 def run_engine(
-    verb: str, config: Mapping[str, Any], environment: Mapping[str, str], hold_traceback: bool = False
+    verb: str,
+    config: Mapping[str, Any],
+    environment: Mapping[str, str],
+    hold_traceback: bool = False,
+    log: Path | None = None,
 ) -> Outcome:
-    """Run LLaMA-Factory's `verb` on a configuration, from a file of its own.
+    """Run LLaMA-Factory's `verb` on a configuration, from a file of its own (see `run`).
 
     For a distributed launch the engine joins its arguments with spaces and splits them again: its own path
     and the file's must have none.
@@ -110,11 +114,13 @@ def run_engine(
         file = Path(folder) / "run.yaml"
         with explained(f"{file} cannot be written", "free some space (df -h) and run again"):
             file.write_text(dump(config), encoding="utf-8")
-        return run(engine_argv(verb, file), environment, hold_traceback)
+        return run(engine_argv(verb, file), environment, hold_traceback, log)
 
 
-def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = False) -> Outcome:
-    """Run a command; its output passes through as it is, and its end is kept.
+def run(
+    argv: list[str], environment: Mapping[str, str], hold_traceback: bool = False, log: Path | None = None
+) -> Outcome:
+    """Run a command; its output passes through as it is, and its end is kept, all of it in a `log`.
 
     Whatever ends us meanwhile (Ctrl-C, SIGTERM) ends the command and all its descendants. With
     `hold_traceback` nothing of stderr is shown from the first traceback on; the caller decides.
@@ -124,13 +130,17 @@ def run(argv: list[str], environment: Mapping[str, str], hold_traceback: bool = 
     columns = str(shutil.get_terminal_size().columns)  # a progress bar cannot ask a pipe
     variables = {"COLUMNS": columns, **os.environ, **environment}
     with explained(f"{argv[0]} cannot be run", "pip install -e ."):
-        process = subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE)
+        # for a log in one stream, or its lines would stand in another order than on the screen
+        stdout, stderr = (subprocess.PIPE, subprocess.STDOUT) if log else (None, subprocess.PIPE)
+        process = subprocess.Popen(argv, env=variables, stdout=stdout, stderr=stderr)
     kept = b""
-    with process:
-        assert process.stderr
+    with process, open(log or os.devnull, "ab") as copy:
+        stream = process.stdout or process.stderr
+        assert stream
         try:
-            while chunk := os.read(process.stderr.fileno(), 1 << 14):
+            while chunk := os.read(stream.fileno(), 1 << 14):
                 kept = (kept + chunk)[-_KEPT:]
+                copy.write(chunk)
                 held = b"Traceback (most" in kept or b"terminate called" in kept
                 if not (hold_traceback and held):
                     sys.stderr.buffer.write(chunk)

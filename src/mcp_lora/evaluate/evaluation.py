@@ -5,27 +5,30 @@ RUN/eval/ holds the answers (see mcp_lora.evaluate.answers) and metrics.json, th
 
 import json
 import operator
+import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from mcp_lora.data import files
 from mcp_lora.data.records import Fault
-from mcp_lora.engine.topology import World
+from mcp_lora.engine import api
+from mcp_lora.engine.topology import find as find_topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import predict, questions
-from mcp_lora.evaluate.answers import Answer, Judge, Notebook
+from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Said
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.stats import Difference, Share, difference, share
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import IGNORED, ChatTemplate
 from mcp_lora.train import manifest, runs
-from mcp_lora.train.recipe import Machine
+from mcp_lora.train.machine import detect_machine
 
 BASE, ADAPTER = "base", "adapter"
 ASKED = "adapter.sha256"  # the hash of the adapter whose answers are kept
@@ -69,113 +72,147 @@ class Evaluation:
     tools: list[Weakness]
     answers: dict[str, list[Answer]]
     left_out: dict[str, int] = field(default_factory=dict)
+    max_new_tokens: int = 0
+
+    def metrics(self) -> str:
+        """Return all but the answers as JSON: metrics.json."""
+        found = {key: value for key, value in vars(self).items() if key != "answers"}
+        return json.dumps(found, default=asdict, indent=2, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that speaks OpenAI's protocol, and the name of a model there."""
+    """An OpenAI-compatible server, and the name of a model there."""
 
     url: str
     model: str
 
 
-def evaluate(
-    run: Path,
-    machine: Machine,
-    world: World,
-    checkpoint: str | None = None,
-    splits: Sequence[str] = (),
-    limit: int | None = None,
-    models: Sequence[str] = (BASE, ADAPTER),
-    endpoint: Endpoint | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 16,
-    requirements: Sequence["Requirement"] = (),
-    progress: Callable[[str, float], None] = lambda doing, share: None,
-) -> Evaluation:
-    """Answer a run's held-out questions greedily and judge the answers.
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: which of a run's held-out questions are put to which model.
 
-    Args:
+    Attributes:
         run: the run's folder.
-        machine: where the engine runs.
-        world: the processes that share the questions there.
         checkpoint: of which the adapter is taken; the newest if None.
         splits: keys of questions.SPLITS; none means all that there are.
         limit: questions of each.
         models: BASE, ADAPTER or both.
-        endpoint: ask this instead; what is kept of the base model's answers is compared with it.
+        endpoint: ask this server instead; the base model's answers that are kept are compared with it.
         max_new_tokens: that an answer may have; by default what the longest right one has and some more.
-        batch_size: of a process; halved where memory runs out.
+        batch_size: questions at a time of each process; halved where memory runs out.
+        gpus: that share the questions; all by default.
         requirements: of splits that are asked.
-        progress: receives the share of a model's questions that are answered.
+    """
+
+    run: Path
+    checkpoint: str | None = None
+    splits: Sequence[str] = ()
+    limit: int | None = None
+    models: Sequence[str] = (BASE, ADAPTER)
+    endpoint: Endpoint | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 16
+    gpus: int | None = None
+    requirements: Sequence["Requirement"] = ()
+
+
+def evaluate(
+    request: Request, progress: Callable[[str, float], None] = lambda doing, share: None
+) -> Evaluation:
+    """Answer a run's held-out questions greedily and judge the answers.
+
+    `progress` receives the share of a model's questions that are answered.
 
     Raises McpLoraError where there is no adapter or nothing is held out, the engine or the server fails, or
     the run's folder cannot be written.
     """
-    config = runs.read_run(run)
+    api.require()
+    run, config = request.run, runs.read_run(request.run)
     folder = Path(config["dataset_dir"])
     manifest.check_data(run, folder)
-    wanted, read = questions.chosen(folder, splits), questions.read(folder, [])
-    if idle := [one.text for one in requirements if one.figure.split(".")[0] not in wanted]:
+    wanted, read = questions.chosen(folder, request.splits), questions.read(folder, [])
+    if idle := [one.text for one in request.requirements if one.figure.split(".")[0] not in wanted]:
         raise McpLoraError(f"--require {idle[0]}: questions are of {', '.join(wanted)}: mcp-lora eval {run}")
-    adapter = runs.adapter(run, checkpoint) if ADAPTER in models and not endpoint else None
+    adapter = None
+    if ADAPTER in request.models and not request.endpoint:
+        adapter = runs.adapter(run, request.checkpoint)
     template = chat_template.load(config)
     # of every split, whichever are wanted: what is kept is for answers of one length
     every, left_out, longest = _rendered(read, template, config)
     by_split: dict[str, list[Question]] = defaultdict(list)
     for question in every:
         by_split[question.split].append(question)
-    asked = [one for split, found in by_split.items() if split in wanted for one in found[:limit]]
+    asked = [one for split, found in by_split.items() if split in wanted for one in found[: request.limit]]
     if not asked:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise McpLoraError(f"no held-out question can be asked ({reasons}): mcp-lora inspect 1 --split seen")
     # there are other ways to write it, and a thought before it has no bound but this
-    length = max_new_tokens or longest + (
-        _THOUGHT if template.switches_thinking and template.thinking else 32
-    )
-    batch = {"max_new_tokens": length, "per_device_eval_batch_size": batch_size}
-    common = [runs.serving_config(run, None) | batch, template.tokenizer.chat_template]
-    judge = Judge(template)
-
-    def notebook(name: str, identity: Any) -> Notebook:
-        file = run / "eval" / f"{quote(name, safe='')}.jsonl"
-        return Notebook(file, every, [*common, identity], judge)
-
-    answers = {}
+    more = _THOUGHT if template.switches_thinking and template.thinking else 32
+    length = request.max_new_tokens or longest + more
+    judge, answers = Judge(template), {}
+    common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
     try:
-        if endpoint and not (base := notebook(BASE, None)).missing(asked):
-            answers[BASE] = base.answers(asked)
-        for name in [endpoint.model] if endpoint else models:
-            if endpoint:
-                book = notebook(f"endpoint-{name}", asdict(endpoint))
-                missing = book.missing(asked)
-                found = predict.by_endpoint(missing, endpoint.url, name, length, template)
-            else:
-                loaded = adapter if name == ADAPTER else None
-                book = notebook(name, loaded and adapter_hash(loaded))
-                missing = book.missing(asked)
-                settings = runs.serving_config(run, loaded) | batch
-                found = predict.by_engine(missing, template, settings, machine, world, f"mcp-lora eval {run}")
-            with closing(found):  # of what is being asked nothing outlives a failure to keep an answer
+        for model in _models(request, template, adapter, length):
+            file = run / "eval" / f"{quote(model.file, safe='')}.jsonl"
+            book = Notebook(file, every, [*common, model.identity], judge)
+            missing = book.missing(asked)
+            if missing and model.only_kept:
+                continue
+            with closing(model.ask(missing)) as found:  # nothing outlives a failure to keep an answer
                 for done, (question, said) in enumerate(found, 1):
                     book.add(question, said)
-                    progress(f"asking {name}", done / len(missing))
-            answers[name] = book.answers(asked)
-        evaluation = replace(summarise(answers), left_out=left_out)
-        metrics = {key: value for key, value in vars(evaluation).items() if key != "answers"}
-        metrics |= {"max_new_tokens": length}
+                    progress(f"asking {model.name}", done / len(missing))
+            answers[model.name] = book.answers(asked)
+        evaluation = replace(summarise(answers), left_out=left_out, max_new_tokens=length)
         if adapter:
             (run / "eval" / ASKED).write_text(adapter_hash(adapter), encoding="utf-8")
-        text = json.dumps(metrics, default=asdict, indent=2, ensure_ascii=False)
         # what a part of the questions gives does not replace what all give
         name = "metrics.json" if len(asked) == len(every) else "metrics_part.json"
-        (run / "eval" / name).write_text(text + "\n", encoding="utf-8")
+        (run / "eval" / name).write_text(evaluation.metrics(), encoding="utf-8")
     except OSError as error:
         raise McpLoraError(
             f"{error.filename or run / 'eval'} cannot be written ({error.strerror}): make room or grant it, "
             f"and mcp-lora eval {run}"
         ) from None
     return evaluation
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One that is asked: its name, its answers' file, what makes it another one, and how it is asked.
+
+    With `only_kept` nothing new is asked: it is compared where it has all answers already.
+    """
+
+    name: str
+    file: str
+    identity: Any
+    ask: Callable[[Sequence[Question]], Generator[tuple[Question, Said]]]
+    only_kept: bool = False
+
+
+def _models(request: Request, template: ChatTemplate, adapter: Path | None, length: int) -> Iterator[_Model]:
+    """Yield what is asked, in the order in which it is compared."""
+    machine = detect_machine()
+    topology = find_topology(os.environ, machine.gpus, request.gpus, nodes=1, node_rank=0)
+    for name in [BASE] if request.endpoint else request.models:
+        loaded = adapter if name == ADAPTER else None
+        settings = runs.serving_config(request.run, loaded)
+        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
+        ask = partial(
+            predict.by_engine,
+            template=template,
+            settings=settings,
+            machine=machine,
+            topology=topology,
+            command=f"mcp-lora eval {request.run}",
+        )
+        yield _Model(name, name, loaded and adapter_hash(loaded), ask, only_kept=bool(request.endpoint))
+    if request.endpoint:
+        url, name = request.endpoint.url, request.endpoint.model
+        ask = partial(predict.by_endpoint, url=url, model=name, max_tokens=length, template=template)
+        yield _Model(name, f"endpoint-{name}", asdict(request.endpoint), ask)
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:

@@ -15,13 +15,13 @@ from typing import Any
 
 from mcp_lora.data import files
 from mcp_lora.engine import launch
-from mcp_lora.engine.topology import World
+from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate.answers import Said
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import render
 from mcp_lora.prompts.chat_template import ChatTemplate
-from mcp_lora.train.recipe import Machine
+from mcp_lora.train.machine import Machine
 
 # An engine's start costs up to a minute, and what it has not written down is lost when it is interrupted.
 CHUNK = 1000
@@ -36,7 +36,7 @@ def by_engine(
     template: ChatTemplate,
     settings: dict[str, Any],
     machine: Machine,
-    world: World,
+    topology: Topology,
     command: str,
 ) -> Generator[tuple[Question, Said]]:
     """Let LLaMA-Factory answer, greedily, in batches of questions of like length.
@@ -48,7 +48,7 @@ def by_engine(
         template: the model's.
         settings: its keys: all that shapes the model, adapter, max_new_tokens, batch.
         machine: where it runs.
-        world: the processes that share the questions.
+        topology: the processes that share the questions.
         command: what to run again after a failure.
 
     Raises McpLoraError where the engine fails.
@@ -74,7 +74,7 @@ def by_engine(
                 "report_to": "none",
                 "output_dir": str(folder / "answers"),
             }
-            environment = launch.engine_environment(settings, world, machine.gpus, os.environ)
+            environment = launch.engine_environment(settings, topology, machine.gpus, os.environ)
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are what counts here
             while (outcome := launch.run_engine("train", config, environment)).code:
                 if not outcome.out_of_memory or (size := config[_BATCH]) == 1:
@@ -141,7 +141,7 @@ def by_endpoint(
         raise McpLoraError(
             f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
             f"model, is the key in {KEY}? What it has answered is kept: mcp-lora eval --endpoint {url} "
-            f"--model {model}"
+            f"--endpoint-model {model}"
         )
 
 

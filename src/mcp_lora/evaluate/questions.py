@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.data import dataset
+from mcp_lora.data import conversion, dataset
 from mcp_lora.data.records import Tool, ToolCall
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts.chat_template import called
@@ -62,11 +62,11 @@ class Question:
 
 def _command(folder: Path, missing: Sequence[str]) -> str:
     """Return the command that converts once more, and holds more out for these splits."""
-    settings = dataset.settings_of(dataset.statistics(folder) or {})
+    settings = conversion.settings_of(dataset.statistics(folder) or {})
     keys = {"seen": "test", "unseen_tool": "holdout_tools", "unseen_server": "holdout_servers"}
     shares = [keys.get(split, split) for split in missing]
     more: dict[str, Any] = {key: 0.5 if getattr(settings, key) < 0.5 else 0.9 for key in shares}
-    return dataset.command(replace(settings, **more), folder)
+    return conversion.command(replace(settings, **more), folder)
 
 
 def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
@@ -100,7 +100,7 @@ def read(folder: Path, splits: Sequence[str]) -> list[Question]:
             _ = question.instruction, question.expected, question.tools
         except (ValueError, TypeError, LookupError):
             raise McpLoraError(
-                f"a question of {question.split} in {folder} is damaged: mcp-lora convert --out {folder}, "
+                f"a question of {question.split} in {folder} is damaged: mcp-lora convert --output {folder}, "
                 f"after removing {dataset.file_of(folder, question.split).name}"
             ) from None
     return found

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.data import dataset, files
+from mcp_lora.data import conversion, dataset, files
 from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.prompts.chat_template import hub_arguments
@@ -85,9 +85,9 @@ def check_data(run: Path, folder: Path) -> None:
     record, file = read(run), dataset.file_of(folder, "train")
     known = (record.get("data") or {}).get("sha256")
     if known and file.is_file() and files.sha256(file) != known:
-        conversion = record.get("conversion") or {}
-        inputs = list(dict.fromkeys(source["file"] for source in conversion.get("sources", [])))
-        again = dataset.command(replace(dataset.settings_of(conversion), inputs=inputs), folder)
+        statistics = record.get("conversion") or {}
+        inputs = list(dict.fromkeys(source["file"] for source in statistics.get("sources", [])))
+        again = conversion.command(replace(conversion.settings_of(statistics), inputs=inputs), folder)
         raise McpLoraError(f"{file} is not what {run} was trained on: {again}, or mcp-lora train --overwrite")
 
 

@@ -7,60 +7,44 @@ The keys are LLaMA-Factory's own (see mcp_lora.engine.api). A preset is a YAML f
     learning_rate: 2.0e-4
 """
 
-import importlib.util
 import os
 import re
-import sys
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mcp_lora.engine.api import number
+from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.train.machine import Machine, detect_machine, fitted
 
 RECIPE = Path("train_configs/lora_config.yaml")
 ZERO = Path("train_configs/ds_z0_config.json")  # its neighbours are the other stages
-DEMO = "./scripts/train_lora.sh demo"
-# The embedded model, of 0.135 billion, already trains at no more than 200 tokens a second on two
-# cores; the time grows with the parameters.
-CPU_PARAMETERS = 2e9
-
+# In a checkout, and in what a wheel has installed (see pyproject.toml).
+_SHIPPED = [Path(__file__).parents[3] / RECIPE.parent, Path(__file__).parents[1] / RECIPE.parent]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken")
 _PATHS = ("model_name_or_path", "dataset_dir", "output_dir", "deepspeed")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What decides how a configuration can be run: CUDA devices, bf16, installed packages."""
+def find(name: Path) -> Path:
+    """Return a recipe or a DeepSpeed file: a path, or one that is shipped, by its name (qlora, qlora.yaml).
 
-    gpus: int
-    bf16: bool
-    deepspeed: bool
-    flash_attention: bool = False
-    liger: bool = False
-
-
-def detect_machine(imagined: int | None = None) -> Machine:
-    """Look at this machine; a plan may be made for `imagined` GPUs, which are taken to support bf16.
-
-    On a CPU bf16 counts only where the processor computes in it. PyTorch emulates it elsewhere: on two AVX2
-    cores `a @ b.T`, (2048, 576) by (1536, 576), ran at 20 GFLOP/s in bf16 and at 143 in fp32.
+    In a folder without train_configs/ the shipped ones stand in for those in it. A path that is nowhere comes
+    back as it is.
     """
-    import torch
+    names = [f"{name.name}.yaml"] * (not name.suffix) + [name.name]
+    if not name.is_file() and name.parent in (Path("."), RECIPE.parent):
+        for shipped in (folder / one for folder in _SHIPPED for one in names):
+            if shipped.is_file():
+                return shipped
+    return name
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if imagined and imagined > gpus:
-        gpus, bf16 = imagined, True
-    elif gpus:
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    packages = ("deepspeed", "flash_attn", "liger_kernel")
-    return Machine(gpus, bf16, *(importlib.util.find_spec(package) is not None for package in packages))
+
+def resolve_here(file: Path, model: str | None) -> dict[str, Any]:
+    """Return a recipe with a model as it is resolved on this machine, nothing else set (see `resolve`)."""
+    api.require()
+    return resolve(file, os.environ, [], {"model_name_or_path": model}, detect_machine())
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -72,7 +56,7 @@ def read_config(file: Path) -> dict[str, Any]:
     return {str(key): _from_yaml(str(key), value) for key, value in content.items()}
 
 
-def parse_overrides(words: list[str]) -> dict[str, Any]:
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """Read `key=value` words; a value is YAML, so `true`, `0.1`, `1e-4` and `[a, b]` are typed.
 
     Raises McpLoraError with all words of another form.
@@ -88,84 +72,39 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
 def resolve(
     file: Path,
     environment: Mapping[str, str],
-    overrides: list[str],
+    overrides: Sequence[str],
     flags: Mapping[str, Any],
     machine: Machine,
-) -> tuple[dict[str, Any], list[str]]:
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Put the four sources of a configuration together and fit the result to the machine.
 
     Later wins: `file`, MODEL_PATH in `environment`, `overrides` (key=value), `flags` (None is not set). Paths
-    come out absolute. Returns the configuration in LLaMA-Factory's keys, and what was fitted, in words.
+    come out absolute. Returns the configuration in LLaMA-Factory's keys; what was fitted is said.
 
     Raises McpLoraError where the file or an override cannot be read.
     """
-    config, notes = read_config(file), []
+    config = read_config(find(file))
     model = environment.get("MODEL_PATH")
     given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
     if model and "model_name_or_path" not in given:
         config["model_name_or_path"] = model
-        notes.append(f"the model is {model}, by MODEL_PATH in the environment")
+        say(f"the model is {model}, by MODEL_PATH in the environment")
     config |= given
-    for changes, note in _fitted(config, machine, given.keys()):
+    for changes, note in fitted(config, machine, given.keys()):
         config |= changes
-        notes.append(note)
+        say(note)
     if config.get("deepspeed") is None:
         config.pop("deepspeed", None)
+    if (zero := config.get("deepspeed")) and isinstance(zero, str) and not zero.lstrip().startswith("{"):
+        config["deepspeed"] = str(find(Path(zero)))
     for key in _PATHS:
         # A hub id looks like a path but is none; what does not exist stays as it was given.
         value = config.get(key)
         place = os.path.expanduser(value) if isinstance(value, str) else ""
         if place and (key.endswith("_dir") or os.path.exists(place)):
             config[key] = os.path.abspath(place)
-    return config, notes
-
-
-def _fitted(
-    config: Mapping[str, Any], machine: Machine, given: Collection[str]
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield what suits the machine, and say so in words; what is `given` stays as it is.
-
-    The engine uses neither flash attention, which requires a GPU of Ampere or later, as bf16 does, nor liger
-    kernels by itself. On a CPU one sample at a time fills the cores, and needs no padding; the global batch
-    size stays. PyTorch draws dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at 0.1.
-    DeepSpeed's stage 0 divides nothing, and learns less in bf16, as it casts the adapter and begins with an
-    empty step of AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298
-    with it and 0.282 without (tests/bench/test_train.py). Gradient checkpointing costs 20 to 30 % of the
-    time.
-    """
-    if config.get("bf16") and not machine.bf16:
-        lower = {"fp16": True} if machine.gpus else {}
-        yield {"bf16": False, **lower}, f"no bf16 on this machine: training in {'fp16' if lower else 'fp32'}"
-    if machine.gpus:
-        if machine.flash_attention and machine.bf16 and "flash_attn" not in config:
-            yield {"flash_attn": "fa2"}, "flash attention (flash_attn=auto: without)"
-        if machine.liger and "enable_liger_kernel" not in config:
-            note = "liger kernels, which need no room for logits (enable_liger_kernel=false: without)"
-            yield {"enable_liger_kernel": True}, note
-    else:
-        apple = " (Apple's GPU is not used)" if sys.platform == "darwin" else ""
-        yield {"use_cpu": True, "fp16": False}, f"no CUDA device{apple}: training on the CPU"
-        if (key := "disable_gradient_checkpointing") not in config:
-            yield {key: True}, f"no gradient checkpointing, which takes time ({key}=false: with)"
-        per_device, accumulated = "per_device_train_batch_size", "gradient_accumulation_steps"
-        size = number(config, per_device, 8)
-        if size > 1 and not {per_device, accumulated} & {*given}:
-            batch = int(size * number(config, accumulated, 1))
-            note = f"one sample at a time, without padding ({per_device}={size}: as on a GPU)"
-            yield {per_device: 1, accumulated: batch}, note
-        if (dropout := config.get("lora_dropout")) and "lora_dropout" not in given:
-            note = f"no dropout, whose masks take time (lora_dropout={dropout}: as on a GPU)"
-            yield {"lora_dropout": 0.0}, note
-        if Path(str(config.get("deepspeed"))).name == ZERO.name and "deepspeed" not in given:
-            yield (
-                {"deepspeed": None},
-                "no DeepSpeed, of which stage 0 divides nothing (--zero 0: as on a GPU)",
-            )
-    if os.name == "nt" and number(config, "preprocessing_num_workers", 1) > 1:
-        yield {"preprocessing_num_workers": 1}, "one preprocessing worker, as Windows cannot fork"
-    if config.get("deepspeed") and not machine.deepspeed:
-        note = "DeepSpeed is not installed: training without it (stages 2 and 3 save memory)"
-        yield {"deepspeed": None}, note
+    return config
 
 
 def missing_model(model: str, shape_only: bool = False) -> str | None:
@@ -183,31 +122,6 @@ def missing_model(model: str, shape_only: bool = False) -> str | None:
     if not shape_only and not any(any(folder.glob(name)) for name in _TOKENIZERS):
         return f"there is no tokenizer in {model} ({', '.join(_TOKENIZERS)})"
     return None
-
-
-def too_big(model: str, machine: Machine) -> str | None:
-    """Say so where a model is too big to be trained without a GPU."""
-    count = parameters(model)
-    if machine.gpus or count is None or count <= CPU_PARAMETERS:
-        return None
-    size = f"{model} has {count / 1e9:.1f} billion parameters"
-    return f"{size}, which without a GPU would train for weeks. See the whole way on a small model: {DEMO}"
-
-
-def parameters(model: str) -> float | None:
-    """Return a model's number of parameters: from its safetensors files, else from its name."""
-    from safetensors import SafetensorError, safe_open
-
-    folder, count = Path(os.path.expanduser(model)), 0
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                    count += prod(tensors.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise McpLoraError(f"{file} is damaged ({error}): copy the model again") from None
-    named = re.search(r"(\d+(?:\.\d+)?)b\b", folder.name.lower())
-    return count or (float(named[1]) * 1e9 if named else None)
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,6 +6,7 @@ outputs/mcp_lora/
 ├── checkpoint-100/ …     an adapter with the optimizer's state, every save_steps
 ├── adapter_model.safetensors, adapter_config.json     the adapter at the end
 ├── trainer_state.json, training_args.bin, training_loss.png
+├── train.log             what the engine has printed
 └── eval/                 what mcp-lora eval found
 """
 

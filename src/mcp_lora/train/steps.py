@@ -1,4 +1,4 @@
-"""How many optimizer steps a run makes, and what of a configuration depends on it.
+"""The batch, how many optimizer steps a run makes, and what of a configuration depends on it.
 
 With 128 samples a step, 5 rows make 1 step and 10,000 rows 79. transformers rounds a share of warm-up up
 (TrainingArguments.get_warmup_steps), and step i of a warm-up of w has i / w of the learning rate, from i = 0.
@@ -46,6 +46,42 @@ def global_batch(config: Mapping[str, Any], processes: int) -> int:
     """Return the samples of an optimizer step, on all processes together."""
     size = number(config, "per_device_train_batch_size", 8)
     return int(size * number(config, "gradient_accumulation_steps", 1) * processes)
+
+
+def share_batch(config: Mapping[str, Any], processes: int, wanted: int | None = None) -> dict[str, int]:
+    """Return the two keys of a configuration that divide its global batch size among processes.
+
+    A recipe's per_device_train_batch_size × gradient_accumulation_steps (8 × 1 where left out, as in
+    transformers) is its global batch size, or `wanted` is. It stays the same on any number of processes, as
+    the learning rate belongs to it:
+
+        per device × accumulation × processes = batch
+
+    Where the processes do not divide the batch it is the nearest that they can have, with at least half the
+    batch per device.
+
+    Raises McpLoraError where one of the two keys is no whole number from 1.
+    """
+    most = _size(config, "per_device_train_batch_size", 8)
+    batch = wanted or most * _size(config, "gradient_accumulation_steps", 1)
+    most = min(most, max(1, batch // processes))
+    sizes = [(size, max(1, round(batch / (size * processes)))) for size in range(most, (most - 1) // 2, -1)]
+    per_device, steps = min(sizes, key=lambda pair: abs(pair[0] * pair[1] * processes - batch))
+    return {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": steps}
+
+
+def describe_batch(config: Mapping[str, Any], processes: int) -> str:
+    """Return, in words, what the global batch size is made of."""
+    size = number(config, "per_device_train_batch_size", 8)
+    steps, batch = number(config, "gradient_accumulation_steps", 1), global_batch(config, processes)
+    return f"batch {batch} = {size} per device × {steps} accumulated × {processes} processes"
+
+
+def _size(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = number(config, key, default)
+    if value < 1 or value != int(value):
+        raise McpLoraError(f"{key}={value} is no whole number from 1: mcp-lora train {key}={default}")
+    return int(value)
 
 
 def fit(config: Mapping[str, Any], steps: int, given: Collection[str]) -> dict[str, Any]:

@@ -1,42 +1,77 @@
-"""Prepare a training run, and hand it to the engine."""
+"""A training from its request to its record: resolve, check, convert, render, start, retry, record."""
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mcp_lora import demo_model
-from mcp_lora.data import dataset, files
+from mcp_lora.data import conversion, dataset, files
 from mcp_lora.engine import api, launch
 from mcp_lora.engine.api import number
-from mcp_lora.engine.topology import World, share_batch
+from mcp_lora.engine.topology import Topology
+from mcp_lora.engine.topology import find as find_topology
 from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import chat_template as prompts
 from mcp_lora.prompts import render
 from mcp_lora.train import manifest, memory, runs, steps
 from mcp_lora.train import recipe as configuration
-from mcp_lora.train.recipe import Machine
+from mcp_lora.train.machine import Machine, detect_machine, too_big
 
+LOG = "train.log"  # what the engine has printed
 Say = Callable[[str], None]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: a recipe, what wins over it, and how it is run.
+
+    `overrides` are `key=value` words in LLaMA-Factory's names. None leaves a thing to the recipe, the
+    environment or the machine.
+    """
+
+    recipe: Path = configuration.RECIPE
+    overrides: Sequence[str] = ()
+    model: str | None = None
+    data: Sequence[Path] = ()
+    output: Path | None = None
+    zero: str | None = None
+    global_batch: int | None = None
+    gpus: int | None = None
+    nodes: int | None = None
+    node_rank: int | None = None
+    master: str | None = None
+    retry: bool = True
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def flags(self) -> dict[str, str | None]:
+        """The settings that have options of their own."""
+        zero = configuration.ZERO.with_name(f"ds_z{self.zero}_config.json") if self.zero else None
+        return {
+            "model_name_or_path": self.model,
+            "output_dir": str(self.output) if self.output else None,
+            "deepspeed": str(zero) if zero else None,
+        }
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will be run: LLaMA-Factory's keys, the engine's variables, who trains.
 
-    `batch` says what the global batch size is made of, `given` which keys were set on the command line,
-    `steps` how many there are (empty until the data is known). Once the data is rendered, `rendered` is what
-    rendered.json holds, and `chat_template` what has to be served with the adapter where that is not the
-    model's own.
+    `given` are the keys that were set on the command line, `steps` says how many there are (empty until the
+    data is known). Once the data is rendered, `rendered` is what rendered.json holds, and `chat_template`
+    what has to be served with the adapter where that is not the model's own.
     """
 
     config: dict[str, Any]
     environment: dict[str, str]
-    batch: str
-    world: World
+    topology: Topology
     given: frozenset[str] = frozenset()
     steps: str = ""
     rendered: dict[str, Any] | None = None
@@ -48,68 +83,113 @@ class Plan:
         return Path(self.config["output_dir"])
 
     @property
+    def data(self) -> Path:
+        """The dataset's folder."""
+        return Path(self.config["dataset_dir"])
+
+    @property
+    def batch(self) -> str:
+        """What the global batch size is made of, in words."""
+        return steps.describe_batch(self.config, self.topology.processes)
+
+    @property
     def argv(self) -> list[str]:
         """The engine's command."""
         return launch.engine_argv("train", self.run / "run.yaml")
 
 
-def plan(
-    file: Path,
-    overrides: list[str],
-    flags: dict[str, Any],
-    machine: Machine,
-    world: World,
-    say: Say,
-    batch: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    dry_run: bool = False,
-) -> Plan:
-    """Resolve and check a run; nothing is written, but the embedded model is fetched if it is used.
+def train(request: Request, say: Say, progress: Progress) -> None:
+    """Resolve and check a run, convert its data if it has changed, render it, start the engine, record.
 
-    `flags` are keys set by options of their own (None is not set), `batch` the global batch size if not the
-    recipe's. What was fitted to the machine is said. A `dry_run` fetches nothing, and only remarks on what
-    this machine could not run.
+    Out of memory, the per-device batch size is halved and more batches are accumulated, so that the training
+    stays the same; it goes on from the newest complete checkpoint. An old run is put aside if asked for.
 
-    Raises McpLoraError where the configuration, the model or the output folder will not do.
+    Raises McpLoraError where the configuration, the model, the data or the output folder will not do, the
+    engine fails, or the adapter has learned nothing.
     """
-    config, notes = configuration.resolve(file, os.environ, overrides, flags, machine)
-    for note in notes:
-        say(note)
+    plan = _plan(request, say, dry=False)
+    say = say if not plan.topology.rank else _silent  # of several ranks the first one speaks
+    with dataset.locked(plan.data):
+        refreshed = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
+    say(refreshed.message)
+    for line in dataset.summary(refreshed.statistics, plan.data) if refreshed.statistics else ():
+        say(line)
+    with runs.locked(plan.run) if plan.topology.is_main else nullcontext():
+        _run(plan, request, say)
+
+
+def preview(request: Request, say: Say) -> str:
+    """Return what would be run, and what it comes to: parameters, memory, steps.
+
+    Nothing is fetched or written, no weight is read, and what this machine could not run is only remarked on.
+
+    Raises McpLoraError as `train` does, or where the run would make no step, or be all warm-up.
+    """
+    plan = _plan(request, say, dry=True)
+    plan = _fit(plan, _training_rows(plan.config), say)
+    known = plan.steps or "not known, the data is not converted: mcp-lora convert"
+    parts = {
+        str(plan.run / "run.yaml"): [api.dump(plan.config)],
+        "command": [" ".join(plan.argv)],
+        "environment": [f"{name}={value}" for name, value in plan.environment.items()],
+        "plan": [plan.batch, *_needed_memory(plan), f"steps: {known}"],
+    }
+    return "\n".join(line for title, lines in parts.items() for line in (f"# {title}", *lines))
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _plan(request: Request, say: Say, dry: bool) -> Plan:
+    """Resolve and check a run; nothing is written, but the embedded model is fetched if it is used."""
+    api.require()
+    machine = detect_machine(request.gpus if dry else None)
+    topology = find_topology(
+        os.environ, machine.gpus, request.gpus, request.nodes, request.node_rank, request.master
+    )
+    say = say if not topology.rank else _silent
+    config = configuration.resolve(request.recipe, os.environ, request.overrides, request.flags, machine, say)
     config["output_dir"] = config.get("output_dir") or str(runs.DEFAULT.absolute())
-    shared, words = share_batch(config, world.processes, batch)
-    config |= shared
-    say(words)
+    wanted = request.global_batch or steps.global_batch(config, 1)
+    config |= steps.share_batch(config, topology.processes, request.global_batch)
+    plan = Plan(config, {}, topology, frozenset(configuration.parse_overrides(request.overrides)))
+    is_kept = steps.global_batch(config, topology.processes) == wanted
+    say(plan.batch if is_kept else f"warning: {plan.batch}, as {topology.processes} do not divide {wanted}")
+    _check(config, machine, say, dry)
+    model = str(config["model_name_or_path"])
+    if not dry and not (os.path.exists(model) or manifest.cached(config, "tokenizer_config.json")):
+        say(f"{model} is not on this machine, it is fetched")
+    config |= demo_model.located(config, fetch=not dry)
+    if checkpoint := runs.prepare(plan.run, config, request.resume, request.overwrite):
+        _check_batch(plan)
+        config["resume_from_checkpoint"] = str(checkpoint)
+        say(f"resuming from {checkpoint}")
+    return replace(plan, environment=launch.engine_environment(config, topology, machine.gpus, os.environ))
+
+
+def _check(config: Mapping[str, Any], machine: Machine, say: Say, dry: bool) -> None:
+    """Refuse settings and a model that will not do; on a `dry` run a model too big for this machine may."""
     problems = settings_problems(config)
     model = str(config.get("model_name_or_path"))
-    if model != demo_model.NAME and (missing := configuration.missing_model(model, dry_run)):
+    if model != demo_model.NAME and (missing := configuration.missing_model(model, dry)):
         problems.append(missing)
     if problems:
         raise McpLoraError(f"{'; '.join(problems)}. Fix that and run again: mcp-lora train --dry-run")
-    if heavy := configuration.too_big(model, machine):
-        if not dry_run:
+    if heavy := too_big(model, machine):
+        if not dry:
             raise McpLoraError(heavy)
         say(f"warning: {heavy}")
-    if not dry_run and not (os.path.exists(model) or manifest.cached(config, "tokenizer_config.json")):
-        say(f"{model} is not on this machine, it is fetched")
-    config |= demo_model.located(config, fetch=not dry_run)
-    if checkpoint := runs.prepare(Path(config["output_dir"]), config, resume, overwrite):
-        _check_batch(Path(config["output_dir"]), config, world)
-        config["resume_from_checkpoint"] = str(checkpoint)
-        say(f"resuming from {checkpoint}")
-    environment = launch.engine_environment(config, world, machine.gpus, os.environ)
-    given = frozenset(configuration.parse_overrides(overrides))
-    return Plan(config, environment, words, world, given)
 
 
-def _check_batch(run: Path, config: Mapping[str, Any], world: World) -> None:
+def _check_batch(plan: Plan) -> None:
     """Refuse to resume a run with another global batch size."""
-    was = steps.global_batch(runs.read_run(run), manifest.read(run).get("processes", world.processes))
-    now = steps.global_batch(config, world.processes)
-    if was != now:
+    processes = plan.topology.processes
+    was = steps.global_batch(runs.read_run(plan.run), manifest.read(plan.run).get("processes", processes))
+    if was != steps.global_batch(plan.config, processes):
         raise McpLoraError(
-            f"{run} was trained in batches of {was}, not {now}: mcp-lora train --resume "
-            f"--global-batch {was}, or --overwrite"
+            f"{plan.run} was trained in batches of {was}, not {steps.global_batch(plan.config, processes)}: "
+            f"mcp-lora train --resume --global-batch {was}, or --overwrite"
         )
 
 
@@ -170,26 +250,10 @@ def _deepspeed_problems(given: Any) -> list[str]:
     return [] if content else [f"{given} is empty"]
 
 
-def preview(plan: Plan, say: Say) -> str:
-    """Return what would be run, and what it comes to: parameters, memory, steps. No weight is read.
-
-    Raises McpLoraError where the run would make no step, or be all warm-up.
-    """
-    plan = _fit(plan, _training_rows(plan.config), say)
-    known = plan.steps or "not known, the data is not converted: mcp-lora convert"
-    parts = {
-        str(plan.run / "run.yaml"): [api.dump(plan.config)],
-        "command": [" ".join(plan.argv)],
-        "environment": [f"{name}={value}" for name, value in plan.environment.items()],
-        "plan": [plan.batch, *_needed_memory(plan), f"steps: {known}"],
-    }
-    return "\n".join(line for title, lines in parts.items() for line in (f"# {title}", *lines))
-
-
 def _needed_memory(plan: Plan) -> list[str]:
     model = plan.config.get("model_name_or_path")
     try:
-        found = memory.estimate(plan.config, plan.world.processes)
+        found = memory.estimate(plan.config, plan.topology.processes)
     except Exception as error:  # models raise what they like where they are built otherwise than most
         reason = " ".join(str(error).split())
         return [f"memory: not known, {model} cannot be built without its weights: {reason}"]
@@ -217,46 +281,33 @@ def _training_rows(config: Mapping[str, Any]) -> int | None:
     return rows - (math.ceil(rows * held_out) if held_out < 1 else int(held_out))
 
 
-def run(plan: Plan, say: Say, retry: bool = True, overwrite: bool = False) -> None:
-    """Train on the converted data: render it, put an old run aside if `overwrite`, start the engine.
-
-    Out of memory, with `retry`, the per-device batch size is halved and more batches are accumulated, so
-    that the training stays the same; it goes on from the newest complete checkpoint.
-
-    Raises McpLoraError where the data cannot be rendered, the folder cannot be written, the engine fails,
-    or the adapter has learned nothing.
-    """
-    with runs.locked(plan.run) if plan.world.leads else nullcontext():
-        _run(plan, say, retry, overwrite)
-
-
-def _run(plan: Plan, say: Say, retry: bool, overwrite: bool) -> None:
-    resume = bool(plan.config.get("resume_from_checkpoint"))
+def _run(plan: Plan, request: Request, say: Say) -> None:
+    is_main, resume = plan.topology.is_main, request.resume
     # once more, as another training may have been in the folder meanwhile
-    if plan.world.leads and (checkpoint := runs.prepare(plan.run, plan.config, resume, overwrite)):
+    if is_main and (checkpoint := runs.prepare(plan.run, plan.config, resume, request.overwrite)):
         plan = replace(plan, config=plan.config | {"resume_from_checkpoint": str(checkpoint)})
     if resume:
-        manifest.check_data(plan.run, Path(plan.config["dataset_dir"]))
+        manifest.check_data(plan.run, plan.data)
     plan = _render(plan, say)
-    if overwrite and plan.world.leads and (previous := runs.put_aside(plan.run)):
+    if request.overwrite and is_main and (previous := runs.put_aside(plan.run)):
         say(f"the run that was in {plan.run} is now in {previous}")
     say(f"training; the configuration is in {plan.run / 'run.yaml'}")
     retries: list[dict[str, Any]] = []
     recorded: AbstractContextManager[None] = nullcontext()
-    if plan.world.leads:
+    if is_main:
         _write(plan, say)
-        record = manifest.describe(plan.config, plan.argv, plan.environment, plan.world.processes)
+        record = manifest.describe(plan.config, plan.argv, plan.environment, plan.topology.processes)
         record |= {"rendered": plan.rendered, "retries": retries}
         recorded = manifest.recorded(plan.run, record)
     try:
         with recorded:
             if resume and runs.is_done(plan.run, plan.config):
                 say("training has come to its end already, and was not recorded")
-            elif plan.world.rank is None:
-                _run_engine(plan, say, retry, retries)
+            elif plan.topology.rank is None:
+                _run_engine(plan, say, request.retry, retries)
             else:
                 api.train(plan.config)
-            if plan.world.leads:
+            if is_main:
                 _check_result(plan)
     except Interrupted as interruption:
         interruption.option = runs.how_to_go_on(plan.run).strip()
@@ -268,10 +319,8 @@ def _render(plan: Plan, say: Say) -> Plan:
     """Render the training data with the model's chat template, and fit what depends on its size."""
     template = prompts.load(plan.config)
     say(f"prompts: {template.note}" + (", with thinking off" * template.is_thinking_off))
-    folder = Path(plan.config["dataset_dir"])
-    path, made = render.render(
-        template, dataset.file_of(folder, "train"), folder / dataset.RENDERED, plan.config
-    )
+    source, folder = dataset.file_of(plan.data, "train"), plan.data / dataset.RENDERED
+    path, made = render.render(template, source, folder, plan.config)
     lengths = made["lengths"]
     say(
         f"tokens of a sample: median {lengths['median']}, 95 % up to {lengths['p95']}, max {lengths['max']}, "
@@ -294,7 +343,7 @@ def _render(plan: Plan, say: Say) -> Plan:
 
 def _fit(plan: Plan, samples: int | None, say: Say) -> Plan:
     """Fit what depends on the number of optimizer steps (see `steps.fit`), and report that number."""
-    processes = plan.world.processes
+    processes = plan.topology.processes
     count = steps.count(plan.config, samples, processes)
     if count is None:
         return plan
@@ -315,9 +364,9 @@ def _write(plan: Plan, say: Say) -> None:
 
 
 def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]) -> None:
-    while (outcome := launch.run_engine("train", plan.config, plan.environment)).code:
+    while (outcome := launch.run_engine("train", plan.config, plan.environment, log=plan.run / LOG)).code:
         # Other machines would not know of it.
-        again = outcome.out_of_memory and retry and plan.world.nodes == 1
+        again = outcome.out_of_memory and retry and plan.topology.nodes == 1
         smaller = _smaller(plan, outcome.in_evaluation) if again else None
         if not smaller:
             raise _failure(plan, outcome)
@@ -325,7 +374,9 @@ def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]
         retries.append({key: plan.config.get(key) for key in (*_BATCH, _EVALUATED, "resume_from_checkpoint")})
         _write(plan, say)
         checkpoint = plan.config["resume_from_checkpoint"]
-        say(f"out of memory; again from {Path(checkpoint).name if checkpoint else 'the start'}: {plan.batch}")
+        begin = Path(checkpoint).name if checkpoint else "the start"
+        validated = f", {plan.config[_EVALUATED]} in validation" if outcome.in_evaluation else ""
+        say(f"out of memory; again from {begin}: {plan.batch}{validated}")
 
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -340,15 +391,15 @@ def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
     size = int(number(plan.config, _EVALUATED if in_evaluation else _BATCH[0], 8))
     if size == 1:
         return None
-    processes = plan.world.processes
+    processes = plan.topology.processes
     if in_evaluation:
-        keys, words = {_EVALUATED: size // 2}, f"{plan.batch}, in validation {size // 2} per device"
+        keys = {_EVALUATED: size // 2}
     else:
         batch = steps.global_batch(plan.config, processes)
-        keys, words = share_batch({_BATCH[0]: size // 2}, processes, batch)
+        keys = steps.share_batch({_BATCH[0]: size // 2}, processes, batch)
     saved = [checkpoint for checkpoint in runs.checkpoints(plan.run) if runs.is_complete(checkpoint)]
     config = plan.config | keys | {"resume_from_checkpoint": str(saved[-1]) if saved else None}
-    return replace(plan, config=config, batch=words)
+    return replace(plan, config=config)
 
 
 def _failure(plan: Plan, outcome: launch.Outcome) -> McpLoraError:

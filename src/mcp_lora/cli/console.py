@@ -1,0 +1,152 @@
+"""All that is printed: messages on stderr, results on stdout, a bar on a terminal."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from mcp_lora.data import dataset
+from mcp_lora.prompts import chat_template as prompts
+
+QUIET = False  # set by --quiet
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, float], None]]:
+    """Show a bar on a terminal, for as long as something is done."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(doing: str, share: float) -> None:
+            if doing not in tasks:
+                tasks[doing] = bar.add_task(doing, total=1)
+            bar.update(tasks[doing], completed=share)
+
+        yield show
+
+
+def _table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], texts: Collection[str]
+) -> None:
+    """Print a table; columns other than `texts` are numbers, at the right."""
+    table = Table(title=Text(harmless(title), no_wrap=True, overflow="ignore"), title_justify="left")
+    for column in columns:
+        if column in texts:
+            table.add_column(column, overflow="fold", min_width=9)
+        else:
+            table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(Text(harmless(str(cell))) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a file has room
+    console.print(table)
+
+
+def show_statistics(statistics: dict[str, Any], out: Path) -> None:
+    """Print a table of what a conversion into `out` has read and written, by file, and what was odd in it."""
+    written = statistics["written"]
+    files = [os.path.abspath(source["file"]) for source in statistics["sources"]]
+    common = os.path.commonpath(map(os.path.dirname, files))
+    near = os.path.relpath(common)
+    rows = [
+        [
+            os.path.relpath(file, common),
+            source["format"],
+            source["read"],
+            counts(source["cleaned"]) or 0,
+            *(source["written"].get(split, 0) for split in written),
+            counts(source["rejected"]) or 0,
+        ]
+        for file, source in zip(files, statistics["sources"], strict=True)
+    ]
+    _table(
+        f"{statistics['read']} rows of {common if near.startswith('..') else near}",
+        ["file", "format", "read", "normalized", *written, "rejected"],
+        rows,
+        texts=("file", "format", "normalized", "rejected"),
+    )
+    for line in dataset.summary(statistics, out):
+        say(line)
+
+
+def show_sample(sample: Any, template: Any, ids: bool) -> None:
+    """Print a rendered sample; what is trained on is green, or stands in ⟦ ⟧ where there are no colours."""
+    console = Console()
+    marks = "{}" if console.is_terminal and not console.no_color else "⟦{}⟧"
+    pairs = zip(sample.input_ids, sample.labels, strict=True)
+    for trained, run in groupby(pairs, key=lambda pair: pair[1] != prompts.IGNORED):
+        tokens = [token for token, _ in run]
+        text = harmless(" ".join(map(str, tokens)) if ids else template.tokenizer.decode(tokens))
+        styled = Text(marks.format(text) if trained else text, style="bold green" if trained else "dim")
+        console.print(styled, end="\n" if ids else "", soft_wrap=True)
+    console.print()
+    count = sum(label != prompts.IGNORED for label in sample.labels)
+    say(f"{len(sample.input_ids)} tokens, {count} of them trained on")
+
+
+def show_evaluation(evaluation: Any) -> None:
+    """Print tables of an evaluation's metrics, the worst tools, and three questions with their answers."""
+    for name, split in evaluation.splits.items():
+        rows = []
+        for figure in next(iter(split.figures.values())):
+            cells = [figure, *(_interval(shares[figure]) for shares in split.figures.values())]
+            for gain in (gains[figure] for gains in split.gains.values()):
+                reach = f"{100 * gain.low:+.0f}…{100 * gain.high:+.0f}"
+                cells += [f"{100 * gain.difference:+.1f} ({reach})", f"{gain.p:.1g}"]
+            rows.append(cells)
+        columns = ["", *split.figures, *["difference", "p"] * len(split.gains)]
+        title = f"{name}: {split.count} held-out questions; % (95 % interval)"
+        _table(title, columns, rows, texts=("",))
+        for model, errors in split.errors.items():
+            if errors:
+                typer.echo(f"{model} errs: {counts(errors)}")
+    last = list(evaluation.answers)[-1]
+    worst = [place for place in evaluation.tools if place.right[last].share < 1][:5]
+    if worst:
+        told = ", ".join(
+            f"{place.tool}{f' of {place.server}' if place.server else ''} "
+            f"{place.right[last].right}/{place.right[last].count}"
+            for place in worst
+        )
+        typer.echo(f"\nWhere more data is wanted, the worst tools of {last} first: {told}")
+    count = len(evaluation.answers[last])
+    for place in range(0, count, max(1, count // 3))[:3]:
+        question = harmless(evaluation.answers[last][place].instruction)
+        Console().print(Text(f"\n{question}", style="bold"), soft_wrap=True)
+        for model, answers in evaluation.answers.items():
+            answer = answers[place]
+            mark = "✗" if answer.verdict.error else "✓"
+            said = answer.text or json.dumps([call._asdict() for call in answer.calls])
+            typer.echo(f"  {model} {mark} {harmless(' '.join(said.split())[:300])}")
+
+
+def _interval(share: Any) -> str:
+    return f"{100 * share.share:.1f} ({100 * share.low:.0f}…{100 * share.high:.0f})"
+
+
+def counts(counted: dict[str, int]) -> str:
+    """Return counts, in words: 3 schema, 1 no-call."""
+    return ", ".join(f"{count} {what}" for what, count in counted.items())
+
+
+def say(text: str) -> None:
+    """Print a message on stderr; when quiet, warnings and errors alone."""
+    if not QUIET or text.startswith(("warning: ", "error: ")):
+        typer.echo(f"mcp-lora: {harmless(text)}", err=True)
+
+
+def harmless(text: str) -> str:
+    """Return a text that may come out of data without what a terminal obeys."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)

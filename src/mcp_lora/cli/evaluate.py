@@ -1,0 +1,107 @@
+"""eval, report, chat, export, demo."""
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from mcp_lora import demo_model
+from mcp_lora.cli import console, data, train
+from mcp_lora.cli.options import SPLITS, AsJson, Checkpoint, Gpus, Run
+from mcp_lora.data import conversion
+from mcp_lora.errors import McpLoraError
+from mcp_lora.train import serving
+from mcp_lora.train.runs import DEFAULT
+
+_REQUIRE = "End with 1 where it does not hold."
+_RUNS = f"A run's folder, by default {DEFAULT}; several are compared."
+
+
+def evaluate(
+    run: Run = DEFAULT,
+    checkpoint: Checkpoint = None,
+    split: Annotated[list[str] | None, Option(help=f"{SPLITS}; all by default.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Questions of each split; all by default.")] = None,
+    base_only: Annotated[bool, Option("--base-only", help="Ask the base model alone.")] = False,
+    adapter_only: Annotated[bool, Option("--adapter-only", help="Ask the adapter alone.")] = False,
+    endpoint: Annotated[str | None, Option(metavar="URL", help="Ask an OpenAI-compatible server.")] = None,
+    endpoint_model: Annotated[str | None, Option(metavar="NAME", help="Its model's name.")] = None,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="Tokens of an answer, at most.")] = None,
+    gpus: Gpus = None,
+    batch_size: Annotated[int, Option(min=1, help="Questions at a time on a GPU.")] = 16,
+    require: Annotated[list[str] | None, Option(metavar="SPLIT.METRIC>=SHARE", help=_REQUIRE)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer the held-out questions with the base model and with the adapter, and compare."""
+    from mcp_lora.evaluate import evaluation
+
+    if bool(endpoint) != bool(endpoint_model):
+        raise McpLoraError("one without the other: mcp-lora eval --endpoint URL --endpoint-model NAME")
+    if base_only + adapter_only + bool(endpoint) > 1:
+        raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: give one of them")
+    request = evaluation.Request(
+        run=run,
+        checkpoint=checkpoint,
+        splits=split or [],
+        limit=limit,
+        models=[evaluation.BASE] * (not adapter_only) + [evaluation.ADAPTER] * (not base_only),
+        endpoint=evaluation.Endpoint(endpoint, endpoint_model) if endpoint and endpoint_model else None,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        gpus=gpus,
+        requirements=[evaluation.requirement(text) for text in require or []],
+    )
+    with console.progress() as progress:
+        found = evaluation.evaluate(request, progress)
+    if as_json:
+        typer.echo(found.metrics(), nl=False)
+    else:
+        console.show_evaluation(found)
+    if found.left_out:
+        console.say(f"warning: questions that cannot be asked: {console.counts(found.left_out)}")
+    console.say(f"every answer and all metrics are in {run / 'eval'}; on a page: mcp-lora report {run}")
+    if missed := evaluation.unmet(found, request.requirements):
+        raise McpLoraError(f"{'; '.join(missed)}. See what is wrong: mcp-lora report {run}", 1)
+
+
+def report(runs: Annotated[list[Path] | None, Argument(metavar="RUN", help=_RUNS)] = None) -> None:
+    """Write a page about a run: figures, errors, examples, curves, data. It is one HTML file."""
+    from mcp_lora.report.page import write
+
+    console.say(f"the page is {write(runs or [DEFAULT])}")
+
+
+def chat(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
+    """Talk to the adapter in the terminal."""
+    serving.chat(run, checkpoint)
+
+
+def export(
+    run: Run = DEFAULT,
+    output: Annotated[Path, Option("--output", "-o", help="Folder to write.")] = Path("outputs/merged_model"),
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Merge the adapter into the base model, and check that the result says the same."""
+    console.say(f"{output} against base + adapter, {serving.export(run, output, checkpoint)}")
+
+
+def demo() -> None:
+    """Show the whole way on the CPU: the embedded model, the shipped sample, a page of what was learned."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    start, out, run = time.monotonic(), Path("data/demo"), Path("outputs/demo")
+    console.say(
+        "1/4 convert: the shipped sample, 2 candidates a question; questions, tools and a server held out"
+    )
+    sample = [str(conversion.shipped_sample())]
+    data.convert(sample, out, candidates=2, test=0.12, holdout_tools=0.15, holdout_servers=0.15, no_call=0.2)
+    console.say("2/4 train: SmolLM2-135M-Instruct on the CPU, ten to twenty minutes")
+    train.train(config=Path("demo"), model=demo_model.NAME, overwrite=True)
+    console.say("3/4 eval: the held-out questions, put to the base model and to the adapter")
+    evaluate(run)
+    console.say("4/4 report: all of that on a page")
+    report([run])
+    minutes = (time.monotonic() - start) / 60
+    console.say(f"done in {minutes:.0f} minutes. Open {run / 'report.html'}; next: mcp-lora chat {run}")

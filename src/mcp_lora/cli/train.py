@@ -1,0 +1,85 @@
+"""train, recipe, doctor."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from mcp_lora import demo_model
+from mcp_lora.cli import console
+from mcp_lora.cli.options import AsJson, Gpus, Model, Recipe
+from mcp_lora.errors import McpLoraError
+from mcp_lora.train import recipe as recipes
+from mcp_lora.train import training
+from mcp_lora.train.machine import detect_machine
+
+_OVERRIDES = "Settings in LLaMA-Factory's names."
+
+
+def train(
+    overrides: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help=_OVERRIDES)] = None,
+    config: Recipe = recipes.RECIPE,
+    model: Model = None,
+    data: Annotated[list[Path] | None, Option(help="Tool-call data to train on; repeatable.")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="The run's folder.")] = None,
+    gpus: Gpus = None,
+    nodes: Annotated[int | None, Option(min=1, help="Machines; 1 by default.")] = None,
+    node_rank: Annotated[int | None, Option(min=0, help="Which of them this is, from 0.")] = None,
+    master: Annotated[str | None, Option(metavar="HOST:PORT", help="Where the first is met.")] = None,
+    zero: Annotated[Literal["0", "2", "3"] | None, Option(help="DeepSpeed's ZeRO stage.")] = None,
+    global_batch: Annotated[int | None, Option(min=1, help="Samples of a step, on all GPUs.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be run.")] = False,
+    no_retry: Annotated[bool, Option("--no-retry", help="Out of memory, do not halve the batch.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Start anew; the old run is put aside.")] = False,
+) -> None:
+    """Train the LoRA recipe with LLaMA-Factory."""
+    request = training.Request(
+        recipe=config,
+        overrides=overrides or [],
+        model=model,
+        data=data or [],
+        output=output,
+        zero=zero,
+        global_batch=global_batch,
+        gpus=gpus,
+        nodes=nodes,
+        node_rank=node_rank,
+        master=master,
+        retry=not no_retry,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        typer.echo(training.preview(request, console.say))
+        return
+    with console.progress() as progress:
+        training.train(request, console.say, progress)
+
+
+def recipe(name: Annotated[str, Argument(help="lora_config, qlora or demo.")] = "lora_config") -> None:
+    """Print a shipped recipe, to be changed and given to --config."""
+    typer.echo(recipes.find(Path(name)).read_text(encoding="utf-8"), nl=False)
+
+
+def doctor(
+    model: Model = None,
+    config: Recipe = recipes.RECIPE,
+    as_json: AsJson = False,
+) -> None:
+    """Look whether this machine, the packages, the model and the data are fit for a training."""
+    settings = recipes.resolve_here(config, model)
+    from mcp_lora.doctor import examine
+
+    findings = []
+    for finding in examine(settings | demo_model.located(settings, fetch=False), detect_machine()):
+        findings.append(finding)
+        if not as_json:
+            typer.echo(f"{finding.verdict:8} {finding.what:18} {finding.words}")
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings], indent=2))
+    problems = [finding.what for finding in findings if finding.verdict == "problem"]
+    if problems:
+        raise McpLoraError(f"not fit to train ({', '.join(problems)}): see above, and mcp-lora doctor", 1)

@@ -1,0 +1,303 @@
+"""From tool-call data to a dataset's folder: convert, convert again where inputs have changed, explain."""
+
+import contextlib
+import json
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.data import catalogue as catalogues
+from mcp_lora.data import dataset, files, formats
+from mcp_lora.data.catalogue import Catalogue
+from mcp_lora.data.records import Fault
+from mcp_lora.data.records import Settings as Settings
+from mcp_lora.data.rows import Progress as Progress
+from mcp_lora.data.rows import Rows
+from mcp_lora.data.samples import SPLITS as SPLITS
+from mcp_lora.data.samples import Samples, engine_file
+from mcp_lora.errors import McpLoraError
+
+FILTERED_FOLDER = Path("data/filtered")
+FILTERED = "filtered_*.json"
+SAMPLE = "filtered_sample.json"
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What `refresh` did, in words; `statistics` are those of a new conversion, if it made one."""
+
+    message: str
+    statistics: dict[str, Any] | None = None
+
+
+def shipped_sample() -> Path:
+    """Return the sample: in the project's folder, else where a wheel has installed it."""
+    place = FILTERED_FOLDER / SAMPLE
+    here = [place, Path(__file__).parents[3] / place, Path(__file__).parents[1] / SAMPLE]
+    return next((file for file in here if file.is_file()), place)
+
+
+def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
+    """Return the newest `filtered_*.json` of `folder`; a McpLoraError where there is none.
+
+    The date in the name (`filtered_20251113_175326.json`) counts, and the file's own where the name has none:
+    copying and cloning change the file's. Where only the shipped sample is there, data in ../data/filtered,
+    where the user guide has it, comes first.
+    """
+
+    def age(file: Path) -> tuple[str, str]:
+        named = re.search(r"\d{8}_\d{6}", file.name)
+        written = datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y%m%d_%H%M%S")
+        return named.group() if named else written, file.name
+
+    for place in (folder, Path("..") / folder):
+        found = [file for file in place.glob(FILTERED) if file.name != SAMPLE]
+        if found:
+            return max(found, key=age)
+    if (folder / SAMPLE).is_file():
+        return folder / SAMPLE
+    raise McpLoraError(
+        f"no filtered_*.json in {folder}: put your data there, or name it: mcp-lora convert FILE"
+    )
+
+
+def _find(settings: Settings, left_out: list[Path] | None = None) -> tuple[list[Path], list[Path]]:
+    """Return the files of a conversion: of rows, and of tools."""
+    inputs = files.find([Path(name) for name in settings.inputs] or [newest_filtered()], left_out)
+    return inputs, files.find([Path(name) for name in settings.tools], left_out)
+
+
+def convert(
+    settings: Settings, out: Path = dataset.FOLDER, progress: Progress = lambda doing, share: None
+) -> dict[str, Any]:
+    """Convert tool-call data and return the statistics that are also in `out`/stats.json.
+
+    Every row ends in one place: `read` is the sum of `written` and of `rejected`. The same inputs,
+    settings and seed give the same bytes. `out` holds the old conversion until the new one is whole.
+    Files in it that no conversion has written, or that have been changed since, are never touched.
+
+    Raises McpLoraError where there is no usable row, or `out` cannot be written; nothing has been written
+    over then.
+    """
+    if foreign := dataset.foreign(out):
+        raise McpLoraError(
+            f"{out} holds {', '.join(foreign)}, which mcp-lora did not make, or not so: "
+            f"mcp-lora convert --output OTHER_FOLDER, and mcp-lora train dataset_dir=OTHER_FOLDER"
+        )
+    left_out: list[Path] = []
+    inputs, tools = _find(settings, left_out)
+    if own := [
+        file for file in inputs if file.resolve().parent == out.resolve() and file.name in dataset.OURS
+    ]:
+        raise McpLoraError(f"{own[0]} would be written over: mcp-lora convert --output OTHER_FOLDER")
+    new = out / ".new"
+    with dataset.writing(out):
+        shutil.rmtree(new, ignore_errors=True)  # what a conversion that was killed has left
+        new.mkdir(parents=True)
+        try:
+            stats = _convert(settings, inputs, tools, new, progress)
+            if left_out:
+                what = f"{left_out[0]}{' …' * (len(left_out) > 1)}: hidden, a link, or written by mcp-lora"
+                stats["notes"].append(f"{len(left_out)} files are left out ({what})")
+            others = {
+                key: entry
+                for key, entry in dataset.load(out / dataset.INFO).items()
+                if key not in SPLITS.values()
+            }
+            dataset.dump(others | stats.pop("info"), new / dataset.INFO)
+            stats["files"] = {
+                file.name: files.sha256(file) for file in new.iterdir() if file.name != dataset.INFO
+            }
+            dataset.dump(stats, new / dataset.STATS)
+            dataset.put_in_place(new, out, settings)
+        finally:
+            shutil.rmtree(new)
+            with contextlib.suppress(OSError):
+                out.rmdir()  # if nothing has come into it
+    return stats
+
+
+def _convert(
+    settings: Settings, inputs: list[Path], tools: list[Path], new: Path, progress: Progress
+) -> dict[str, Any]:
+    catalogue = Catalogue()
+    notes = catalogues.load(tools, catalogue)
+    rows = Rows(new, catalogue, settings)
+    rows.read(inputs, progress)
+    if not rows.count:
+        raise _nothing_usable(rows, inputs, new)
+    if not settings.inputs and inputs[0].name == SAMPLE:
+        notes.append(f"this is the shipped sample; your own data is not in {FILTERED_FOLDER}")
+    if tools and not catalogue.consulted:
+        notes.append("no row needed --tools, its tools are candidates alone")
+    samples = Samples(new, catalogue, rows, settings)
+    samples.write(progress)
+    if not samples.count["train"]:
+        raise McpLoraError(
+            f"of {rows.count} usable rows none is left to train on: hold out less, with mcp-lora "
+            f"convert --test, --holdout-tools and --holdout-servers"
+        )
+    shares = (settings.test, settings.holdout_tools, settings.holdout_servers)
+    notes += [
+        f"too little data for {name}, it is left out"
+        for name, share in zip(("seen", "unseen_tool", "unseen_server"), shares, strict=True)
+        if share and not samples.count[name]
+    ]
+    (new / "rows").unlink()
+    written = _in_order(samples.count)
+    return {
+        "read": sum(account.read for account in rows.accounts.values()),
+        "written": _in_order(rows.total("written")),
+        "rejected": rows.total("rejected"),
+        "cleaned": rows.total("cleaned"),
+        "samples": written,
+        "later_calls": rows.later_calls,
+        "synonyms": samples.pool.synonyms,
+        "unknown_parameters": dict(rows.unknown.most_common()),
+        "no_call_samples": _in_order(samples.extra),
+        "tools": len(rows.kept),
+        "servers": len({server for server, _ in rows.kept if server}),
+        "sources": [vars(account) for account in rows.accounts.values()],
+        "broken_schemas": [
+            {"server": server, "tool": tool, "problem": problem}
+            for (server, tool), problem in catalogue.broken.items()
+        ],
+        "notes": notes,
+        "settings": asdict(settings),
+        "inputs": _hashes(inputs + tools),
+        "info": {SPLITS[name]: {"file_name": engine_file(name)} | dataset.COLUMNS for name in written},
+    }
+
+
+def _in_order(counted: dict[str, int]) -> dict[str, int]:
+    return {split: counted[split] for split in SPLITS if split in counted}
+
+
+def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
+    """Return why no row can be used, and keep the rejected rows beside the folder."""
+    rejected = rows.total("rejected")
+    told = []
+    for reason, count in rejected.most_common(3):
+        sentence, numbers = rows.examples[reason]
+        which = ", ".join(map(str, numbers)) + " …" * (count > len(numbers))
+        told.append(f"{count} × {reason}, row{'s' * (count > 1)} {which}: {sentence}")
+    if told:
+        kept = new.parent.with_name(f"{new.parent.name}.rejected.jsonl")
+        (new / "rejected.jsonl").replace(kept)
+        told.append(f"all of them are in {kept}")
+    names = ", ".join(map(str, inputs[:3])) + " …" * (len(inputs) > 3)
+    advice = "--tools CATALOGUE" if "not-in-catalogue" in rejected else "OTHER_FILE"
+    return McpLoraError(
+        f"no usable row in {names} ({'; '.join(told) or 'it is empty'}): mcp-lora convert {advice}"
+    )
+
+
+def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
+    """Yield a row as it is read, understood and written, or why it is rejected; the first of all inputs is 1.
+
+    Raises McpLoraError where there are fewer rows, or the inputs cannot be read.
+    """
+    inputs, tools = _find(settings)
+    every = chain.from_iterable(formats.records(files.read(file)) for file in inputs)
+    record = next(islice(every, number - 1, None), None)
+    if record is None:
+        raise McpLoraError(f"there are fewer than {number} rows: mcp-lora convert --explain 1")
+    if isinstance(record, files.Broken):
+        yield "as read (?)", record.text
+        yield "rejected", record.sentence
+        return
+    yield f"as read ({formats.recognise(record)})", record
+    with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
+        source, out = Path(folder, "row.jsonl"), Path(folder, "out")
+        source.write_text(json.dumps(record, default=str) + "\n", encoding="utf-8")
+        alone = replace(settings, inputs=[str(source)], test=0.0, holdout_tools=0.0, holdout_servers=0.0)
+        catalogue = Catalogue()
+        catalogues.load(tools, catalogue)
+        try:
+            content = formats.read(record, partial(catalogue.find, server=""))
+            yield "as understood", [turn._asdict() for turn in content.turns]
+            convert(alone, out)
+        except (Fault, McpLoraError) as error:
+            yield "rejected", str(error).split(";")[0]
+            return
+        yield "as written", list(dataset.samples(out, "train"))
+
+
+def refresh(
+    data: Sequence[Path], out: Path, progress: Progress = lambda doing, share: None, keep: bool = False
+) -> Refreshed:
+    """Convert again where the inputs are others than those that the conversion in `out` was made of.
+
+    They are compared by their contents. The settings of the last conversion are kept. Without `data` its
+    inputs are too, or the newest filtered data again if none were named. A conversion whose inputs are gone
+    is used: it may be all that was copied to this machine. With `keep`, to resume a training, what is
+    converted is used whatever the inputs are.
+
+    Raises McpLoraError as convert does, or where the folder holds another's dataset.
+    """
+    old = dataset.load(out / dataset.STATS)
+    settings = settings_of(old)
+    if keep and "inputs" in old and dataset.file_of(out, "train").is_file():
+        if data:
+            raise McpLoraError("a run is resumed on its own data: mcp-lora train --resume, without --data")
+        return Refreshed(f"the data in {out} is used as it is, to resume")
+    if data:
+        settings = replace(settings, inputs=[str(one) for one in data])
+    if "inputs" in old and dataset.file_of(out, "train").is_file():
+        changed = _have_changed(settings, old["inputs"])
+        if changed is None and not data:
+            return Refreshed(f"the data in {out} is used; what it was made of is not here")
+        if changed is False:
+            return Refreshed(f"the data in {out} is up to date")
+    return Refreshed(f"converted as by {command(settings, out)}", convert(settings, out, progress))
+
+
+def command(settings: Settings, out: Path) -> str:
+    """Return the command that converts with these settings."""
+    words = ["mcp-lora", "convert", *settings.inputs]
+    for key, value in asdict(replace(settings, inputs=[])).items():
+        if value != getattr(Settings(), key):
+            option = f"--{'' if value is not False else 'no-'}{key.replace('_', '-')}"
+            for one in value if isinstance(value, list) else [value]:
+                words += [option] if isinstance(one, bool) else [option, str(one)]
+    return shlex.join([*words, "--output", str(out)])
+
+
+def is_up_to_date(folder: Path) -> bool:
+    """Tell whether a conversion would be used as it is; a McpLoraError where its description is damaged."""
+    old = dataset.statistics(folder)
+    return old is not None and not _have_changed(settings_of(old), old["inputs"])
+
+
+def settings_of(stats: dict[str, Any]) -> Settings:
+    """Return the settings of a conversion, of an earlier version too."""
+    known = {field.name for field in fields(Settings)}
+    return Settings(**{key: value for key, value in stats.get("settings", {}).items() if key in known})
+
+
+def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
+    """Tell whether inputs hold other contents than those known, wherever they lie; None where any is gone.
+
+    The shipped sample, which is on every machine, stands in for nothing that is gone.
+    """
+    try:
+        inputs, tools = _find(settings)
+        is_sample = not settings.inputs and inputs[0].name == SAMPLE
+        if is_sample and known and str(inputs[0].absolute()) not in known:
+            return None
+        return list(_hashes(inputs + tools).values()) != list(known.values())
+    except (McpLoraError, OSError):
+        return None
+
+
+def _hashes(found: list[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file, by its absolute path."""
+    return {str(file.absolute()): files.sha256(file) for file in found}

@@ -1,0 +1,126 @@
+"""What a run's adapter is for: chat, and a merged model that says the same as base + adapter."""
+
+import gc
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.engine import api, launch
+from mcp_lora.engine.topology import Topology
+from mcp_lora.errors import McpLoraError
+from mcp_lora.prompts import chat_template, render
+from mcp_lora.prompts.chat_template import hub_arguments
+from mcp_lora.train import runs
+from mcp_lora.train.machine import detect_machine
+
+# Largest difference of two logits that merging may cause, relative to the largest logit: the
+# merged weights are rounded to the model's dtype, where the adapter apart is not.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+PROMPT = "Which tools can you call, and what time is it in Tokyo?"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest difference between logits, the difference that rounding explains, and the dtype."""
+
+    difference: float
+    tolerance: float
+    dtype: str
+
+    def __str__(self) -> str:
+        what = f"in {self.dtype}: the largest difference of a logit is {self.difference:.2g}"
+        return f"{what} (tolerance {self.tolerance:.2g})"
+
+
+def chat(run: Path, checkpoint: str | None = None) -> None:
+    """Talk to a run's adapter in the terminal; a McpLoraError where it has none, or the engine fails."""
+    api.require()
+    outcome = _engine("chat", runs.serving_config(run, runs.adapter(run, checkpoint)), hold_traceback=True)
+    # LLaMA-Factory's chat raises at the end of its input, and aborts on the way out on a CPU.
+    raised = launch.real_error(outcome.stderr).startswith("EOFError")
+    aborted = outcome.stderr.rstrip().endswith("terminate called without an active exception")
+    if outcome.code and not raised and not aborted:
+        raise outcome.error(f"mcp-lora chat {run}")
+
+
+def export(run: Path, output: Path, checkpoint: str | None = None) -> Comparison:
+    """Merge a run's adapter into its base model, and compare the two.
+
+    `output` appears when it is whole. The model keeps the chat template that it was trained with; the
+    engine's Modelfile for Ollama is removed: it supports no tools, and has the engine's template.
+
+    Raises McpLoraError where the run has no adapter, its base was quantised, `output` exists, or the engine
+    fails; with exit code 1 where the merged model says something else.
+    """
+    api.require()
+    adapter = runs.adapter(run, checkpoint)
+    again = f"mcp-lora export {run} --output OTHER_FOLDER"
+    if runs.is_quantised(run):
+        why = "was trained on a quantised base, and merging into that loses precision"
+        raise McpLoraError(f"{run} {why}: use the adapter as it is: mcp-lora chat {run}")
+    if output.exists():
+        raise McpLoraError(f"{output} exists: {again}")
+    new = output.with_name(f".{output.name}.new")
+    settings = runs.serving_config(run, adapter) | {"export_dir": str(new), "export_size": 1}
+    settings |= {"template": render.TEMPLATE}  # which leaves the tokenizer its own chat template
+    shutil.rmtree(new, ignore_errors=True)  # what an export that was killed has left
+    try:
+        outcome = _engine("export", settings)
+        if outcome.code:
+            raise outcome.error(f"mcp-lora export {run}")
+        template = chat_template.load(runs.read_run(run))
+        if not template.is_own:
+            text = str(template.tokenizer.chat_template)
+            (new / runs.CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+        (new / "Modelfile").unlink(missing_ok=True)
+        new.rename(output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    found = compare(settings, adapter, output)
+    if found.difference > found.tolerance:
+        what = f"{output} does not say what base + adapter says, do not use it ({found})"
+        raise McpLoraError(f"{what}: {again}", code=1)
+    return found
+
+
+def _engine(verb: str, settings: Mapping[str, Any], hold_traceback: bool = False) -> launch.Outcome:
+    gpus = detect_machine().gpus
+    environment = launch.engine_environment(settings, Topology(gpus or 1), gpus, os.environ)
+    return launch.run_engine(verb, settings, environment, hold_traceback)
+
+
+def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Comparison:
+    """Compare the logits of base (named by `config`) + adapter with those of the merged model on PROMPT.
+
+    Both are loaded in the merged model's dtype, one after the other, on the CPU: that takes no more memory
+    than the export has taken, and a pass over one prompt takes seconds there.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trusted = bool(config.get("trust_remote_code"))
+    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=trusted)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+
+    def logits(model: Any) -> Any:
+        with torch.inference_mode():
+            return model.eval()(ids).logits.float()
+
+    exported = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", trust_remote_code=trusted)
+    dtype, words = exported.dtype, exported.get_input_embeddings().weight.shape[0]
+    after = logits(exported)
+    del exported
+    gc.collect()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(config["model_name_or_path"]), dtype=dtype, **hub_arguments(config)
+    )
+    if words != model.get_input_embeddings().weight.shape[0]:  # resize_vocab
+        model.resize_token_embeddings(words, mean_resizing=False)
+    before = logits(PeftModel.from_pretrained(model, adapter))
+    name = str(dtype).removeprefix("torch.")
+    tolerance = TOLERANCE[name] * before.abs().max().item()
+    return Comparison((before - after).abs().max().item(), tolerance, name)

@@ -259,7 +259,7 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
 def test_a_server_is_compared_with_the_base_where_that_was_asked(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_engine(asked: list[Question], *rest: Any) -> Iterator[tuple[Question, Said]]:
+    def by_engine(asked: list[Question], **rest: Any) -> Iterator[tuple[Question, Said]]:
         yield from ((question, said("Hello.")) for question in asked)
 
     monkeypatch.setattr(predict, "by_engine", by_engine)

@@ -364,8 +364,9 @@ def _write(plan: Plan, say: Say) -> None:
 
 
 def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]) -> None:
-    while (outcome := launch.run_engine("train", plan.config, plan.environment, log=plan.run / LOG)).code:
-        # Other machines would not know of it.
+    log = plan.run / LOG if plan.topology.is_main else None
+    while (outcome := launch.run_engine("train", plan.config, plan.environment, log=log)).code:
+        # Other nodes would not learn of it.
         again = outcome.out_of_memory and retry and plan.topology.nodes == 1
         smaller = _smaller(plan, outcome.in_evaluation) if again else None
         if not smaller:

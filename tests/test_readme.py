@@ -1,4 +1,4 @@
-"""What README says is so: its figures, its files, its commands."""
+"""What README and docs/ say is so: their figures, files, commands and links."""
 
 import json
 import re
@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import BIN, ROOT, SAMPLE, run, write_json
 
+from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.train import memory
 from mcp_lora.train.recipe import RECIPE, read_config
 
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
+TRAINING = ROOT / "docs" / "training.md"
+PAGES = [*READMES, *(ROOT / "docs").glob("*.md"), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 
 
 @pytest.fixture(params=READMES, ids=lambda path: path.name)
@@ -36,8 +39,9 @@ def folder_of(name: str, place: Path) -> Path:
     return place / name
 
 
-def test_the_hardware_table_is_what_a_plan_says(text: str, tmp_path: Path) -> None:
-    lines = (line for line in text.splitlines() if re.match(r"\| \S+-\d+B \| (?:\S+[.]yaml|`--zero)", line))
+def test_the_hardware_table_is_what_a_plan_says(tmp_path: Path) -> None:
+    text = TRAINING.read_text(encoding="utf-8")
+    lines = re.findall(r"^\| \S+-\d+B \| (?:\S+[.]yaml|`--zero).*", text, re.M)
     rows = [line.strip("| ").split(" | ") for line in lines]
     assert len(rows) == 7
     for name, recipe, gpus, batch, cutoff, *shown, _ in rows:
@@ -55,7 +59,8 @@ def test_the_hardware_table_is_what_a_plan_says(text: str, tmp_path: Path) -> No
         assert shown == [f"{part / 1e9:.1f}" for part in parts]
 
 
-def test_the_adapters_size_for_qwen(text: str, tmp_path: Path) -> None:
+def test_the_adapters_size_for_qwen(tmp_path: Path) -> None:
+    text = TRAINING.read_text(encoding="utf-8")
     config = read_config(ROOT / RECIPE) | {"model_name_or_path": str(folder_of("Qwen2.5-7B", tmp_path))}
     found = memory.estimate(config, 1)
     assert found and f"{found.trained:,}" in text
@@ -77,12 +82,24 @@ def test_a_plan_needs_a_config_alone(tmp_path: Path, project: Path) -> None:
     ]
 
 
-def test_the_tree_names_every_file(text: str) -> None:
+def test_the_tree_names_every_file() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    shown = text.split("pyproject.toml  ")[-1]
+    text = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
     shipped = (name for name in listed if not name.startswith((".", "tests/")) and "__" not in name)
-    missing = [name for name in shipped if Path(name).name not in text]
-    assert missing == [] and shown
+    assert [name for name in shipped if Path(name).name not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_input_record_is_read(text: str, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```json\n(.*?)```", text, re.S)
+    source = write_json(tmp_path / "one.json", [json.loads(block)])
+    statistics = convert(Settings([str(source)], test=0.0), tmp_path / "out")
+    assert statistics["written"] == {"train": 1}
 
 
 def test_the_samples_size(text: str) -> None:

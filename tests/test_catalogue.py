@@ -7,7 +7,7 @@ from conftest import SHAPES, SHARED, catalogue_of, write_json
 from mcp_lora.data import catalogue as catalogues
 from mcp_lora.data import files
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.records import Fault, Tool
+from mcp_lora.data.records import RowError, Tool
 from mcp_lora.data.tools import tools_in
 
 
@@ -32,8 +32,8 @@ def test_both_kinds_of_file_are_read_and_what_is_no_tool_is_told(tmp_path: Path)
     assert catalogue.tools[4].parameters == {"type": "object", "properties": {}}
     assert [note.split("/")[-1] for note in notes] == [
         "web.json: a tool has no name",
-        "braces.json holds no tools",
-        "empty.json holds no tools",
+        "braces.json contains no tools",
+        "empty.json contains no tools",
     ]
 
 
@@ -72,10 +72,10 @@ def test_a_name_that_recurs_belongs_to_the_files_own_server() -> None:
     catalogue.number(tool({"type": "object", "title": "one"}, "search", "one"))
     catalogue.number(tool({"type": "object", "title": "two"}, "search", "two"))
     assert catalogue.find("search", "two").server == "two"
-    with pytest.raises(Fault, match="several servers: one, two") as caught:
+    with pytest.raises(RowError, match="several servers: one, two") as caught:
         catalogue.find("search", "three")
     assert caught.value.reason == "ambiguous-tool"
-    with pytest.raises(Fault, match="name it with --tools"):
+    with pytest.raises(RowError, match="add its catalogue with --tools"):
         catalogue.find("other", "one")
 
 

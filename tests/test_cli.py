@@ -51,21 +51,24 @@ def fail(capsys: Capture, *words: str) -> str:
         ("train --config nowhere.yaml", "mcp-lora train --config FILE"),
         ("train lora_rang=3 zzz=1", "no key lora_rang (did you mean lora_rank?); LLaMA-Factory"),
         ("train --model ./nowhere", "there is no model in ./nowhere"),
-        ("train --dry-run gradient_accumulation_steps=two", "gradient_accumulation_steps=two is no number"),
-        ("train --dry-run lora_rank=abc", "lora_rank=abc is no int"),
-        ("train --dry-run lora_rank=08", "lora_rank=08 is no int"),
+        (
+            "train --dry-run gradient_accumulation_steps=two",
+            "gradient_accumulation_steps=two is not a number",
+        ),
+        ("train --dry-run lora_rank=abc", "lora_rank=abc is not an int"),
+        ("train --dry-run lora_rank=08", "lora_rank=08 is not an int"),
         ("train --dry-run quantization_type=nf4", "no effect without quantization_bit"),
         ("train --dry-run --model ~nosuchuser/model", "there is no model in ~nosuchuser/model"),
-        ("train --dry-run --resume --overwrite", "give one of them"),
-        ("eval --require seen.acuracy>=0.6", "--require seen.acuracy>=0.6: a figure is SPLIT.NAME"),
+        ("train --dry-run --resume --overwrite", "use only one of them"),
+        ("eval --require seen.acuracy>=0.6", "--require seen.acuracy>=0.6: a metric is SPLIT.NAME"),
         (f"convert {'x' * 300}", f"no data in {'x' * 300}"),
-        ("train --dry-run per_device_train_batch_size=0", "size=0 is no whole number from 1"),
+        ("train --dry-run per_device_train_batch_size=0", "size=0 is not a positive integer"),
         ("train --dry-run deepspeed=nowhere.json", "there is no nowhere.json"),
         ("eval outputs/none", "contains no run"),
         ("eval --endpoint URL", "mcp-lora eval --endpoint URL --endpoint-model NAME"),
         ("eval --base-only --adapter-only", "exclude each other"),
         ("chat outputs/none", "mcp-lora train --output"),
-        ("export", "outputs/mcp_lora holds no adapter"),
+        ("export", "outputs/mcp_lora contains no adapter"),
         # what the rendered data would ignore
         ("train dataset=other", "dataset=other"),
         ("train template=qwen", "template=qwen"),
@@ -74,8 +77,8 @@ def fail(capsys: Capture, *words: str) -> str:
         ("train streaming=True", "streaming=True"),
         ("train stage=dpo", "stage=dpo"),
         # what would make no adapter
-        ("train do_train=false", "without do_train=true nothing is trained"),
-        ("train finetuning_type=full", "finetuning_type=full makes no LoRA adapter"),
+        ("train do_train=false", "nothing is trained without do_train=true"),
+        ("train finetuning_type=full", "finetuning_type=full does not train a LoRA adapter"),
         ("train finetuning_type=oft", "set finetuning_type=lora"),
     ],
 )
@@ -102,7 +105,7 @@ def test_an_interruption_names_the_command_that_goes_on(
         with pytest.raises(SystemExit) as caught:
             main(words)
         assert caught.value.code == 128 + signal.SIGTERM
-        assert f"to go on: {shlex.join(['mcp-lora', *words])}\n" in capsys.readouterr().err
+        assert f"to continue: {shlex.join(['mcp-lora', *words])}\n" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(machine.detect_machine().gpus > 0, reason="this machine has a GPU")
@@ -117,7 +120,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(capsys: Capture, project: Path) 
     shown = capsys.readouterr()
     run_file = project / "outputs/here/run.yaml"
     _, text, command, environment, plan = shown.out.split("# ")
-    assert "the config of Qwen/Qwen2.5-7B-Instruct is not here" in plan
+    assert "the config of Qwen/Qwen2.5-7B-Instruct is not on this machine" in plan
     resolved = yaml.safe_load(text.partition("\n")[2])
     assert text.startswith(str(run_file))
     assert (resolved["lora_rank"], resolved["model_name_or_path"]) == (32, "Qwen/Qwen2.5-7B-Instruct")
@@ -136,7 +139,7 @@ def test_an_old_run_is_pointed_out_before_anything_is_done(capsys: Capture, tiny
     assert not Path("data/llama_factory").exists()
 
 
-def test_an_export_over_something_or_from_a_quantised_base_is_refused(
+def test_an_export_over_something_or_from_a_quantized_base_is_refused(
     capsys: Capture, tiny_model: Path
 ) -> None:
     run = Path("outputs/mcp_lora")
@@ -145,7 +148,7 @@ def test_an_export_over_something_or_from_a_quantised_base_is_refused(
     Path("outputs/merged_model").mkdir()
     assert "outputs/merged_model exists: mcp-lora export" in fail(capsys, "export")
     runs.write_config(run, {"model_name_or_path": str(tiny_model), "quantization_bit": 4})
-    assert "quantised base" in fail(capsys, "export")
+    assert "quantized base" in fail(capsys, "export")
 
 
 def test_an_evaluation_wants_held_out_questions(capsys: Capture, project: Path) -> None:
@@ -196,7 +199,7 @@ def test_convert_prints_the_statistics(capsys: Capture, project: Path, faulty: s
     ]
     assert "read 3 rows = 1 in train + 2 rejected; 1 tools of 1 servers" in shown.err
     assert "data/llama_factory/rejected.jsonl" in shown.err
-    assert "too little data for seen" in shown.err
+    assert "too little data for split seen" in shown.err
     write_json(project / "other.json", [record("Add 3 and 4.")])
     main_ok(["convert", faulty, "other.json"])  # absolute and relative
     assert "read 4 rows = 2 in train" in capsys.readouterr().err

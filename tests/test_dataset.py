@@ -267,16 +267,16 @@ def test_too_little_data_for_a_split_is_said(tmp_path: Path) -> None:
     stats = converted(tmp_path, write_json(tmp_path / "rows.json", [record()]), **SPLIT)
     assert stats["written"] == {"train": 1}
     assert [note.split(", ")[0] for note in stats["notes"]] == [
-        "too little data for seen",
-        "too little data for unseen_tool",
-        "too little data for unseen_server",
+        "too little data for split seen",
+        "too little data for split unseen_tool",
+        "too little data for split unseen_server",
     ]
 
 
 def test_nothing_left_to_train_on_is_an_error(tmp_path: Path) -> None:
     rows = [record(f"Q{i}", tool=f"t{i}") for i in range(2)]
     source = write_json(tmp_path / "rows.json", rows)
-    with pytest.raises(McpLoraError, match="none is left to train on.*--holdout-tools"):
+    with pytest.raises(McpLoraError, match="none of .* is left to train on.*--holdout-tools"):
         for seed in range(100):
             converted(tmp_path / "out", source, holdout_tools=0.9, seed=seed)
 
@@ -441,7 +441,7 @@ def test_a_row_is_explained_in_each_step(tmp_path: Path) -> None:
 
 def test_an_input_is_not_written_over(sample_data: Path) -> None:
     before = contents(sample_data)
-    with pytest.raises(McpLoraError, match="would be written over: mcp-lora convert --output OTHER_FOLDER"):
+    with pytest.raises(McpLoraError, match="would be overwritten: mcp-lora convert --output OTHER_FOLDER"):
         converted(sample_data, sample_data / "train.jsonl")
     assert contents(sample_data) == before
 
@@ -490,7 +490,7 @@ def test_a_damaged_or_foreign_row_is_an_error(sample_data: Path, end: str) -> No
         file.write(end)
     with pytest.raises(McpLoraError, match=r"train\.jsonl cannot be used.*mcp-lora convert --output"):
         list(dataset.samples(sample_data, "train"))
-    with pytest.raises(McpLoraError, match="holds train, seen, not no_call: mcp-lora convert"):
+    with pytest.raises(McpLoraError, match="contains train, seen, not no_call: mcp-lora convert"):
         list(dataset.samples(sample_data, "no_call"))
 
 
@@ -583,7 +583,7 @@ def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch
     source.unlink()
     for _ in range(2):
         for folder in (Path("out"), Path("named")):
-            assert "is not here" in refresh([], folder).message and conversion.is_up_to_date(folder)
+            assert "not on this machine" in refresh([], folder).message and conversion.is_up_to_date(folder)
         write_json(Path("data/filtered/filtered_sample.json"), [record("sample")])
     newer = write_json(Path("data/filtered/filtered_20260101_000000.json"), [record("newer")])
     stats = refresh([], Path("out")).statistics
@@ -595,7 +595,7 @@ def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch
 def test_a_file_of_another_make_is_not_written_over(tmp_path: Path, name: str) -> None:
     write_json(tmp_path / name, {"a": 1})
     for attempt in (lambda: refresh([SAMPLE], tmp_path), lambda: converted(tmp_path, SAMPLE)):
-        with pytest.raises(McpLoraError, match=rf"{name}, which mcp-lora did not make"):
+        with pytest.raises(McpLoraError, match=rf"{name}, not created by mcp-lora"):
             attempt()
     assert contents(tmp_path) == {name: (tmp_path / name).read_bytes()}
 
@@ -608,7 +608,7 @@ def test_what_a_user_has_changed_or_added_stays(sample_data: Path) -> None:
     assert load(sample_data / "dataset_info.json")["mine"] == {"file_name": "mine.json"}
     assert (sample_data / "mcp_test_notes.jsonl").read_text() == "mine"
     (sample_data / "train.jsonl").write_text("mine")
-    with pytest.raises(McpLoraError, match=r"train\.jsonl, which mcp-lora did not make, or not so"):
+    with pytest.raises(McpLoraError, match=r"train\.jsonl, not created by mcp-lora or modified since"):
         converted(sample_data, SAMPLE)
     assert (sample_data / "train.jsonl").read_text() == "mine"
 
@@ -618,7 +618,7 @@ def test_an_output_is_no_input(tmp_path: Path) -> None:
     for _ in range(2):
         stats = converted(tmp_path / "data/llama_factory", tmp_path / "data")
         assert stats["read"] == 20
-    assert any("files are left out" in note and "llama_factory" in note for note in stats["notes"])
+    assert any("files were skipped" in note and "llama_factory" in note for note in stats["notes"])
 
 
 def test_a_sample_without_the_gold_tool_has_as_many_candidates(tmp_path: Path) -> None:

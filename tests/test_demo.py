@@ -24,6 +24,6 @@ def test_the_demos_figures() -> None:
     assert adapter["exact"]["share"] >= 0.40
     assert splits["unseen_tool"]["gains"]["adapter"]["tool"]["low"] > 0.2
     assert "held-out questions" in done.stdout
-    assert "the page is outputs/demo/report.html" in done.stderr
+    assert "the report is outputs/demo/report.html" in done.stderr
     page = (ROOT / "outputs/demo/report.html").read_text(encoding="utf-8")
     assert page.count('<div class="card tile">') == len(splits)

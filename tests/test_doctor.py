@@ -42,7 +42,7 @@ def test_a_problem_is_exit_code_1(project: Path) -> None:
     done = run([BIN / "mcp-lora", "doctor", "--model", "/nowhere/model"], project)
     assert done.returncode == 1
     assert "problem  model              there is no model in /nowhere/model" in done.stdout
-    assert "not fit to train (model)" in done.stderr and "Traceback" not in done.stderr
+    assert "not ready to train (model)" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_package_outside_its_bounds(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_what_no_training_could_use(tiny_model: Path, tmp_path: Path) -> None:
     template = found(tmp_path)["chat template"]
     assert template.verdict == "problem" and f"the tokenizer of {tmp_path} cannot be read" in template.words
     model = found(Path("org/model"))["model"]
-    assert model.verdict == "warning" and "org/model is not here yet" in model.words
+    assert model.verdict == "warning" and "org/model is not on this machine" in model.words
 
 
 def test_a_broken_deepspeed_file_and_torch_without_cuda(

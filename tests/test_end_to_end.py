@@ -184,7 +184,7 @@ def test_the_page_about_the_run(project: Path) -> None:
 
 
 def test_the_readmes_python_code_runs(project: Path, tiny_model: Path) -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(encoding="utf-8"), re.S)
     assert code
     here = f'BASE, ADAPTER = "{tiny_model}", "outputs/mcp_lora"'
     script, changed = re.subn(r"^BASE, ADAPTER = .*$", here, code[1], flags=re.M)
@@ -214,7 +214,7 @@ def test_an_interruption_ends_every_process(project: Path, tiny_model: Path, num
         said = process.stderr.read()
         assert process.wait() == 128 + number
     assert not [child for child in family if child.is_running()]
-    again = said.rstrip().split("error: interrupted; to go on: ")[1]
+    again = said.rstrip().split("error: interrupted; to continue: ")[1]
     # by whether a checkpoint was saved meanwhile
     assert again.removesuffix(" --resume") == shlex.join(
         ["mcp-lora", "train", *map(str, words), "num_train_epochs=10000"]

@@ -19,7 +19,7 @@ from mcp_lora.engine import launch
 from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import predict, questions
-from mcp_lora.evaluate.answers import Judge, Notebook, Said
+from mcp_lora.evaluate.answers import Judge, Notebook, Response
 from mcp_lora.evaluate.evaluation import (
     BASE,
     Endpoint,
@@ -56,11 +56,11 @@ def asked(data: Path) -> list[Question]:
     return [question for split in questions.SPLITS for question in questions.read(data, [split])[:2]]
 
 
-def said(text: str) -> Said:
-    return Said("prompt", text, [])
+def said(text: str) -> Response:
+    return Response("prompt", text, [])
 
 
-def right(question: Question) -> Said:
+def right(question: Question) -> Response:
     calls = [f"<tool_call>\n{json.dumps(call._asdict())}\n</tool_call>" for call in question.expected]
     return said("\n".join(calls) or "There is no tool for that.")
 
@@ -118,7 +118,7 @@ def test_a_servers_tool_calls_are_read_as_they_are(asked: list[Question]) -> Non
     good = {"name": call.name, "arguments": json.dumps(call.arguments)}
 
     def verdict(**changes: str) -> Verdict:
-        return JUDGE(asked[0], Said("", "", [good | changes])).verdict
+        return JUDGE(asked[0], Response("", "", [good | changes])).verdict
 
     assert verdict().exact
     for strange in ('{"a": ', '{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 5000):
@@ -169,9 +169,9 @@ def test_a_requirement_holds_or_is_told(evaluation: Evaluation) -> None:
     assert told_of("seen.valid>=1", "seen.ast > 50%", "no_call.abstained<=0.9") == []
     (told,) = told_of("unseen_tool.ast>=0.95", "seen.valid>=0.5")
     assert told.startswith("unseen_tool.ast is 0.") and told.endswith("unseen_tool.ast>=0.95 is required")
-    with pytest.raises(McpLoraError, match="of another form: mcp-lora eval --require"):
+    with pytest.raises(McpLoraError, match="is not SPLIT.METRIC>=VALUE: mcp-lora eval --require"):
         requirement("ast>=1")
-    with pytest.raises(McpLoraError, match="no no_call.ast but .*no_call.abstained"):
+    with pytest.raises(McpLoraError, match="no no_call.ast, only .*no_call.abstained"):
         told_of("no_call.ast>=1")
 
 
@@ -259,7 +259,7 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
 def test_a_server_is_compared_with_the_base_where_that_was_asked(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_engine(asked: list[Question], **rest: Any) -> Iterator[tuple[Question, Said]]:
+    def by_engine(asked: list[Question], **rest: Any) -> Iterator[tuple[Question, Response]]:
         yield from ((question, said("Hello.")) for question in asked)
 
     monkeypatch.setattr(predict, "by_engine", by_engine)
@@ -299,7 +299,7 @@ def test_the_batch_is_halved_where_memory_runs_out(
 
 
 def test_a_run_is_asked_about_its_own_data_and_splits(run: Path) -> None:
-    with pytest.raises(McpLoraError, match="questions are of seen: mcp-lora eval"):
+    with pytest.raises(McpLoraError, match="the splits are seen: mcp-lora eval"):
         evaluate(Request(run, splits=["seen"], requirements=[requirement("no_call.abstained>0")]))
     manifest.write(run, {"data": {"file": "train.jsonl", "sha256": "of other data"}, "conversion": {}})
     with pytest.raises(McpLoraError, match="is not what .* was trained on: mcp-lora convert"):
@@ -375,7 +375,7 @@ def test_a_folder_that_cannot_be_written_is_told(run: Path) -> None:
 
 
 def test_an_adapter_is_looked_for_before_anything_is_asked(run: Path) -> None:
-    with pytest.raises(McpLoraError, match="holds no adapter"):
+    with pytest.raises(McpLoraError, match="contains no adapter"):
         evaluate(Request(run))
     assert not (run / "eval").exists()
 

@@ -64,7 +64,7 @@ def test_a_broken_line_costs_that_line_alone(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"broken\n{"a": 1}\n' + b"9" * 5000 + b"\n" + b"[" * 100_000 + b'\n"\xff"\n')
     broken, good, long, deep, no_utf8 = files.read(file)
-    assert isinstance(broken, Broken) and broken.text == '{"broken' and "not JSON" in broken.sentence
+    assert isinstance(broken, Broken) and broken.text == '{"broken' and "not JSON" in broken.message
     assert good == {"a": 1}
     assert isinstance(long, Broken) and isinstance(deep, Broken)
     assert no_utf8 == "\udcff"  # which no row passes with
@@ -74,7 +74,7 @@ def test_a_broken_line_costs_that_line_alone(tmp_path: Path) -> None:
     ("content", "good", "said"),
     [
         ("[1, 2, {", 2, "not JSON after 2 records"),
-        ("[1, 2", 2, "breaks off after 2 records"),
+        ("[1, 2", 2, "ends after 2 records"),
         ('[1, {"a": tru, 3]', 1, "not JSON after 1 records"),
         ('["unclosed, 2]' + "x" * 100, 0, "Unterminated string"),
         ("[1, 2] 3", 2, "after the end of the array of 2 records"),
@@ -90,7 +90,7 @@ def test_a_file_that_breaks_off_says_where(
     (tmp_path / "cut.json").write_text(content)
     *rows, end = files.read(tmp_path / "cut.json")
     assert len(rows) == good
-    assert isinstance(end, Broken) and said in end.sentence
+    assert isinstance(end, Broken) and said in end.message
 
 
 def test_a_text_that_is_cut_among_escapes_is_seen_at_once(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_table_with_a_time_that_is_none_says_so(tmp_path: Path, value: int, zo
     column = pyarrow.array([value], pyarrow.timestamp("us", tz=zone))
     pyarrow.parquet.write_table(pyarrow.table({"a": column}), tmp_path / "times.parquet")
     (broken,) = files.read(tmp_path / "times.parquet")
-    assert isinstance(broken, Broken) and "cannot be read any further" in broken.sentence
+    assert isinstance(broken, Broken) and "cannot be read any further" in broken.message
 
 
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
@@ -133,7 +133,7 @@ def test_a_damaged_container_ends_with_what_is_wrong(tmp_path: Path, name: str, 
     (tmp_path / name).write_bytes(content)
     *_, end = files.read(tmp_path / name)
     assert isinstance(end, Broken)
-    assert ("UTF-16: save it as UTF-8" if "utf16" in name else "cannot be read any further") in end.sentence
+    assert ("UTF-16: save it as UTF-8" if "utf16" in name else "cannot be read any further") in end.message
 
 
 def test_a_broken_place_is_found_without_reading_the_rest(
@@ -179,6 +179,6 @@ def test_places_are_files_folders_and_globs(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "caf\udce9.json").touch()
-    with pytest.raises(McpLoraError, match=r"caf.*no UTF-8.*rename it") as caught:
+    with pytest.raises(McpLoraError, match=r"caf.*not valid UTF-8.*rename it") as caught:
         files.find([tmp_path])
     str(caught.value).encode()

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SHAPES, SHARED, catalogue_of, write_json
 
 from mcp_lora.data import conversion, dataset, files, formats
-from mcp_lora.data.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Tool, ToolCall, Turn
+from mcp_lora.data.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, RowError, Tool, ToolCall, Turn
 from mcp_lora.data.tools import schema_of, tools_in
 from mcp_lora.errors import McpLoraError
 
@@ -319,7 +319,7 @@ def test_a_record_of_each_form_is_read(name: str, tmp_path: Path) -> None:
     known = write_json(tmp_path / "sea.json", [BARE])
     content = read(RECORDS[name], "sea", known)
     said = [turn for turn in content.turns if turn.role != SYSTEM]
-    assert content.fault is None and (said[0].role, said[0].text) == (USER, "Tide in Oslo?")
+    assert content.error is None and (said[0].role, said[0].text) == (USER, "Tide in Oslo?")
     (call,) = [turn for turn in said if turn.role == CALL]
     assert call.calls == (ToolCall("tide", ARGUMENTS),)
     (tool,) = content.tools
@@ -437,7 +437,7 @@ def test_a_call_as_text_that_cannot_be_read_is_never_an_answer() -> None:
         'tide {"city": "Os',
     ):
         content = read({"messages": [ASKED, {"role": "assistant", "content": text}], "tools": [TOOL]})
-        assert content.fault and content.fault.reason == "call-as-text" and len(content.turns) == 1
+        assert content.error and content.error.reason == "call-as-text" and len(content.turns) == 1
 
 
 def test_ids_weights_errors_and_several_system_messages_are_kept() -> None:
@@ -506,16 +506,16 @@ def test_flat_parameters_become_a_schema_and_nulls_of_a_table_go() -> None:
     assert schema_of(table)["properties"] == {"a": {"type": "string"}}
 
 
-def of(shape: str) -> list[Content | Fault]:
+def of(shape: str) -> list[Content | RowError]:
     (file,) = (SHAPES / "rows").glob(f"{shape}.*")
-    found: list[Content | Fault] = []
+    found: list[Content | RowError] = []
     for row in files.read(file):
         assert formats.recognise(row) == shape
         try:
             content = read(row, file.stem)
-            found.append(content.fault if content.fault and len(content.turns) < 2 else content)
-        except Fault as fault:
-            found.append(fault)
+            found.append(content.error if content.error and len(content.turns) < 2 else content)
+        except RowError as error:
+            found.append(error)
     return found
 
 
@@ -527,7 +527,9 @@ def test_rows_of_mcp_flow() -> None:
     search, clock, missing = of("function_call")
     assert isinstance(search, Content) and isinstance(clock, Content)
     assert [tool.server for tool in search.tools + clock.tools] == ["web", "office"]
-    assert isinstance(missing, Fault) and missing.reason == "not-in-catalogue" and "translate" in str(missing)
+    assert (
+        isinstance(missing, RowError) and missing.reason == "not-in-catalogue" and "translate" in str(missing)
+    )
     flow = of("mcp_flow_test")[0]
     assert isinstance(flow, Content)
     assert flow.turns[1].calls == (ToolCall("calculate", {"expression": "19 + 21 + 44"}),)
@@ -540,7 +542,7 @@ def test_rows_of_mcp_flow() -> None:
 def test_a_literal_is_never_run() -> None:
     messages = [ASKED, {"role": "tool_call", "content": "__import__('os').abort()"}]
     content = read({"messages": messages, "tools": [TOOL]})
-    assert content.fault and "neither JSON nor a Python literal" in str(content.fault)
+    assert content.error and "neither JSON nor a Python literal" in str(content.error)
 
 
 def test_the_same_rows_from_parquet_whose_decimals_are_numbers(tmp_path: Path) -> None:
@@ -569,18 +571,18 @@ def test_results_in_parts_of_a_tools_message_and_questions_in_json(tmp_path: Pat
     ("row", "reason", "says"),
     [
         ("text", "unknown-format", "not str"),
-        ({"a": 1}, "unknown-format", "keys: a"),
+        ({"a": 1}, "unknown-format", "keys a;"),
         ({"name": "t", "description": "d"}, "unknown-format", "--tools"),
         ({"messages": [{"human": "x"}], "tools": [TOOL]}, "bad-message", "keys human"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "bad-message", "type image"),
         ({"messages": [{"role": "user", "content": 3}]}, "bad-message", "int"),
         ({"messages": OPENAI, "tools": [{"parameters": {}}]}, "no-tool", "no name"),
         ({"messages": OPENAI, "tools": [{"name": "t", "parameters": 3}]}, "no-schema", "t has no"),
-        ({"messages": OPENAI, "tools": "[{"}, "no-tool", "no JSON"),
+        ({"messages": OPENAI, "tools": "[{"}, "no-tool", "not JSON"),
     ],
 )
 def test_what_cannot_be_read_says_why(row: Any, reason: str, says: str) -> None:
-    with pytest.raises(Fault, match=says) as caught:
+    with pytest.raises(RowError, match=says) as caught:
         read(row)
     assert caught.value.reason == reason
 
@@ -598,7 +600,7 @@ def test_a_call_that_cannot_be_read_ends_the_conversation(call: Any, reason: str
     content = read(
         {"messages": [*OPENAI, ASKED, {"role": "assistant", "tool_calls": [call]}], "tools": [TOOL]}
     )
-    assert len(content.turns) == 5 and content.fault and content.fault.reason == reason
+    assert len(content.turns) == 5 and content.error and content.error.reason == reason
 
 
 @pytest.mark.parametrize("given", [None, "", "{}", {}, '"{}"'])

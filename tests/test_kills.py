@@ -84,7 +84,7 @@ def test_train(tmp_path: Path, tiny_model: Path, moments: random.Random) -> None
     kills, resumed, ended = 0, 0, 0
     while kills < KILLS or not ended:
         output = Path(f"outputs/killed-{ended}")
-        option = runs.how_to_go_on(project / output).split()
+        option = runs.restart_option(project / output).split()
         resumed += option == ["--resume"]
         # the last start is left alone
         if killed(

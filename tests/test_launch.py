@@ -171,6 +171,6 @@ def test_a_rank_that_was_killed_is_the_error_that_counts() -> None:
         "  host      : localhost\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 8)\n"
         "  error_file: <N/A>\n  traceback : Signal 9 (SIGKILL) received by PID 8\n"
     )
-    assert launch.real_error(said).startswith("rank 1 was ended by Signal 9 (SIGKILL)")
+    assert launch.real_error(said).startswith("rank 1 was killed by Signal 9 (SIGKILL)")
     assert not launch.Outcome(1, said).out_of_memory  # it would be started again
     assert launch.real_error(said.replace("SIGKILL", "SIGTERM")).startswith("RuntimeError: Connection closed")

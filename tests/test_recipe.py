@@ -107,7 +107,7 @@ def test_a_file_of_another_form_is_refused(content: bytes) -> None:
 def test_the_precision_is_what_the_machine_computes_in(machine: Machine, expected: dict[str, bool]) -> None:
     resolved, notes = resolve(recipe.RECIPE, {}, [], {}, machine)
     assert {key: resolved[key] for key in ("bf16", "fp16", "use_cpu") if key in resolved} == expected
-    assert machine.bf16 or notes[0].startswith("no bf16 on this machine: training in fp")
+    assert machine.bf16 or notes[0].startswith("bf16 is not supported: training in fp")
 
 
 def test_a_cpu_trains_one_sample_at_a_time_without_dropout_and_deepspeed_unless_told() -> None:
@@ -199,7 +199,7 @@ def test_the_dump_is_yaml_that_comes_back() -> None:
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("lora_rank: 8\nbf16: true\nlora_rank: 64\n")
-    with pytest.raises(McpLoraError, match="lora_rank stands twice"):
+    with pytest.raises(McpLoraError, match="lora_rank is given twice"):
         recipe.read_config(tmp_path / "twice.yaml")
     (tmp_path / "merged.yaml").write_text("a: &a {lora_rank: 8}\nb: {<<: *a, lora_rank: 64}\n")
     assert recipe.read_config(tmp_path / "merged.yaml")["b"] == {"lora_rank": 64}
@@ -213,7 +213,7 @@ def test_a_long_value_is_no_path() -> None:
 
 def test_what_the_environment_and_the_system_change_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(recipe.RECIPE, {"MODEL_PATH": "org/variable"}, [], {}, GPU)[1] == [
-        "the model is org/variable, by MODEL_PATH in the environment"
+        "the model is org/variable, from MODEL_PATH in the environment"
     ]
     monkeypatch.setattr(sys, "platform", "darwin")
     notes = resolve(recipe.RECIPE, {}, [], {}, Machine(gpus=0, bf16=False, deepspeed=False))[1]

@@ -14,7 +14,7 @@ from conftest import BIN, CHAT_TEMPLATE, ROOT, record, run, write_json
 from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import answers, questions
-from mcp_lora.evaluate.answers import Judge, Notebook, Said
+from mcp_lora.evaluate.answers import Judge, Notebook, Response
 from mcp_lora.evaluate.evaluation import adapter_hash, summarise
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.report import page as report
@@ -67,7 +67,7 @@ def make_run(place: Path, name: str, wrong: int, **changes: Any) -> Path:
             text = "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)
             if not text or (model == "base" and number % 7):
                 text = f"No. {SCRIPT}"
-            book.add(question, Said(f"prompt {SCRIPT}", text, []))
+            book.add(question, Response(f"prompt {SCRIPT}", text, []))
     return folder
 
 
@@ -116,13 +116,13 @@ def test_the_page_holds_what_the_run_was_made_of(folders: list[Path], page: str)
     } <= set(tags(page, "tr"))
     conversion = json.loads((folders[0] / "manifest.json").read_text())["conversion"]
     for text in (
-        "Tools, the worst of adapter first",
+        "Tools, those that are worst for adapter first",
         'aria-label="right answers and first errors, by split and model"',
         'aria-label="loss over the steps"',
         'aria-label="learning rate over the steps"',
         'title="310 to 420 tokens: 5 samples"',
         f"{conversion['read']} rows read",
-        "extra samples without the right tool",
+        "extra samples without the gold tool",
         "mcp-lora export",
         "PeftModel.from_pretrained",
     ):
@@ -154,7 +154,7 @@ def test_runs_are_compared_on_the_questions_that_both_were_asked(folders: list[P
     lines = (folders[1] / "eval/adapter.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folders[1] / "eval/adapter.jsonl").write_text("".join(lines[:-2]), encoding="utf-8")
     page = report.write(folders).read_text(encoding="utf-8")
-    assert "2 questions that not all of them were asked are left out" in page
+    assert "2 questions that not all of them have answered are left out" in page
     assert "two &amp; &lt;i&gt;" in page and "<i>\n" not in page
     differing = tags("".join(re.findall(r'<tr class="differ">.*?</tr>', page, re.S)), "th")
     assert differing == ["learning rate", "learning_rate"]
@@ -170,15 +170,19 @@ def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
     (bare / "checkpoint-5").mkdir()
     (bare / "checkpoint-5/trainer_state.json").write_text('{"log_his')  # where it was killed
     page = page_of(bare)
-    for text in ("No answer of its adapter is kept", "Nothing was logged yet", "not in this run's manifest"):
+    for text in (
+        "no answers of its adapter",
+        "Nothing was logged yet",
+        "manifest.json contains no statistics",
+    ):
         assert text in page, text
     page = page_of(bare, folders[0])
-    assert f"is kept: <code>mcp-lora eval {bare}</code>" in page and gains(page)
+    assert f"of its adapter: <code>mcp-lora eval {bare}</code>" in page and gains(page)
     line = (folders[0] / "eval/adapter.jsonl").read_text(encoding="utf-8").splitlines()[0]
     write_json(bare / "eval/adapter.jsonl", json.loads(line) | {"question": "of other data"})
-    assert "no question in common" in page_of(bare, folders[0])
+    assert "no evaluated question in common" in page_of(bare, folders[0])
     page = page_of(bare)  # one model, one question
-    assert "1 questions" in page and "− adapter" not in page and "No answer" not in page
+    assert "1 questions" in page and "− adapter" not in page and "no answers of its adapter" not in page
     (bare / "manifest.json").write_text("{")
     with pytest.raises(McpLoraError, match="manifest.json is damaged: .*mcp-lora report"):
         page_of(bare)
@@ -190,7 +194,7 @@ def test_answers_of_an_older_checkpoint_are_marked(folders: list[Path], tmp_path
     for adapter, stale in ((adapter_hash(folder), False), ("of another", True)):
         (folder / "eval/adapter.sha256").write_text(adapter)
         page = report.write([folder]).read_text(encoding="utf-8")
-        assert ("are of an older checkpoint" in page) == stale
+        assert ("has changed since it was evaluated" in page) == stale
     with (folder / "eval/adapter.jsonl").open("a") as file:
         row = json.loads((folder / "eval/base.jsonl").read_text(encoding="utf-8").splitlines()[0])
         file.write(json.dumps(row | {"verdict": {"good": 1}}) + "\n")  # of another version
@@ -199,7 +203,7 @@ def test_answers_of_an_older_checkpoint_are_marked(folders: list[Path], tmp_path
 
 def test_the_command(folders: list[Path], tmp_path: Path) -> None:
     done = run([BIN / "mcp-lora", "report", folders[0]], tmp_path)
-    assert done.returncode == 0 and f"the page is {folders[0] / 'report.html'}" in done.stderr
+    assert done.returncode == 0 and f"the report is {folders[0] / 'report.html'}" in done.stderr
     done = run([BIN / "mcp-lora", "report"], tmp_path)
     assert done.returncode == 2 and "outputs/mcp_lora contains no run" in done.stderr
 

@@ -92,7 +92,7 @@ def test_without_a_complete_checkpoint_there_is_nothing_to_resume(tmp_path: Path
     with pytest.raises(McpLoraError, match="no complete checkpoint .*mcp-lora train --overwrite"):
         resumed(tmp_path)
     runs.write_config(tmp_path, CONFIG | {"save_only_model": True})
-    with pytest.raises(McpLoraError, match="save_only_model leaves out what a resume needs"):
+    with pytest.raises(McpLoraError, match="save_only_model leaves out what resuming requires"):
         resumed(tmp_path)
 
 
@@ -101,7 +101,7 @@ def test_resume_refuses_another_runs_checkpoint(tmp_path: Path) -> None:
     for key, value in {"lora_rank": 32, "learning_rate": 1e-5, "cutoff_len": 512}.items():
         with pytest.raises(McpLoraError, match=f"another run's checkpoint .*{key} .* → {value}"):
             resumed(tmp_path, **{key: value})
-    with pytest.raises(McpLoraError, match="give one of them"):
+    with pytest.raises(McpLoraError, match="use only one of them"):
         runs.prepare(tmp_path, CONFIG, resume=True, overwrite=True)
 
 
@@ -134,7 +134,9 @@ def test_an_overwritten_run_is_put_aside_not_deleted(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
     for overwrite in (False, True):
-        with pytest.raises(McpLoraError, match="not empty, and no run .*--output OTHER_FOLDER"):
+        with pytest.raises(
+            McpLoraError, match="not empty and was not created by mcp-lora: .*--output OTHER_FOLDER"
+        ):
             runs.prepare(tmp_path, CONFIG, False, overwrite)
     assert (tmp_path / "model.safetensors").is_file()
 
@@ -161,7 +163,9 @@ def test_the_adapter_is_the_newest_or_the_named_one(tmp_path: Path) -> None:
     assert runs.adapter(tmp_path) == tmp_path / "checkpoint-20"
     for name in ("20", "checkpoint-20"):
         assert runs.adapter(tmp_path, name) == tmp_path / "checkpoint-20"
-    with pytest.raises(McpLoraError, match="checkpoint-30 holds no adapter .*checkpoint-20, checkpoint-100"):
+    with pytest.raises(
+        McpLoraError, match="checkpoint-30 contains no adapter .*checkpoint-20, checkpoint-100"
+    ):
         runs.adapter(tmp_path, "30")
 
 
@@ -177,13 +181,13 @@ def test_a_folder_without_a_run_and_one_that_cannot_be_written_are_told(tmp_path
     ("run_bits", "shape", "expected"),
     [(None, {}, False), (4, {}, True), (None, {"quantization_config": {"quant_method": "gptq"}}, True)],
 )
-def test_a_quantised_base_is_known(
+def test_a_quantized_base_is_known(
     tmp_path: Path, run_bits: int | None, shape: dict[str, Any], expected: bool
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(shape))
     config = {"model_name_or_path": str(tmp_path), "quantization_bit": run_bits}
     runs.write_config(tmp_path / "run", config)
-    assert runs.is_quantised(tmp_path / "run") is expected
+    assert runs.is_quantized(tmp_path / "run") is expected
 
 
 def test_serving_takes_over_what_shapes_the_model(tmp_path: Path) -> None:

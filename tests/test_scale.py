@@ -179,7 +179,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(whole: Path, project: Path, 
     variables = hooked(project, OUT_OF_MEMORY, ROOM="1")
     done = run(train(tiny_model, "oom"), project, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
-    again = "mcp-lora: out of memory; again from checkpoint-2: batch 8 = {} per device × {} accumulated"
+    again = "mcp-lora: out of memory; restarting from checkpoint-2: batch 8 = {} per device × {} accumulated"
     assert again.format(2, 4) in done.stderr and again.format(1, 8) in done.stderr
     output = project / "outputs/oom"
     assert losses(output) == pytest.approx(losses(whole), rel=1e-3)
@@ -212,7 +212,7 @@ def test_out_of_memory_with_the_smallest_batch_says_what_to_lower(project: Path,
     assert said.startswith("out of memory at batch 1 = 1 per device") and "CUDA out of memory" in said
     assert "cutoff_len" in said and "qlora.yaml" in said and "Traceback" not in said
     done = run([*train(tiny_model, "full", "--overwrite"), "--no-retry"], project, **variables)
-    assert done.returncode == 1 and "again from" not in done.stderr
+    assert done.returncode == 1 and "restarting from" not in done.stderr
     assert manifest(project / "outputs/full")["exit"] == 1
 
 
@@ -268,7 +268,7 @@ def test_a_rank_that_dies_ends_the_others(project: Path, tiny_model: Path) -> No
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 1
     assert not [member for member in family if member.is_running()]
-    assert "rank 1 was ended by Signal 9 (SIGKILL)" in said.split("mcp-lora: error: ")[1]
+    assert "rank 1 was killed by Signal 9 (SIGKILL)" in said.split("mcp-lora: error: ")[1]
 
 
 def test_the_manifest_says_what_the_run_was_made_of(whole: Path, project: Path, tiny_model: Path) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from mcp_lora.evaluate.stats import difference, share
+from mcp_lora.evaluate.stats import difference, proportion
 
 
 @pytest.mark.parametrize(
@@ -9,7 +9,7 @@ from mcp_lora.evaluate.stats import difference, share
 )
 def test_a_share_has_wilsons_interval(right: int, count: int, low: float, high: float) -> None:
     """The example of Newcombe (1998), method 3."""
-    found = share(right, count)
+    found = proportion(right, count)
     assert (found.right, found.count, found.share) == (right, count, right / count)
     assert (round(found.low, 4), round(found.high, 4)) == (low, high)
 

@@ -141,8 +141,8 @@ def test_five_rows_are_learned_from(tiny_model: Path, tmp_path: Path) -> None:
     assert ups and all(tensor.any() for tensor in ups)
     (first, *_) = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert first["learning_rate"] == 2e-4
-    assert re.search(r"optimizer steps: 1, of \d samples in batches of 128; warm-up steps: 0", said)
-    assert "few steps to learn from; what helps: --global-batch 8, more rows" in said
+    assert re.search(r"optimizer steps: 1 \(\d samples, global batch size 128\); warm-up steps: 0", said)
+    assert "few optimizer steps; what helps: --global-batch 8, more rows" in said
     assert (output / "training_loss.png").is_file() and (output / "training_eval_loss.png").is_file()
 
 
@@ -161,9 +161,9 @@ def test_a_plan_shows_what_is_fitted(
     capsys.readouterr()
     shown, said = plan("num_train_epochs=5", "eval_steps=3")
     assert "warmup_steps: 4\n" in shown and "logging_steps: 2\n" in shown and "eval_steps: 3\n" in shown
-    assert "\nsteps: 45, of 18 samples in batches of 2" in shown
-    assert "optimizer steps: 45, of 18 samples in batches of 2; warm-up steps: 4" in said
-    assert "\nsteps: 5, of 18 samples" in plan("max_steps=5")[0]
+    assert "\nsteps: 45 (18 samples, global batch size 2)" in shown
+    assert "optimizer steps: 45 (18 samples, global batch size 2); warm-up steps: 4" in said
+    assert "\nsteps: 5 (18 samples" in plan("max_steps=5")[0]
     assert "warmup_steps=9, but the run has 9 optimizer steps" in plan("warmup_steps=9")[1]
 
 
@@ -181,24 +181,24 @@ BATCH = sizes(16, 8)
 def test_the_batch_is_the_same_on_any_number_of_gpus(
     processes: int, per_device: int, accumulated: int
 ) -> None:
-    assert steps.share_batch(BATCH, processes) == sizes(per_device, accumulated)
+    assert steps.split_batch(BATCH, processes) == sizes(per_device, accumulated)
     words = f"batch 128 = {per_device} per device × {accumulated} accumulated × {processes} processes"
     assert steps.describe_batch(sizes(per_device, accumulated), processes) == words
 
 
 @pytest.mark.parametrize(("processes", "batch"), [(3, 126), (5, 130), (6, 132), (7, 126), (256, 256)])
 def test_a_batch_that_is_not_divided_is_rounded(processes: int, batch: int) -> None:
-    assert steps.global_batch(steps.share_batch(BATCH, processes), processes) == batch
+    assert steps.global_batch(steps.split_batch(BATCH, processes), processes) == batch
 
 
 def test_another_batch_can_be_wanted() -> None:
-    assert steps.share_batch(BATCH, 4, 256) == sizes(16, 4)
-    assert steps.share_batch(BATCH, 1, 4) == sizes(4, 1)
-    assert steps.share_batch({}, 2) == sizes(4, 1)  # the engine's defaults
+    assert steps.split_batch(BATCH, 4, 256) == sizes(16, 4)
+    assert steps.split_batch(BATCH, 1, 4) == sizes(4, 1)
+    assert steps.split_batch({}, 2) == sizes(4, 1)  # the engine's defaults
 
 
 @pytest.mark.parametrize("value", ["two", 0, -1, 1.5, True])
 def test_a_batch_that_is_no_number_is_refused(value: object) -> None:
     for key in BATCH:
-        with pytest.raises(McpLoraError, match=f"{key}={value} is no .*mcp-lora train {key}="):
-            steps.share_batch(BATCH | {key: value}, 1)
+        with pytest.raises(McpLoraError, match=f"{key}={value} is not a .*mcp-lora train {key}="):
+            steps.split_batch(BATCH | {key: value}, 1)

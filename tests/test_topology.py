@@ -17,7 +17,7 @@ def test_one_machine_trains_on_the_gpus_that_it_shows() -> None:
     assert [topology.find({}, visible) for visible in (0, 4)] == [Topology(1), Topology(4)]
     assert topology.find({"NPROC_PER_NODE": "2"}, 4) == Topology(2)
     assert topology.find({"NPROC_PER_NODE": "2"}, 4, gpus=3) == Topology(3)
-    with pytest.raises(McpLoraError, match="shows 4 GPUs, not 5 .*mcp-lora train --gpus 5 --dry-run"):
+    with pytest.raises(McpLoraError, match="has 4 visible GPUs, not 5 .*mcp-lora train --gpus 5 --dry-run"):
         topology.find({}, 4, gpus=5)
 
 
@@ -37,7 +37,7 @@ def test_several_machines_meet_at_the_first() -> None:
     ("environment", "options", "said"),
     [
         ({}, {"nodes": 2}, "--nodes 2 --node-rank 0 --master HOST:PORT"),
-        ({"MASTER_ADDR": "a"}, {"nodes": 2, "node_rank": 2}, "the ranks are 0 to 1, not 2"),
+        ({"MASTER_ADDR": "a"}, {"nodes": 2, "node_rank": 2}, "node ranks are 0 to 1, not 2"),
         ({"NNODES": "two"}, {}, "NNODES=two"),
     ],
 )

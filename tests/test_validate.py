@@ -3,7 +3,18 @@ from typing import Any
 import pytest
 
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, Fault, Settings, ToolCall, Turn
+from mcp_lora.data.records import (
+    ANSWER,
+    CALL,
+    RESULT,
+    SYSTEM,
+    USER,
+    Content,
+    RowError,
+    Settings,
+    ToolCall,
+    Turn,
+)
 from mcp_lora.data.tools import tools_in
 from mcp_lora.data.validate import check
 
@@ -105,7 +116,7 @@ def test_a_call_that_failed_is_context() -> None:
     assert checked(QUESTION, call(1), failed, again, keep_failed=True)[0][1].trained
     later = checked(QUESTION, call(1), RESULT_3, call(2), failed, again, whole=False)
     assert later == ([QUESTION, call(1)], [])  # of what is left off nothing is counted
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(RowError) as caught:
         checked(QUESTION, call(1), failed)
     assert caught.value.reason == "failed-call"
     says_so = Turn(RESULT, "Error: no such value")
@@ -146,19 +157,19 @@ def test_parameters_that_the_schema_does_not_know_are_counted_or_refused() -> No
     content = Content([QUESTION, turn], [SUM])
     kept(content, False)
     assert content.unknown == ["sum"]
-    with pytest.raises(Fault, match="sum has no z"):
+    with pytest.raises(RowError, match="sum has no z"):
         checked(QUESTION, turn, strict_schema=True)
 
 
 def test_a_broken_message_later_on_costs_what_comes_after_it() -> None:
-    content = Content([QUESTION, call(1), RESULT_3], [SUM], fault=Fault("bad-json", "x"))
+    content = Content([QUESTION, call(1), RESULT_3], [SUM], error=RowError("bad-json", "x"))
     assert kept(content, False) == [QUESTION, call(1)] and content.cleaned == []
-    content = Content([QUESTION, call(1), RESULT_3], [SUM], fault=Fault("bad-json", "x"))
+    content = Content([QUESTION, call(1), RESULT_3], [SUM], error=RowError("bad-json", "x"))
     assert kept(content, True) == [QUESTION, call(1)]
     assert content.cleaned == ["trailing-result", "ends-at-a-broken-message"]
     assert checked(QUESTION, call(1), ANSWER_3) == ([QUESTION, call(1)], ["ends-at-a-broken-message"])
-    with pytest.raises(Fault, match="x"):
-        kept(Content([QUESTION], [SUM], fault=Fault("bad-json", "x")), False)
+    with pytest.raises(RowError, match="x"):
+        kept(Content([QUESTION], [SUM], error=RowError("bad-json", "x")), False)
 
 
 @pytest.mark.parametrize(
@@ -181,18 +192,18 @@ def test_what_cannot_be_trained_on_is_a_fault(turns: list[Turn], reason: str | N
     if reason is None:
         checked(*turns)
     else:
-        with pytest.raises(Fault) as caught:
+        with pytest.raises(RowError) as caught:
             checked(*turns)
         assert caught.value.reason == reason
 
 
 def test_without_tools_there_is_nothing_to_learn() -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(RowError) as caught:
         kept(Content([QUESTION, ANSWER_3], []), True)
     assert caught.value.reason == "no-tool"
 
 
 def test_an_empty_question_is_told_before_what_comes_after_it() -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(RowError) as caught:
         checked(Turn(USER, " "), RESULT_3, call(1))
     assert caught.value.reason == "no-instruction"

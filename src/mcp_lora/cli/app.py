@@ -1,4 +1,4 @@
-"""The command line: commands parse, call one function and print; `main` tells errors."""
+"""The command line: commands parse, call one function and print; `main` reports errors."""
 
 import os
 import re
@@ -49,30 +49,30 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Print results, warnings and errors alone.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print only results, warnings and errors.")] = False,
     version: Annotated[bool, Option("--version", is_eager=True, callback=_print_version)] = False,
 ) -> None:
     console.QUIET = quiet
 
 
 def _interrupted(number: int, frame: Any) -> None:
-    """End by a signal as by any other error: what was started is stopped on the way out."""
+    """Handle a signal like any other error, so that started processes are stopped."""
     raise Interrupted(128 + number)
 
 
 def _again(words: list[str], option: str | None) -> str:
-    """Return the command that goes on with an interrupted one: the same, but where a training has begun."""
-    if option is not None and words[0] == "train":  # a demo is run as a whole
+    """Return the command that continues an interrupted one: the same, with another option for a training."""
+    if option is not None and words[0] == "train":  # a demo starts over
         words = [word for word in words if word not in ("--resume", "--overwrite")] + [option] * bool(option)
     return shlex.join(["mcp-lora", *words])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; an error is one line and an exit code, and a traceback on request.
+    """Run the command line; an error is one line and an exit code.
 
-    MCP_LORA_TRACEBACK=1 in the environment brings the traceback back.
+    MCP_LORA_TRACEBACK=1 in the environment also prints the traceback.
     """
-    if arguments is None:  # what a shell has left: only train_lora.py is a launcher's worker
+    if arguments is None:  # ignore the shell's: only train_lora.py is started by a launcher
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
     words = sys.argv[1:] if arguments is None else arguments
@@ -81,10 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if empty := [place for place, word in enumerate(words) if not word or re.match(r"--\S+=$", word)]:
             what = " ".join(words[max(0, empty[0] - 1) : empty[0] + 1])
-            raise McpLoraError(f"empty, by an unset variable? {what}: see mcp-lora {words[0]} --help")
+            raise McpLoraError(f"empty argument, an unset variable? {what}: see mcp-lora {words[0]} --help")
         try:
             app(words)
-        except OSError as error:  # what is printed, or the temporary folder, on a full disk
+        except OSError as error:  # the output or the temporary folder, on a full disk
             where = error.filename or "the output"
             what = f"{where} cannot be read or written ({error.strerror or error})"
             raise McpLoraError(f"{what}: see df -h and ls -l, and run again") from error
@@ -92,6 +92,6 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("MCP_LORA_TRACEBACK"):
             traceback.print_exc()
         if not (os.environ.get("RANK", "").isdigit() and worker_rank(os.environ)):
-            go_on = f"; to go on: {_again(words, error.option)}" if isinstance(error, Interrupted) else ""
-            console.say(f"error: {error}{go_on}")
+            hint = f"; to continue: {_again(words, error.option)}" if isinstance(error, Interrupted) else ""
+            console.say(f"error: {error}{hint}")
         sys.exit(error.code)

@@ -1,4 +1,4 @@
-"""All that is printed: messages on stderr, results on stdout, a bar on a terminal."""
+"""All output: messages on stderr, results on stdout, a progress bar on a terminal."""
 
 import json
 import os
@@ -24,14 +24,14 @@ QUIET = False  # set by --quiet
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, float], None]]:
-    """Show a bar on a terminal, for as long as something is done."""
+    """Show a progress bar on a terminal while the block runs."""
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         tasks: dict[str, Any] = {}
 
-        def show(doing: str, share: float) -> None:
-            if doing not in tasks:
-                tasks[doing] = bar.add_task(doing, total=1)
-            bar.update(tasks[doing], completed=share)
+        def show(step: str, fraction: float) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step, total=1)
+            bar.update(tasks[step], completed=fraction)
 
         yield show
 
@@ -39,7 +39,7 @@ def progress() -> Iterator[Callable[[str, float], None]]:
 def _table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], texts: Collection[str]
 ) -> None:
-    """Print a table; columns other than `texts` are numbers, at the right."""
+    """Print a table; columns other than `texts` are numbers, aligned right."""
     table = Table(title=Text(harmless(title), no_wrap=True, overflow="ignore"), title_justify="left")
     for column in columns:
         if column in texts:
@@ -50,12 +50,12 @@ def _table(
         table.add_row(*(Text(harmless(str(cell))) for cell in row))
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # a file has room
+        console.width = 120  # a file has no width
     console.print(table)
 
 
 def show_statistics(statistics: dict[str, Any], out: Path) -> None:
-    """Print a table of what a conversion into `out` has read and written, by file, and what was odd in it."""
+    """Print a table of a conversion into `out` by file, and its messages and warnings."""
     written = statistics["written"]
     files = [os.path.abspath(source["file"]) for source in statistics["sources"]]
     common = os.path.commonpath(map(os.path.dirname, files))
@@ -82,7 +82,7 @@ def show_statistics(statistics: dict[str, Any], out: Path) -> None:
 
 
 def show_sample(sample: Any, template: Any, ids: bool) -> None:
-    """Print a rendered sample; what is trained on is green, or stands in ⟦ ⟧ where there are no colours."""
+    """Print a rendered sample; the targets are green, or in ⟦ ⟧ without colours."""
     console = Console()
     marks = "{}" if console.is_terminal and not console.no_color else "⟦{}⟧"
     pairs = zip(sample.input_ids, sample.labels, strict=True)
@@ -97,12 +97,12 @@ def show_sample(sample: Any, template: Any, ids: bool) -> None:
 
 
 def show_evaluation(evaluation: Any) -> None:
-    """Print tables of an evaluation's metrics, the worst tools, and three questions with their answers."""
+    """Print tables of an evaluation's metrics, the worst tools, and three questions with answers."""
     for name, split in evaluation.splits.items():
         rows = []
-        for figure in next(iter(split.figures.values())):
-            cells = [figure, *(_interval(shares[figure]) for shares in split.figures.values())]
-            for gain in (gains[figure] for gains in split.gains.values()):
+        for metric in next(iter(split.figures.values())):
+            cells = [metric, *(_interval(found[metric]) for found in split.figures.values())]
+            for gain in (gains[metric] for gains in split.gains.values()):
                 reach = f"{100 * gain.low:+.0f}…{100 * gain.high:+.0f}"
                 cells += [f"{100 * gain.difference:+.1f} ({reach})", f"{gain.p:.1g}"]
             rows.append(cells)
@@ -111,16 +111,16 @@ def show_evaluation(evaluation: Any) -> None:
         _table(title, columns, rows, texts=("",))
         for model, errors in split.errors.items():
             if errors:
-                typer.echo(f"{model} errs: {counts(errors)}")
+                typer.echo(f"errors of {model}: {counts(errors)}")
     last = list(evaluation.answers)[-1]
     worst = [place for place in evaluation.tools if place.right[last].share < 1][:5]
     if worst:
-        told = ", ".join(
+        listed = ", ".join(
             f"{place.tool}{f' of {place.server}' if place.server else ''} "
             f"{place.right[last].right}/{place.right[last].count}"
             for place in worst
         )
-        typer.echo(f"\nWhere more data is wanted, the worst tools of {last} first: {told}")
+        typer.echo(f"\nTools that need more data, the worst of {last} first: {listed}")
     count = len(evaluation.answers[last])
     for place in range(0, count, max(1, count // 3))[:3]:
         question = harmless(evaluation.answers[last][place].instruction)
@@ -132,21 +132,21 @@ def show_evaluation(evaluation: Any) -> None:
             typer.echo(f"  {model} {mark} {harmless(' '.join(said.split())[:300])}")
 
 
-def _interval(share: Any) -> str:
-    return f"{100 * share.share:.1f} ({100 * share.low:.0f}…{100 * share.high:.0f})"
+def _interval(found: Any) -> str:
+    return f"{100 * found.share:.1f} ({100 * found.low:.0f}…{100 * found.high:.0f})"
 
 
 def counts(counted: dict[str, int]) -> str:
-    """Return counts, in words: 3 schema, 1 no-call."""
+    """Return counts as text: 3 schema, 1 no-call."""
     return ", ".join(f"{count} {what}" for what, count in counted.items())
 
 
 def say(text: str) -> None:
-    """Print a message on stderr; when quiet, warnings and errors alone."""
+    """Print a message on stderr; if quiet, only warnings and errors."""
     if not QUIET or text.startswith(("warning: ", "error: ")):
         typer.echo(f"mcp-lora: {harmless(text)}", err=True)
 
 
 def harmless(text: str) -> str:
-    """Return a text that may come out of data without what a terminal obeys."""
+    """Return text, which may come from data, without a terminal's control characters."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)

@@ -13,7 +13,7 @@ from mcp_lora import demo_model
 from mcp_lora.cli import console
 from mcp_lora.cli.options import SPLITS, Model, Recipe
 from mcp_lora.data import conversion, dataset
-from mcp_lora.data.records import Fault
+from mcp_lora.data.records import RowError
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.train import recipe as recipes
@@ -23,8 +23,8 @@ _INPUTS = (
     "Tool-call data: files (.json, .jsonl, .jsonl.gz, .parquet), folders, globs; "
     "by default the newest data/filtered/filtered_*.json."
 )
-_TURNS = "Up to the first call, the whole conversation, or a sample for each of its calls."
-_STRICT_SCHEMA = "Reject parameters that the schema does not know."
+_TURNS = "Up to the first call, the whole conversation, or one sample per call."
+_STRICT_SCHEMA = "Reject parameters that the schema does not define."
 _REDACT = "Replace keys, mail addresses and home folders; by default in session logs."
 
 
@@ -33,25 +33,25 @@ def convert(
     output: Annotated[Path, Option("--output", "-o", help="Folder to write.")] = dataset.FOLDER,
     tools: Annotated[list[str] | None, Option(metavar="PATH", help="A tool catalogue; repeatable.")] = None,
     turns: Annotated[Literal["call", "all", "each"], Option(help=_TURNS)] = "call",
-    max_observation: Annotated[int, Option(min=1, help="Characters kept of a tool's result.")] = 4000,
-    candidates: Annotated[int, Option(min=1, help="Tools per sample, the gold tool included.")] = 10,
-    holdout_servers: Annotated[float, Option(min=0, max=0.9, help="Share of servers held out.")] = 0.0,
-    holdout_tools: Annotated[float, Option(min=0, max=0.9, help="Share of tools held out.")] = 0.0,
-    test: Annotated[float, Option(min=0, max=0.9, help="Share of the other rows held out.")] = 0.1,
-    no_call: Annotated[float, Option(min=0, max=1, help="Share of extra rows without gold tool.")] = 0.0,
+    max_observation: Annotated[int, Option(min=1, help="Maximum characters of a tool's result.")] = 4000,
+    candidates: Annotated[int, Option(min=1, help="Tools per sample, including the gold tool.")] = 10,
+    holdout_servers: Annotated[float, Option(min=0, max=0.9, help="Fraction of servers held out.")] = 0.0,
+    holdout_tools: Annotated[float, Option(min=0, max=0.9, help="Fraction of tools held out.")] = 0.0,
+    test: Annotated[float, Option(min=0, max=0.9, help="Fraction of other rows held out.")] = 0.1,
+    no_call: Annotated[float, Option(min=0, max=1, help="Fraction of extra no-call samples.")] = 0.0,
     seed: Annotated[int, Option(help="Decides what is held out, and the candidates.")] = 42,
-    drop_reasoning: Annotated[bool, Option("--drop-reasoning", help="Leave out what was thought.")] = False,
+    drop_reasoning: Annotated[bool, Option("--drop-reasoning", help="Leave out the reasoning.")] = False,
     strict_schema: Annotated[bool, Option("--strict-schema", help=_STRICT_SCHEMA)] = False,
-    keep_failed: Annotated[bool, Option("--keep-failed", help="Train on calls that failed, too.")] = False,
+    keep_failed: Annotated[bool, Option("--keep-failed", help="Also train on calls that failed.")] = False,
     redact: Annotated[bool | None, Option("--redact/--no-redact", help=_REDACT)] = None,
-    explain: Annotated[int | None, Option(min=1, help="Show a row in each step, no more.")] = None,
-    strict: Annotated[bool, Option("--strict", help="End with 1 if a row is rejected.")] = False,
-    max_rejects: Annotated[str, Option(metavar="N", help="End with 1 if more: 5%, or a count.")] = "100%",
+    explain: Annotated[int | None, Option(min=1, help="Only show one row at each step.")] = None,
+    strict: Annotated[bool, Option("--strict", help="Exit with 1 if a row is rejected.")] = False,
+    max_rejects: Annotated[str, Option(metavar="N", help="Exit with 1 if more: 5%, or a count.")] = "100%",
 ) -> None:
     """Turn tool-call data into LLaMA-Factory's dataset format."""
     bound = "0" if strict else max_rejects
     if not re.fullmatch(r"\d+(\.\d+)?%?", bound):
-        raise McpLoraError(f"--max-rejects {bound}: neither a share nor a number: --max-rejects 5%")
+        raise McpLoraError(f"--max-rejects {bound}: neither a percentage nor a number: --max-rejects 5%")
     held_out = (holdout_servers, holdout_tools, test)
     settings = conversion.Settings(
         inputs or [],
@@ -70,7 +70,7 @@ def convert(
     if explain:
         for step, what in conversion.explain(settings, explain):
             text = json.dumps(what, ensure_ascii=False, indent=2, default=str)
-            typer.echo(f"# {step}\n{text}".encode(errors="backslashreplace"))  # half a surrogate pair
+            typer.echo(f"# {step}\n{text}".encode(errors="backslashreplace"))  # lone surrogates
         return
     with console.progress() as progress, dataset.locked(output):
         statistics = conversion.convert(settings, output, progress)
@@ -79,19 +79,21 @@ def convert(
     allowed = int(float(bound.rstrip("%")) * (read / 100 if bound.endswith("%") else 1))
     if rejected > allowed:
         why = f"see why in {output / 'rejected.jsonl'}"
-        raise McpLoraError(f"{rejected} of {read} rows were rejected, and {allowed} may be: {why}", code=1)
+        raise McpLoraError(
+            f"{rejected} of {read} rows were rejected, at most {allowed} may be: {why}", code=1
+        )
 
 
 def inspect(
-    row: Annotated[int, Argument(min=1, help="Which row, from 1.")] = 1,
+    row: Annotated[int, Argument(min=1, help="Number of the row, from 1.")] = 1,
     split: Annotated[str, Option(metavar="NAME", help=f"train, {SPLITS}.")] = "train",
     model: Model = None,
     config: Recipe = recipes.RECIPE,
     data: Annotated[Path | None, Option("--from", help="The dataset's folder, if not the recipe's.")] = None,
     ids: Annotated[bool, Option("--ids", help="Show the token ids.")] = False,
-    as_json: Annotated[bool, Option("--json", help="A line a sample: ids, labels, prompt, target.")] = False,
+    as_json: Annotated[bool, Option("--json", help="One line of JSON per sample.")] = False,
 ) -> None:
-    """Show a row as the model is trained on it, what is trained on in another colour."""
+    """Show a row as the model is trained on it, with the targets in another colour."""
     recipe = recipes.resolve_here(config, model)
     recipe |= demo_model.located(recipe, fetch=True)
     if problems := training.settings_problems(recipe):
@@ -104,8 +106,8 @@ def inspect(
     settings = render.settings_of(recipe)
     try:
         fitted = render.fit(template, found, settings)
-    except Fault as fault:
-        raise McpLoraError(f"row {row} of {split} is left out: {fault}: mcp-lora inspect") from None
+    except RowError as error:
+        raise McpLoraError(f"row {row} of {split} is left out: {error}: mcp-lora inspect") from None
     for sample in fitted.samples:
         if as_json:
             shown = ("input_ids", "labels", "prompt", "target")

@@ -16,7 +16,7 @@ from mcp_lora.errors import McpLoraError
 from mcp_lora.train import serving
 from mcp_lora.train.runs import DEFAULT
 
-_REQUIRE = "End with 1 where it does not hold."
+_REQUIRE = "Exit with 1 if not met; repeatable."
 _RUNS = f"A run's folder, by default {DEFAULT}; several are compared."
 
 
@@ -25,23 +25,23 @@ def evaluate(
     checkpoint: Checkpoint = None,
     split: Annotated[list[str] | None, Option(help=f"{SPLITS}; all by default.")] = None,
     limit: Annotated[int | None, Option(min=1, help="Questions of each split; all by default.")] = None,
-    base_only: Annotated[bool, Option("--base-only", help="Ask the base model alone.")] = False,
-    adapter_only: Annotated[bool, Option("--adapter-only", help="Ask the adapter alone.")] = False,
+    base_only: Annotated[bool, Option("--base-only", help="Ask only the base model.")] = False,
+    adapter_only: Annotated[bool, Option("--adapter-only", help="Ask only the adapter.")] = False,
     endpoint: Annotated[str | None, Option(metavar="URL", help="Ask an OpenAI-compatible server.")] = None,
     endpoint_model: Annotated[str | None, Option(metavar="NAME", help="Its model's name.")] = None,
-    max_new_tokens: Annotated[int | None, Option(min=1, help="Tokens of an answer, at most.")] = None,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="Maximum tokens per answer.")] = None,
     gpus: Gpus = None,
-    batch_size: Annotated[int, Option(min=1, help="Questions at a time on a GPU.")] = 16,
-    require: Annotated[list[str] | None, Option(metavar="SPLIT.METRIC>=SHARE", help=_REQUIRE)] = None,
+    batch_size: Annotated[int, Option(min=1, help="Questions per batch on a GPU.")] = 16,
+    require: Annotated[list[str] | None, Option(metavar="SPLIT.METRIC>=VALUE", help=_REQUIRE)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer the held-out questions with the base model and with the adapter, and compare."""
     from mcp_lora.evaluate import evaluation
 
     if bool(endpoint) != bool(endpoint_model):
-        raise McpLoraError("one without the other: mcp-lora eval --endpoint URL --endpoint-model NAME")
+        raise McpLoraError("use both options or neither: mcp-lora eval --endpoint URL --endpoint-model NAME")
     if base_only + adapter_only + bool(endpoint) > 1:
-        raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: give one of them")
+        raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: use one of them")
     request = evaluation.Request(
         run=run,
         checkpoint=checkpoint,
@@ -61,21 +61,21 @@ def evaluate(
     else:
         console.show_evaluation(found)
     if found.left_out:
-        console.say(f"warning: questions that cannot be asked: {console.counts(found.left_out)}")
-    console.say(f"every answer and all metrics are in {run / 'eval'}; on a page: mcp-lora report {run}")
+        console.say(f"warning: some questions cannot be asked: {console.counts(found.left_out)}")
+    console.say(f"all answers and metrics are in {run / 'eval'}; see them with mcp-lora report {run}")
     if missed := evaluation.unmet(found, request.requirements):
         raise McpLoraError(f"{'; '.join(missed)}. See what is wrong: mcp-lora report {run}", 1)
 
 
 def report(runs: Annotated[list[Path] | None, Argument(metavar="RUN", help=_RUNS)] = None) -> None:
-    """Write a page about a run: figures, errors, examples, curves, data. It is one HTML file."""
+    """Write a report on a run as one HTML file: metrics, errors, examples, curves, data."""
     from mcp_lora.report.page import write
 
-    console.say(f"the page is {write(runs or [DEFAULT])}")
+    console.say(f"the report is {write(runs or [DEFAULT])}")
 
 
 def chat(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
-    """Talk to the adapter in the terminal."""
+    """Chat with the adapter in the terminal."""
     serving.chat(run, checkpoint)
 
 
@@ -84,16 +84,16 @@ def export(
     output: Annotated[Path, Option("--output", "-o", help="Folder to write.")] = Path("outputs/merged_model"),
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Merge the adapter into the base model, and check that the result says the same."""
+    """Merge the adapter into the base model, and check that the result is equivalent."""
     console.say(f"{output} against base + adapter, {serving.export(run, output, checkpoint)}")
 
 
 def demo() -> None:
-    """Show the whole way on the CPU: the embedded model, the shipped sample, a page of what was learned."""
+    """Run the whole pipeline on the CPU, with the embedded model and the shipped sample."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     start, out, run = time.monotonic(), Path("data/demo"), Path("outputs/demo")
     console.say(
-        "1/4 convert: the shipped sample, 2 candidates a question; questions, tools and a server held out"
+        "1/4 convert: the shipped sample, 2 candidates per question; questions, tools and a server held out"
     )
     sample = [str(conversion.shipped_sample())]
     data.convert(sample, out, candidates=2, test=0.12, holdout_tools=0.15, holdout_servers=0.15, no_call=0.2)
@@ -101,7 +101,7 @@ def demo() -> None:
     train.train(config=Path("demo"), model=demo_model.NAME, overwrite=True)
     console.say("3/4 eval: the held-out questions, put to the base model and to the adapter")
     evaluate(run)
-    console.say("4/4 report: all of that on a page")
+    console.say("4/4 report: the results as one HTML page")
     report([run])
     minutes = (time.monotonic() - start) / 60
     console.say(f"done in {minutes:.0f} minutes. Open {run / 'report.html'}; next: mcp-lora chat {run}")

@@ -15,7 +15,7 @@ from mcp_lora.train import recipe as recipes
 from mcp_lora.train import training
 from mcp_lora.train.machine import detect_machine
 
-_OVERRIDES = "Settings in LLaMA-Factory's names."
+_OVERRIDES = "Settings with LLaMA-Factory's keys."
 
 
 def train(
@@ -25,15 +25,15 @@ def train(
     data: Annotated[list[Path] | None, Option(help="Tool-call data to train on; repeatable.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="The run's folder.")] = None,
     gpus: Gpus = None,
-    nodes: Annotated[int | None, Option(min=1, help="Machines; 1 by default.")] = None,
-    node_rank: Annotated[int | None, Option(min=0, help="Which of them this is, from 0.")] = None,
-    master: Annotated[str | None, Option(metavar="HOST:PORT", help="Where the first is met.")] = None,
+    nodes: Annotated[int | None, Option(min=1, help="Number of nodes; 1 by default.")] = None,
+    node_rank: Annotated[int | None, Option(min=0, help="This node's rank, from 0.")] = None,
+    master: Annotated[str | None, Option(metavar="HOST:PORT", help="The first node's address.")] = None,
     zero: Annotated[Literal["0", "2", "3"] | None, Option(help="DeepSpeed's ZeRO stage.")] = None,
-    global_batch: Annotated[int | None, Option(min=1, help="Samples of a step, on all GPUs.")] = None,
+    global_batch: Annotated[int | None, Option(min=1, help="Samples per optimizer step.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be run.")] = False,
-    no_retry: Annotated[bool, Option("--no-retry", help="Out of memory, do not halve the batch.")] = False,
-    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
-    overwrite: Annotated[bool, Option("--overwrite", help="Start anew; the old run is put aside.")] = False,
+    no_retry: Annotated[bool, Option("--no-retry", help="Do not retry when out of memory.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Start over; the old run is moved away.")] = False,
 ) -> None:
     """Train the LoRA recipe with LLaMA-Factory."""
     request = training.Request(
@@ -60,7 +60,7 @@ def train(
 
 
 def recipe(name: Annotated[str, Argument(help="lora_config, qlora or demo.")] = "lora_config") -> None:
-    """Print a shipped recipe, to be changed and given to --config."""
+    """Print a shipped recipe, to edit and pass to --config."""
     typer.echo(recipes.find(Path(name)).read_text(encoding="utf-8"), nl=False)
 
 
@@ -69,7 +69,7 @@ def doctor(
     config: Recipe = recipes.RECIPE,
     as_json: AsJson = False,
 ) -> None:
-    """Look whether this machine, the packages, the model and the data are fit for a training."""
+    """Check whether this machine, the packages, the model and the data are ready for training."""
     settings = recipes.resolve_here(config, model)
     from mcp_lora.doctor import examine
 
@@ -82,4 +82,4 @@ def doctor(
         typer.echo(json.dumps([vars(finding) for finding in findings], indent=2))
     problems = [finding.what for finding in findings if finding.verdict == "problem"]
     if problems:
-        raise McpLoraError(f"not fit to train ({', '.join(problems)}): see above, and mcp-lora doctor", 1)
+        raise McpLoraError(f"not ready to train ({', '.join(problems)}): see above, and mcp-lora doctor", 1)

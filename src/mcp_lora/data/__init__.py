@@ -1,1 +1,1 @@
-"""Records of any format become checked rows, and these samples with candidate tools, in splits."""
+"""Records of any format become checked rows; rows become samples with candidate tools, in splits."""

@@ -1,11 +1,11 @@
-r"""Read tool calls back out of what a model wrote, in the form in which its chat template writes them.
+r"""Parse the tool calls in a model's output, in the format in which its chat template writes them.
 
-No family is listed here. A template is asked to write one call and two, with marked names, keys and values,
-and what it writes shows how it writes any call. Four forms cover what is published:
+No model family is listed here. The template renders one call and two, with marker names, keys and values,
+and the result shows how it writes any call. Four formats cover all published templates:
 
-    an object that holds the name     <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>
+    an object with the name           <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>
     a name, then an object            [TOOL_CALLS]add[ARGS]{"a": 1}
-    keys and values between literals  <function=add>\n<parameter=a>\n1\n</parameter>\n</function>
+    keys and values between tags      <function=add>\n<parameter=a>\n1\n</parameter>\n</function>
     calls in Python's syntax          <|tool_call_start|>[add(a=1)]<|tool_call_end|>
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from mcp_lora.data.records import ToolCall, literal, value_of
 from mcp_lora.data.tools import types_of
 
-# How models mark their thoughts: DeepSeek, Qwen and most others; Gemma 4; Mistral; Seed; Cohere.
+# How models delimit their reasoning: DeepSeek, Qwen and most others; Gemma 4; Mistral; Seed; Cohere.
 THOUGHTS = (
     ("<think>", "</think>"),
     ("<|channel>thought", "<channel|>"),
@@ -35,23 +35,23 @@ PROBE = ToolCall(NAME, dict(zip(KEYS, VALUES, strict=True)))
 OTHER = ToolCall("other-tool", {KEYS[0]: VALUES[1]})
 _NUMBER = 1234567
 TYPED = ToolCall(NAME, {KEYS[0]: _NUMBER, KEYS[1]: VALUES[1]})
-CALL_ID = "000000001"  # what a call's id is in every prompt of ours: nine characters, as Mistral wants them
+CALL_ID = "000000001"  # the id of the first call in every prompt: nine characters, as Mistral requires
 
 Schemas = Mapping[str, Mapping[str, Any]]
 _JSON = json.JSONDecoder()
-_GLUE = r"[\s,;\[\]`]"  # what may stand between two calls besides the literals
+_GLUE = r"[\s,;\[\]`]"  # what may separate two calls besides the literals
 _TAG = re.compile(r"<[^<>]*>|\[/?[A-Z_]+\]")
-_WORD = re.compile(rf"{_TAG.pattern}|<[^\s<>]*|[^\s<\[]+")  # a tag, one that the name closes, anything else
+_WORD = re.compile(rf"{_TAG.pattern}|<[^\s<>]*|[^\s<\[]+")  # a tag, a tag cut short by a name, anything else
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer holds.
+    """The content of an answer.
 
     Attributes:
-        calls: those that could be read, in order.
+        calls: the calls that could be parsed, in order.
         content: the text before the first call.
-        broken: something begins as a call does, and cannot be read.
+        broken: whether something starts like a call and cannot be parsed.
     """
 
     calls: list[ToolCall]
@@ -64,10 +64,10 @@ class CallFormat:
 
     Args:
         write: returns what the template writes for an answer with these calls, without the token that ends
-            the turn; raises where it cannot.
+            the turn; raises if it cannot.
         answer: what it writes for an answer without a call.
 
-    Raises ValueError where the template shows no call that can be read.
+    Raises ValueError if the template writes no call that can be parsed.
     """
 
     def __init__(self, write: Callable[[list[ToolCall]], str], answer: str) -> None:
@@ -76,7 +76,7 @@ class CallFormat:
         self._one = one = without_thought(write([PROBE]))
         try:
             self._two = without_thought(write([PROBE, PROBE]))
-        except Exception:  # some templates refuse parallel calls, by raising what they like
+        except Exception:  # some templates reject parallel calls, with any exception
             self._two = ""
         if NAME not in one:
             raise ValueError("the template leaves calls out")
@@ -98,23 +98,23 @@ class CallFormat:
         elif 0 <= brace < key:
             value, end = _decoded(one, brace)
             if value is None:
-                # Gemma 4 has a quote of its own, and bare keys
+                # Gemma 4 uses its own quotation mark, and unquoted keys
                 self._quote = one[key + len(KEYS[0]) : one.index(VALUES[0])].lstrip(": ")
                 end = len(self._quote) and one.index("}", one.index(VALUES[1])) + 1
                 if not end:
-                    raise ValueError("the template writes arguments in a form of its own")
+                    raise ValueError("the template writes arguments in an unknown format")
             self._literals(start, end)
             self._middle = one[after:brace].strip()
             self._read_one = self._named
         else:
             places = [one.find(word, after) for word in (KEYS[0], VALUES[0], KEYS[1], VALUES[1])]
             if -1 in places or places != sorted(places):
-                raise ValueError("the template writes calls in a form of its own")
+                raise ValueError("the template writes calls in an unknown format")
             self._learn_tags(start, places, without_thought(write([TYPED])))
             self._read_one = self._tagged
 
     def _learn_tags(self, start: int, places: list[int], typed: str) -> None:
-        """Learn what stands between keys and values, as Qwen3-Coder, GLM, MiniMax and DeepSeek V3.2 write."""
+        """Learn what separates keys and values, as in Qwen3-Coder, GLM, MiniMax and DeepSeek V3.2."""
         one = self._one
         key_a, value_a, key_b, value_b = places
         before_value = one[key_a + len(KEYS[0]) : value_a]
@@ -122,10 +122,10 @@ class CallFormat:
         after_value = os.path.commonprefix([between, rest])
         after_value = after_value[: max(map(after_value.rfind, ">]}")) + 1]  # whole tags
         if not after_value:
-            raise ValueError("the template shows no end of an argument")
+            raise ValueError("the template does not mark the end of an argument")
         before_key = between[len(after_value) :].strip()
         after_name = one[start + len(NAME) : key_a].strip().removesuffix(before_key).strip()
-        # Some say beside the key whether the value is text (DeepSeek), or of which type (Kimi K3).
+        # Some templates write the type beside the key: text or not (DeepSeek), or which (Kimi K3).
         before_other = typed[typed.index(KEYS[0]) + len(KEYS[0]) : typed.index(str(_NUMBER))]
         same = os.path.commonprefix([before_value, before_other])
         end = os.path.commonprefix([before_value[len(same) :][::-1], before_other[len(same) :][::-1]])[::-1]
@@ -147,7 +147,7 @@ class CallFormat:
         )
 
     def _literals(self, start: int, end: int) -> None:
-        """Keep what stands around a call: before all calls, before each, after each."""
+        """Keep the literals around a call: before all calls, before each, after each."""
         one, two = self._one, self._two
         opening, closing = one[:start], one[end:]
         if two.startswith(opening) and (again := two.find(one[start:end], end)) >= 0:
@@ -160,7 +160,7 @@ class CallFormat:
             each = opening
         words = sorted({*_WORD.findall(f"{opening} {one[end:]} {closing} {each}")}, key=len, reverse=True)
         self._between = re.compile("|".join([*map(re.escape, words), _GLUE]))
-        # What a call begins with: its tags, of which models leave out the first at times, or all of it.
+        # What starts a call: any of its tags, as models sometimes leave out the first, else the whole text.
         begins = [word for word in _WORD.findall(opening) if word[0] in "<[" and word not in self._answer]
         begins = begins or [opening.strip()]
         self._mark = re.compile("|".join(map(re.escape, begins)))
@@ -169,15 +169,15 @@ class CallFormat:
         """Return the calls in an answer.
 
         Args:
-            text: what the model wrote after its prompt, thought included or not.
-            schemas: the parameters' JSON Schema of each candidate tool, by name; they type what a form
-                writes as bare text.
+            text: what the model wrote after its prompt, with or without reasoning.
+            schemas: the parameters' JSON Schema of each candidate tool, by name; it types the values that a
+                format writes as bare text.
         """
         text = without_thought(text)
         if self._mark.pattern:
             mark = self._mark.search(text)
             start = mark.start() if mark else -1
-        else:  # Llama 3 writes a bare object, which may be all of an answer and no part of one
+        else:  # Llama 3 writes a bare object, which is the whole answer and never a part of it
             bare = re.sub(r"^(?:\s|<\|[a-z_]+\|>)+", "", text)
             start = len(text) - len(bare) if bare.startswith("{") else -1
         if start < 0:
@@ -189,12 +189,12 @@ class CallFormat:
         while found := self._read_one(text, self._skip(text, place), schemas or {}):
             calls.append(found[0])
             place = found[1]
-        # behind the last call nothing may begin as a call does
+        # nothing after the last call may start like a call
         again = bool(self._mark.pattern and self._mark.search(text, place))
         return Reading(calls, content, not calls or again)
 
     def _skip(self, text: str, place: int) -> int:
-        """Return where the literals between two calls end."""
+        """Return the position after the literals between two calls."""
         while (glue := self._between.match(text, place)) and glue.end() > place:
             place = glue.end()
         return place
@@ -258,14 +258,14 @@ def _decoded(text: str, place: int) -> tuple[Any, int]:
 
 
 def call_of(name: Any, arguments: Any) -> ToolCall | None:
-    """Return a call; its arguments are an object, or one as JSON in a text, and `""` is none. Else None."""
+    """Return a call, None if it is invalid; arguments are an object or JSON text, where `""` means none."""
     try:
-        # Twice in quotes, as models do that have seen OpenAI's format.
+        # Encoded twice, as by models that have seen OpenAI's format.
         for _ in range(2):
             if isinstance(arguments, str):
                 arguments = json.loads(arguments) if arguments.strip() else {}
         json.dumps([name, arguments], allow_nan=False, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # NaN, half a surrogate pair, no JSON
+    except (ValueError, RecursionError):  # NaN, a lone surrogate, not JSON
         return None
     arguments = {} if arguments is None else arguments
     return (
@@ -274,10 +274,10 @@ def call_of(name: Any, arguments: Any) -> ToolCall | None:
 
 
 def without_thought(text: str) -> str:
-    """Return an answer behind its thought; a thought may have begun in the prompt."""
+    """Return an answer without its reasoning, which may have started in the prompt."""
     for opening, closing in THOUGHTS:
         before, found, after = text.partition(closing)
-        # only a thought that opens the answer, or that the prompt has opened: not one that is quoted later
+        # only reasoning that starts the answer, or started in the prompt: not tags that are quoted later
         if found and (opening in before or not re.search(r"[{\[]", before)):
             start = before.find(opening)
             text = (before[:start] if start > 0 else "") + after
@@ -285,35 +285,35 @@ def without_thought(text: str) -> str:
 
 
 def _keys(value: Any) -> tuple[str, str]:
-    """Return under which keys an object, or one within it, holds the name and the arguments."""
+    """Return the keys under which an object, or one inside it, has the name and the arguments."""
     inner = next((item for item in value.values() if isinstance(item, dict) and NAME in item.values()), value)
     name = next((key for key, item in inner.items() if item == NAME), None)
     if name is None:
-        raise ValueError("the template writes calls in a form of its own")
+        raise ValueError("the template writes calls in an unknown format")
     return name, next((key for key, item in inner.items() if KEYS[0] in json.dumps(item)), "arguments")
 
 
 def _name_at(text: str, schemas: Schemas, middle: str) -> str:
-    """Return the tool's name with which a text begins: a candidate's, or up to what follows a name."""
+    """Return the tool name at the start of a text: a candidate's, else all up to what follows a name."""
     text = text.strip()
     candidates = [name for name in schemas if text.startswith(name)]
     return max(candidates, key=len, default=re.split(rf"[\s<\[{re.escape(middle[:1])}]", text)[0])
 
 
 def _takes_text(schema: Any, value: str) -> bool:
-    """Tell whether a bare value is a text: where its schema takes one."""
+    """Tell whether a bare value is a string, because its schema allows one."""
     kinds = types_of(schema)
     return "string" in kinds and not ("null" in kinds and value in ("null", "None"))
 
 
 def _loose(literal: str) -> str:
-    """Return a pattern for a literal in which white space between tags does not count."""
+    """Return a pattern for a literal that ignores white space between tags."""
     words = r"\s*".join(map(re.escape, literal.split()))
     return r"\n?" * literal[:1].isspace() + words + r"\n?" * literal[-1:].isspace()
 
 
 def _typed(value: str) -> Any:
-    """Return a bare value that is no text; some templates write it as Python does."""
+    """Return the value of bare text; some templates write Python literals."""
     try:
         return literal(value)
     except ValueError:
@@ -321,7 +321,7 @@ def _typed(value: str) -> Any:
 
 
 def _as_json(text: str, quote: str) -> str:
-    """Return a text of objects with a quote of their own and bare keys as JSON."""
+    """Return objects with unusual quotation marks and unquoted keys as JSON."""
     parts = text.split(quote)
     for place, part in enumerate(parts):
         if place % 2:
@@ -332,7 +332,7 @@ def _as_json(text: str, quote: str) -> str:
 
 
 def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:
-    """Tell whether calls are the same, in the same order, as JSON: 1 is not true."""
+    """Tell whether calls are equal as JSON, in the same order: 1 is not true."""
     return [_canonical(call) for call in one] == [_canonical(call) for call in other]
 
 

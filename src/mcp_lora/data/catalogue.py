@@ -1,4 +1,4 @@
-"""The tools that are known: from catalogues, and from the rows that bring their own."""
+"""All known tools: from catalogue files, and from the rows that bring their own."""
 
 from pathlib import Path
 from typing import Any
@@ -7,12 +7,12 @@ import jsonschema_rs
 import msgspec
 
 from mcp_lora.data import files
-from mcp_lora.data.records import Fault, Tool, as_json
+from mcp_lora.data.records import RowError, Tool, as_json
 from mcp_lora.data.tools import tools_in
 
 
 class Catalogue:
-    """Tools by number, one for each (server, name): the first definition that was met counts.
+    """Tools by number, one for each (server, name): the first definition counts.
 
     A row that brings another definition of the same tool keeps its own; see `number`.
     """
@@ -20,15 +20,15 @@ class Catalogue:
     def __init__(self) -> None:
         self.tools: list[Tool] = []
         self.by_server: dict[str, list[Tool]] = {}
-        self.consulted = 0  # how often a row had no tools of its own
-        self.broken: dict[tuple[str, str], str] = {}  # tools with a schema that is no schema
+        self.consulted = 0  # number of look-ups for rows without tools of their own
+        self.broken: dict[tuple[str, str], str] = {}  # tools with an invalid schema, and why
         self._numbers: dict[tuple[str, str], int] = {}
         self._by_name: dict[str, list[Tool]] = {}
 
     def number(self, tool: Tool) -> int | None:
-        """Return the tool's number, adding it if it is new; None if another definition has its place.
+        """Return the tool's number, adding it if it is new; None if it is defined differently already.
 
-        Raises Fault where it cannot be written as JSON.
+        Raises RowError if it cannot be written as JSON.
         """
         key = tool.server, tool.name
         number = self._numbers.get(key)
@@ -44,9 +44,9 @@ class Catalogue:
         return number
 
     def find(self, name: str, server: str) -> Tool:
-        """Return the tool of a name, of this server if it has one, else of the only one that has.
+        """Return the tool of this name: the one of this server, else the only one.
 
-        Raises Fault where there is none, or it is not clear which.
+        Raises RowError if there is none, or it is ambiguous.
         """
         self.consulted += 1
         number = self._numbers.get((server, name))
@@ -54,16 +54,15 @@ class Catalogue:
             return self.tools[number]
         found = self._by_name.get(name)
         if not found:
-            raise Fault(
-                "not-in-catalogue", f"{name} is called, and no tool is on offer: name it with --tools"
-            )
+            what = f"{name} is called, but the row has no tools: add its catalogue with --tools"
+            raise RowError("not-in-catalogue", what)
         if any(tool.parameters != found[0].parameters for tool in found):
             servers = ", ".join(tool.server for tool in found[:5])
-            raise Fault("ambiguous-tool", f"{name} is in the catalogues of several servers: {servers}")
+            raise RowError("ambiguous-tool", f"{name} is in the catalogues of several servers: {servers}")
         return found[0]
 
     def problem(self, tool: Tool, arguments: dict[str, Any]) -> str | None:
-        """Say how arguments break the tool's schema; None if they do not, or if it is no schema."""
+        """Return how arguments violate the tool's schema; None if they do not, or the schema is invalid."""
         validator = tool.validator
         if isinstance(validator, str):
             self.broken[tool.server, tool.name] = validator
@@ -74,15 +73,15 @@ class Catalogue:
         except jsonschema_rs.ValidationError as error:
             place = "/".join(map(str, error.instance_path))
             return f"{place}: {error.message}" if place else str(error.message)
-        except ValueError as error:  # nested deeper than the validator goes
+        except ValueError as error:  # nested deeper than the validator supports
             return str(error)
         return None
 
 
 def load(found: list[Path], catalogue: Catalogue) -> list[str]:
-    """Add the tools of catalogue files (see mcp_lora.data.tools); return what could not be used, in words.
+    """Add the tools of catalogue files (see mcp_lora.data.tools); return messages on what could not be used.
 
-    The server is the file's name where it is not said.
+    If a tool does not name its server, the file's name is used.
     """
     notes = []
     for file in found:
@@ -90,12 +89,12 @@ def load(found: list[Path], catalogue: Catalogue) -> list[str]:
         for record in files.read(file):
             try:
                 if isinstance(record, files.Broken):
-                    raise Fault("not-json", record.sentence)
+                    raise RowError("not-json", record.message)
                 for tool in tools_in(record, file.stem):
                     catalogue.number(tool)
                     count += 1
-            except Fault as fault:
-                notes.append(f"{file}: {fault}")
+            except RowError as error:
+                notes.append(f"{file}: {error}")
         if not count:
-            notes.append(f"{file} holds no tools")
+            notes.append(f"{file} contains no tools")
     return notes

@@ -1,4 +1,4 @@
-"""From tool-call data to a dataset's folder: convert, convert again where inputs have changed, explain."""
+"""From tool-call data to a dataset's folder: convert, convert again if inputs have changed, explain."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from typing import Any
 from mcp_lora.data import catalogue as catalogues
 from mcp_lora.data import dataset, files, formats
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.records import Fault
+from mcp_lora.data.records import RowError
 from mcp_lora.data.records import Settings as Settings
 from mcp_lora.data.rows import Progress as Progress
 from mcp_lora.data.rows import Rows
@@ -32,25 +32,25 @@ SAMPLE = "filtered_sample.json"
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What `refresh` did, in words; `statistics` are those of a new conversion, if it made one."""
+    """What `refresh` did, as a message; `statistics` are those of the new conversion, if there was one."""
 
     message: str
     statistics: dict[str, Any] | None = None
 
 
 def shipped_sample() -> Path:
-    """Return the sample: in the project's folder, else where a wheel has installed it."""
+    """Return the shipped sample: in the project's folder, else where the wheel installed it."""
     place = FILTERED_FOLDER / SAMPLE
     here = [place, Path(__file__).parents[3] / place, Path(__file__).parents[1] / SAMPLE]
     return next((file for file in here if file.is_file()), place)
 
 
 def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
-    """Return the newest `filtered_*.json` of `folder`; a McpLoraError where there is none.
+    """Return the newest `filtered_*.json` of `folder`; raise a McpLoraError if there is none.
 
-    The date in the name (`filtered_20251113_175326.json`) counts, and the file's own where the name has none:
-    copying and cloning change the file's. Where only the shipped sample is there, data in ../data/filtered,
-    where the user guide has it, comes first.
+    The date in the name (`filtered_20251113_175326.json`) counts, else the file's modification time, which
+    copying and cloning change. If `folder` contains only the shipped sample, data in ../data/filtered, where
+    the user guide puts it, takes precedence.
     """
 
     def age(file: Path) -> tuple[str, str]:
@@ -70,43 +70,42 @@ def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
 
 
 def _find(settings: Settings, left_out: list[Path] | None = None) -> tuple[list[Path], list[Path]]:
-    """Return the files of a conversion: of rows, and of tools."""
+    """Return the input files of a conversion, and its catalogue files."""
     inputs = files.find([Path(name) for name in settings.inputs] or [newest_filtered()], left_out)
     return inputs, files.find([Path(name) for name in settings.tools], left_out)
 
 
 def convert(
-    settings: Settings, out: Path = dataset.FOLDER, progress: Progress = lambda doing, share: None
+    settings: Settings, out: Path = dataset.FOLDER, progress: Progress = lambda step, fraction: None
 ) -> dict[str, Any]:
-    """Convert tool-call data and return the statistics that are also in `out`/stats.json.
+    """Convert tool-call data and return the statistics, which are also written to `out`/stats.json.
 
-    Every row ends in one place: `read` is the sum of `written` and of `rejected`. The same inputs,
-    settings and seed give the same bytes. `out` holds the old conversion until the new one is whole.
-    Files in it that no conversion has written, or that have been changed since, are never touched.
+    Every row is counted once: `read` is the sum of `written` and `rejected`. The same inputs, settings and
+    seed give the same bytes. `out` keeps the old conversion until the new one is complete. Files in it that
+    no conversion has written, or that were modified since, are never touched.
 
-    Raises McpLoraError where there is no usable row, or `out` cannot be written; nothing has been written
-    over then.
+    Raises McpLoraError if there is no usable row, or `out` cannot be written; nothing is overwritten then.
     """
     if foreign := dataset.foreign(out):
         raise McpLoraError(
-            f"{out} holds {', '.join(foreign)}, which mcp-lora did not make, or not so: "
+            f"{out} contains {', '.join(foreign)}, not created by mcp-lora or modified since: "
             f"mcp-lora convert --output OTHER_FOLDER, and mcp-lora train dataset_dir=OTHER_FOLDER"
         )
     left_out: list[Path] = []
     inputs, tools = _find(settings, left_out)
     if own := [
-        file for file in inputs if file.resolve().parent == out.resolve() and file.name in dataset.OURS
+        file for file in inputs if file.resolve().parent == out.resolve() and file.name in dataset.FILES
     ]:
-        raise McpLoraError(f"{own[0]} would be written over: mcp-lora convert --output OTHER_FOLDER")
+        raise McpLoraError(f"{own[0]} would be overwritten: mcp-lora convert --output OTHER_FOLDER")
     new = out / ".new"
     with dataset.writing(out):
-        shutil.rmtree(new, ignore_errors=True)  # what a conversion that was killed has left
+        shutil.rmtree(new, ignore_errors=True)  # left by a conversion that was killed
         new.mkdir(parents=True)
         try:
             stats = _convert(settings, inputs, tools, new, progress)
             if left_out:
-                what = f"{left_out[0]}{' …' * (len(left_out) > 1)}: hidden, a link, or written by mcp-lora"
-                stats["notes"].append(f"{len(left_out)} files are left out ({what})")
+                what = f"{left_out[0]}{' …' * (len(left_out) > 1)}: hidden, links, or written by mcp-lora"
+                stats["notes"].append(f"{len(left_out)} files were skipped ({what})")
             others = {
                 key: entry
                 for key, entry in dataset.load(out / dataset.INFO).items()
@@ -121,7 +120,7 @@ def convert(
         finally:
             shutil.rmtree(new)
             with contextlib.suppress(OSError):
-                out.rmdir()  # if nothing has come into it
+                out.rmdir()  # if it is empty
     return stats
 
 
@@ -135,26 +134,26 @@ def _convert(
     if not rows.count:
         raise _nothing_usable(rows, inputs, new)
     if not settings.inputs and inputs[0].name == SAMPLE:
-        notes.append(f"this is the shipped sample; your own data is not in {FILTERED_FOLDER}")
+        notes.append(f"this is the shipped sample; {FILTERED_FOLDER} contains no data of your own")
     if tools and not catalogue.consulted:
-        notes.append("no row needed --tools, its tools are candidates alone")
+        notes.append("no row required --tools, its tools are used only as candidates")
     samples = Samples(new, catalogue, rows, settings)
     samples.write(progress)
     if not samples.count["train"]:
         raise McpLoraError(
-            f"of {rows.count} usable rows none is left to train on: hold out less, with mcp-lora "
+            f"none of {rows.count} usable rows is left to train on: hold out less, with mcp-lora "
             f"convert --test, --holdout-tools and --holdout-servers"
         )
-    shares = (settings.test, settings.holdout_tools, settings.holdout_servers)
+    fractions = (settings.test, settings.holdout_tools, settings.holdout_servers)
     notes += [
-        f"too little data for {name}, it is left out"
-        for name, share in zip(("seen", "unseen_tool", "unseen_server"), shares, strict=True)
-        if share and not samples.count[name]
+        f"too little data for split {name}, it was not created"
+        for name, fraction in zip(("seen", "unseen_tool", "unseen_server"), fractions, strict=True)
+        if fraction and not samples.count[name]
     ]
     (new / "rows").unlink()
     written = _in_order(samples.count)
     return {
-        "read": sum(account.read for account in rows.accounts.values()),
+        "read": sum(source.read for source in rows.statistics.values()),
         "written": _in_order(rows.total("written")),
         "rejected": rows.total("rejected"),
         "cleaned": rows.total("cleaned"),
@@ -165,7 +164,7 @@ def _convert(
         "no_call_samples": _in_order(samples.extra),
         "tools": len(rows.kept),
         "servers": len({server for server, _ in rows.kept if server}),
-        "sources": [vars(account) for account in rows.accounts.values()],
+        "sources": [vars(source) for source in rows.statistics.values()],
         "broken_schemas": [
             {"server": server, "tool": tool, "problem": problem}
             for (server, tool), problem in catalogue.broken.items()
@@ -182,28 +181,28 @@ def _in_order(counted: dict[str, int]) -> dict[str, int]:
 
 
 def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
-    """Return why no row can be used, and keep the rejected rows beside the folder."""
+    """Return the error of a conversion without usable rows; keep the rejected rows beside the folder."""
     rejected = rows.total("rejected")
-    told = []
+    details = []
     for reason, count in rejected.most_common(3):
-        sentence, numbers = rows.examples[reason]
+        message, numbers = rows.examples[reason]
         which = ", ".join(map(str, numbers)) + " …" * (count > len(numbers))
-        told.append(f"{count} × {reason}, row{'s' * (count > 1)} {which}: {sentence}")
-    if told:
+        details.append(f"{count} × {reason}, row{'s' * (count > 1)} {which}: {message}")
+    if details:
         kept = new.parent.with_name(f"{new.parent.name}.rejected.jsonl")
         (new / "rejected.jsonl").replace(kept)
-        told.append(f"all of them are in {kept}")
+        details.append(f"all of them are in {kept}")
     names = ", ".join(map(str, inputs[:3])) + " …" * (len(inputs) > 3)
     advice = "--tools CATALOGUE" if "not-in-catalogue" in rejected else "OTHER_FILE"
     return McpLoraError(
-        f"no usable row in {names} ({'; '.join(told) or 'it is empty'}): mcp-lora convert {advice}"
+        f"no usable row in {names} ({'; '.join(details) or 'it is empty'}): mcp-lora convert {advice}"
     )
 
 
 def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
-    """Yield a row as it is read, understood and written, or why it is rejected; the first of all inputs is 1.
+    """Yield a row as read, as parsed and as written, or why it is rejected; all inputs' rows count from 1.
 
-    Raises McpLoraError where there are fewer rows, or the inputs cannot be read.
+    Raises McpLoraError if there are fewer rows, or the inputs cannot be read.
     """
     inputs, tools = _find(settings)
     every = chain.from_iterable(formats.records(files.read(file)) for file in inputs)
@@ -212,7 +211,7 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
         raise McpLoraError(f"there are fewer than {number} rows: mcp-lora convert --explain 1")
     if isinstance(record, files.Broken):
         yield "as read (?)", record.text
-        yield "rejected", record.sentence
+        yield "rejected", record.message
         return
     yield f"as read ({formats.recognise(record)})", record
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
@@ -225,39 +224,39 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
             content = formats.read(record, partial(catalogue.find, server=""))
             yield "as understood", [turn._asdict() for turn in content.turns]
             convert(alone, out)
-        except (Fault, McpLoraError) as error:
+        except (RowError, McpLoraError) as error:
             yield "rejected", str(error).split(";")[0]
             return
         yield "as written", list(dataset.samples(out, "train"))
 
 
 def refresh(
-    data: Sequence[Path], out: Path, progress: Progress = lambda doing, share: None, keep: bool = False
+    data: Sequence[Path], out: Path, progress: Progress = lambda step, fraction: None, keep: bool = False
 ) -> Refreshed:
-    """Convert again where the inputs are others than those that the conversion in `out` was made of.
+    """Convert again if the inputs differ from those of the conversion in `out`.
 
-    They are compared by their contents. The settings of the last conversion are kept. Without `data` its
-    inputs are too, or the newest filtered data again if none were named. A conversion whose inputs are gone
-    is used: it may be all that was copied to this machine. With `keep`, to resume a training, what is
-    converted is used whatever the inputs are.
+    Inputs are compared by content. The settings of the last conversion are kept, and without `data` also its
+    inputs, or the newest filtered data if none were named. A conversion whose inputs no longer exist is
+    used: it may be all that was copied to this machine. With `keep`, to resume a training, the converted
+    data is used whatever the inputs are.
 
-    Raises McpLoraError as convert does, or where the folder holds another's dataset.
+    Raises McpLoraError as convert does.
     """
     old = dataset.load(out / dataset.STATS)
     settings = settings_of(old)
     if keep and "inputs" in old and dataset.file_of(out, "train").is_file():
         if data:
-            raise McpLoraError("a run is resumed on its own data: mcp-lora train --resume, without --data")
+            raise McpLoraError("a run is resumed on its own data, omit --data: mcp-lora train --resume")
         return Refreshed(f"the data in {out} is used as it is, to resume")
     if data:
         settings = replace(settings, inputs=[str(one) for one in data])
     if "inputs" in old and dataset.file_of(out, "train").is_file():
         changed = _have_changed(settings, old["inputs"])
         if changed is None and not data:
-            return Refreshed(f"the data in {out} is used; what it was made of is not here")
+            return Refreshed(f"the data in {out} is used; its inputs are not on this machine")
         if changed is False:
             return Refreshed(f"the data in {out} is up to date")
-    return Refreshed(f"converted as by {command(settings, out)}", convert(settings, out, progress))
+    return Refreshed(f"converted, like {command(settings, out)}", convert(settings, out, progress))
 
 
 def command(settings: Settings, out: Path) -> str:
@@ -272,21 +271,21 @@ def command(settings: Settings, out: Path) -> str:
 
 
 def is_up_to_date(folder: Path) -> bool:
-    """Tell whether a conversion would be used as it is; a McpLoraError where its description is damaged."""
+    """Tell whether a conversion is up to date; raise a McpLoraError if its stats.json is damaged."""
     old = dataset.statistics(folder)
     return old is not None and not _have_changed(settings_of(old), old["inputs"])
 
 
 def settings_of(stats: dict[str, Any]) -> Settings:
-    """Return the settings of a conversion, of an earlier version too."""
+    """Return the settings in a stats.json, which an earlier version may have written."""
     known = {field.name for field in fields(Settings)}
     return Settings(**{key: value for key, value in stats.get("settings", {}).items() if key in known})
 
 
 def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
-    """Tell whether inputs hold other contents than those known, wherever they lie; None where any is gone.
+    """Tell whether the contents of inputs have changed, wherever they are now; None if any is missing.
 
-    The shipped sample, which is on every machine, stands in for nothing that is gone.
+    The shipped sample, which is on every machine, does not replace missing inputs.
     """
     try:
         inputs, tools = _find(settings)

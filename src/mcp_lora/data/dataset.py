@@ -1,14 +1,14 @@
-"""A dataset's folder: tool-call data in OpenAI's form and in LLaMA-Factory's, and what it was made from.
+"""A dataset's folder: samples in OpenAI's and in LLaMA-Factory's format, and what they were made from.
 
 train.jsonl                   the rows to train on (see mcp_lora.data.samples)
 seen.jsonl                    held-out rows of tools that are trained on
 unseen_tool.jsonl             rows of held-out tools, and of held-out servers
 unseen_server.jsonl
-no_call.jsonl                 held-out rows for which the right answer is not to call
+no_call.jsonl                 held-out rows whose gold answer is not to call
 mcp_train_data.json, mcp_test_seen.json, …, dataset_info.json     the same for LLaMA-Factory
-rejected.jsonl                every row that could not be used
-stats.json                    the account of all rows, the settings, and the hashes of the inputs
-rendered/                     token ids, made of train.jsonl for a model (see mcp_lora.prompts.render)
+rejected.jsonl                every rejected row, and why
+stats.json                    the statistics, the settings, and the hashes of the inputs
+rendered/                     train.jsonl as token ids of a model (see mcp_lora.prompts.render)
 """
 
 import contextlib
@@ -27,34 +27,34 @@ from mcp_lora.data.samples import engine_file
 from mcp_lora.errors import McpLoraError, explained
 
 FOLDER = Path("data/llama_factory")
-RENDERED = "rendered"  # the folder of rendered data sets in it
+RENDERED = "rendered"  # its subfolder of rendered data sets
 TRAIN = SPLITS["train"]  # what a recipe calls the data set
 STATS = "stats.json"
 INFO = "dataset_info.json"
 
 
 def foreign(out: Path) -> list[str]:
-    """Return what in a folder has a name of ours, and is not as the conversion there wrote it."""
-    there = [name for name in sorted(OURS) if (out / name).is_file()]
+    """Return the files that a conversion would overwrite, and that none has written as they are."""
+    there = [name for name in sorted(FILES) if (out / name).is_file()]
     stats = load(out / STATS)
     if "settings" not in stats:
         return there + [STATS] * (out / STATS).is_file()
-    if "files" not in stats:  # of an earlier version, or of one that was killed while it put its files there
+    if "files" not in stats:  # from an earlier version, or a conversion that was killed
         return []
     return [name for name in there if name != INFO and stats["files"].get(name) != files.sha256(out / name)]
 
 
 def statistics(folder: Path) -> dict[str, Any] | None:
-    """Return the account of a conversion, None where there is no whole one; a McpLoraError if it is damaged.
+    """Return the statistics of a complete conversion, or None; a McpLoraError if they are damaged.
 
-    `samples` counts what there is to train on and to test with, by split.
+    `samples` counts the samples by split.
     """
     stats = load(folder / STATS)
     return stats if {"inputs", "samples"} <= stats.keys() else None
 
 
 def summary(statistics: dict[str, Any], out: Path) -> Iterator[str]:
-    """Yield, in words, what a conversion into `out` has read and written, and what was odd in it."""
+    """Yield messages on what a conversion into `out` has read and written, and its warnings."""
     written, rejected = statistics["written"], sum(statistics["rejected"].values())
     parts = [f"{count} in {name}" for name, count in written.items()]
     yield (
@@ -62,53 +62,53 @@ def summary(statistics: dict[str, Any], out: Path) -> Iterator[str]:
         f"{statistics['tools']} tools of {statistics['servers']} servers → {out}"
     )
     if rejected:
-        yield (f"why rows were rejected is in {out / 'rejected.jsonl'}")
+        yield f"the rejected rows, and why, are in {out / 'rejected.jsonl'}"
     for name, count in statistics["no_call_samples"].items():
-        yield (f"{count} extra samples without the gold tool in {name}")
+        yield f"{count} extra samples without the gold tool in {name}"
     if statistics["synonyms"]:
-        yield (f"{statistics['synonyms']} candidates were left out that do what a gold tool does")
+        yield f"{statistics['synonyms']} candidates were left out because they do the same as a gold tool"
     if statistics["later_calls"]:
-        yield (f"{statistics['later_calls']} later calls are in no sample: --turns each, or all")
+        yield f"{statistics['later_calls']} later calls are in no sample: --turns each, or all"
     if unknown := statistics["unknown_parameters"]:
         worst = ", ".join(f"{count} of {tool}" for tool, count in list(unknown.items())[:3])
         total = sum(unknown.values())
         yield (
-            f"warning: {total} calls have parameters that the schema does not know ({worst}): --strict-schema"
+            f"warning: {total} calls have parameters that are not in the schema ({worst}): --strict-schema"
         )
     if broken := statistics["broken_schemas"]:
         worst = "; ".join(f"{one['tool']}: {one['problem']}" for one in broken[:3])
         yield (
-            f"warning: {len(broken)} tools have a schema that is none, calls of them are unchecked ({worst})"
+            f"warning: {len(broken)} tools have an invalid schema, their calls are not validated ({worst})"
         )
     for note in (notes := statistics["notes"])[:3]:
-        yield (f"warning: {note}")
+        yield f"warning: {note}"
     if len(notes) > 3:
-        yield (f"warning: {len(notes) - 3} more notes are in {out / 'stats.json'}")
+        yield f"warning: {len(notes) - 3} more notes are in {out / 'stats.json'}"
 
 
 def names(folder: Path) -> set[str]:
-    """Return the splits in a folder; none where there is no conversion."""
+    """Return the splits in a folder; none if there is no conversion."""
     return {split for split in SPLITS if file_of(folder, split).is_file()}
 
 
 def file_of(folder: Path, split: str) -> Path:
-    """Return where the rows of a split are, in OpenAI's form."""
+    """Return the file with the samples of a split, in OpenAI's format."""
     return folder / f"{split}.jsonl"
 
 
 def samples(folder: Path, split: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a split, in OpenAI's form.
+    """Yield the samples of a split, in OpenAI's format.
 
-    Raises McpLoraError where the folder has no such split, or a damaged one.
+    Raises McpLoraError if the split is missing or damaged.
     """
     if split not in (there := names(folder)):
         what = ", ".join(name for name in SPLITS if name in there) or "no data"
-        raise McpLoraError(f"{folder} holds {what}, not {split}: mcp-lora convert --output {folder}")
+        raise McpLoraError(f"{folder} contains {what}, not {split}: mcp-lora convert --output {folder}")
     file = file_of(folder, split)
     for sample in files.read(file):
         if not isinstance(sample, dict) or not {"messages", "tools"} <= set(sample):
             broken = isinstance(sample, files.Broken)
-            what = sample.sentence if broken else "a row has no messages, or no tools"
+            what = sample.message if broken else "a row has no messages, or no tools"
             raise McpLoraError(
                 f"{file} cannot be used ({what}): mcp-lora convert --output {folder}, after removing it"
             )
@@ -117,7 +117,7 @@ def samples(folder: Path, split: str) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep others from converting into a folder at the same time; several ranks may want to."""
+    """Allow one conversion into a folder at a time; several ranks may start one."""
     import filelock
 
     with writing(folder):
@@ -127,11 +127,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def writing(out: Path) -> contextlib.AbstractContextManager[None]:
-    """Tell an OSError as a McpLoraError about the folder."""
+    """Raise an OSError as a McpLoraError about the folder."""
     return explained(f"{out} cannot be written", "mcp-lora convert --output OTHER_FOLDER")
 
 
-# Any name that LLaMA-Factory is not given would fall back to none at all.
+# LLaMA-Factory has no defaults for these names.
 COLUMNS = {
     "formatting": "sharegpt",
     "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
@@ -145,30 +145,30 @@ COLUMNS = {
         "system_tag": "system",
     },
 }
-# The files that a conversion may write, but for stats.json.
-OURS = {INFO, "rejected.jsonl", *(name for one in SPLITS for name in (f"{one}.jsonl", engine_file(one)))}
+# The files that a conversion may write, except stats.json.
+FILES = {INFO, "rejected.jsonl", *(name for one in SPLITS for name in (f"{one}.jsonl", engine_file(one)))}
 
 
 def load(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of ours, an empty one where there is none."""
+    """Return the JSON object in a file of a dataset's folder, or an empty one if there is no such file."""
     return files.load(file, f"remove it, and mcp-lora convert --output {file.parent}")
 
 
 def dump(content: Any, file: Path) -> None:
-    """Write a JSON file of ours."""
+    """Write a JSON file."""
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def put_in_place(new: Path, out: Path, settings: Settings) -> None:
-    """Put a new conversion's files in the place of the old one's.
+    """Replace the files of an old conversion by those of a new one.
 
-    Until all are there stats.json holds the settings alone: should this be killed, no rows of the old
-    conversion stand beside new ones, and `refresh` makes the new one again.
+    Until this is done stats.json contains only the settings: if it is killed, rows of the old and the new
+    conversion are never mixed, and `refresh` converts again.
     """
     dump({"settings": asdict(settings)}, new / "unfinished")
     (new / "unfinished").replace(out / STATS)
     shutil.rmtree(out / RENDERED, ignore_errors=True)
-    for name in OURS:
+    for name in FILES:
         (out / name).unlink(missing_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == STATS):
         file.replace(out / file.name)

@@ -1,8 +1,8 @@
 r"""Read the records of a file, one at a time: a big file takes no more memory than a small one.
 
-`.json` is an array of records, one record, or several after one another; `.jsonl` and `.jsonl.gz`
-have one record a line; `.parquet` one a row. UTF-8, with or without a byte order mark. Bytes that
-are no UTF-8 become lone surrogates, which cost the row that they are in and no other.
+`.json` is an array of records, one record, or several concatenated records; `.jsonl` and `.jsonl.gz`
+have one record per line, `.parquet` one per row. Text is UTF-8, with or without a byte order mark.
+Invalid UTF-8 becomes lone surrogates, so that only the row that contains it is rejected.
 """
 
 import codecs
@@ -23,30 +23,29 @@ import msgspec
 from mcp_lora.errors import McpLoraError
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
-_OUTPUTS = ("stats.json", "run.yaml")  # what a conversion, and a run, has in its folder
-CHUNK = 1 << 17  # characters that are decoded at once
-BUFFER = 1 << 20  # bytes read, or written, at once
-_LOOKAHEAD = 32  # chunks that the end of a broken element is looked for in
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:(?P<closed>")|\\?\Z)|[{}\[\]]', re.DOTALL)  # a text, or a bracket
+_OUTPUTS = ("stats.json", "run.yaml")  # they mark the folder of a conversion or a run
+CHUNK = 1 << 17  # characters decoded at a time
+BUFFER = 1 << 20  # bytes read or written at a time
+_LOOKAHEAD = 32  # chunks to search for the end of a broken element
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:(?P<closed>")|\\?\Z)|[{}\[\]]', re.DOTALL)  # a string or a bracket
 _SEPARATORS = re.compile(r"[\s,]*")
 
-Progress = Callable[[int], None]  # receives how many bytes of a file have been read
+Progress = Callable[[int], None]  # receives the number of bytes read so far
 
 
 class Broken(NamedTuple):
-    """A place in a file that is no record: what is wrong with it, and its text if it is a line."""
+    """A record that cannot be read: what is wrong with it, and its text if it is known."""
 
-    sentence: str
+    message: str
     text: str | None = None
 
 
 def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
-    """Return the files that are meant by files, folders (searched to the bottom) and globs.
+    """Return the files that `places` refer to: files, folders (searched recursively) and globs.
 
-    What lies hidden in a folder, is a link, or was written by mcp-lora is added to `left_out`.
+    Files in a folder that are hidden, symbolic links or written by mcp-lora are added to `left_out`.
 
-    Raises McpLoraError where places hold no file that can be read, or a name is no UTF-8 and cannot be
-    printed.
+    Raises McpLoraError if a place contains no readable file, or a file name is not valid UTF-8.
     """
     found: list[Path] = []
     missing = []
@@ -54,8 +53,8 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
     for place in places:
         if os.path.isdir(place):
             every = sorted(file for file in place.rglob("*") if file.name.endswith(SUFFIXES))
-            outputs = {file.parent for name in _OUTPUTS for file in place.rglob(name) if _is_ours(file)}
-            files = [file for file in every if not _is_passed_over(file.relative_to(place), place, outputs)]
+            outputs = {file.parent for name in _OUTPUTS for file in place.rglob(name) if _is_output(file)}
+            files = [file for file in every if not _is_skipped(file.relative_to(place), place, outputs)]
             left_out += sorted({*every} - {*files})
         else:
             files = [place] if os.path.exists(place) else sorted(map(Path, glob(str(place), recursive=True)))
@@ -72,12 +71,12 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
         try:
             str(file).encode()
         except UnicodeEncodeError:
-            raise McpLoraError(f"{str(file)!r}: a name that is no UTF-8: rename it") from None
+            raise McpLoraError(f"{str(file)!r}: the file name is not valid UTF-8: rename it") from None
     return list(dict.fromkeys(found))
 
 
-def _is_ours(marker: Path) -> bool:
-    """Tell whether a stats.json is a conversion's; other programs have one, too."""
+def _is_output(marker: Path) -> bool:
+    """Tell whether mcp-lora wrote a marker file; other programs write a stats.json, too."""
     if marker.name != "stats.json":
         return True
     try:
@@ -87,8 +86,8 @@ def _is_ours(marker: Path) -> bool:
     return isinstance(content, dict) and "settings" in content
 
 
-def _is_passed_over(file: Path, place: Path, outputs: set[Path]) -> bool:
-    """Tell whether a file in a folder `place` is hidden, a link, or in one of the folders `outputs`."""
+def _is_skipped(file: Path, place: Path, outputs: set[Path]) -> bool:
+    """Tell whether a file in the folder `place` is hidden, a link, or in one of the folders `outputs`."""
     return (
         any(part.startswith(".") for part in file.parts)
         or (place / file).is_symlink()
@@ -98,10 +97,10 @@ def _is_passed_over(file: Path, place: Path, outputs: set[Path]) -> bool:
 
 
 def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
-    """Yield the records of a file in order, a Broken in the place of one that cannot be read.
+    """Yield the records of a file in order, with a Broken in place of each unreadable one.
 
-    A broken line, or element of an array, costs itself. A `.json` file that breaks off, or a compressed one,
-    ends with one Broken: what comes after that cannot be told apart.
+    A broken line or array element affects nothing else. A truncated `.json` or compressed file ends with
+    one Broken, as the records after that point cannot be separated.
     """
     try:
         with file.open("rb") as stream:
@@ -120,9 +119,9 @@ def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
 
 
 def load(file: Path, command: str) -> dict[str, Any]:
-    """Return the JSON object that a file of ours holds, an empty one where there is no file.
+    """Return the JSON object in a file written by mcp-lora, or an empty one if there is no such file.
 
-    Raises McpLoraError where it is damaged; `command` says what to do.
+    Raises McpLoraError if it is damaged; `command` is the next command to run.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -140,7 +139,7 @@ def sha256(file: Path) -> str:
 
 
 def _lines(file: Path, progress: Progress) -> Iterator[Any]:
-    # Of the bytes, not of the text: str.splitlines also breaks at characters that JSON may hold.
+    # Split the bytes, not the text: str.splitlines also breaks at characters that JSON may contain.
     with file.open("rb", BUFFER) as raw:
         for number, line in enumerate(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw):
             line = line.strip()
@@ -148,7 +147,7 @@ def _lines(file: Path, progress: Progress) -> Iterator[Any]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line:
                 yield _decoded(line)
-            if number % 256 == 0:  # to ask takes as long as to read a line
+            if number % 256 == 0:  # tell() is as slow as reading a line
                 progress(raw.tell())
 
 
@@ -157,7 +156,7 @@ def _decoded(line: bytes) -> Any:
         return msgspec.json.decode(line)
     except (ValueError, RecursionError):
         pass
-    # Python's json takes more: NaN, control characters, half a surrogate pair.
+    # Python's json accepts more: NaN, control characters, lone surrogates.
     text = line.decode("utf-8", "surrogateescape")
     try:
         return json.loads(text, strict=False)
@@ -166,12 +165,12 @@ def _decoded(line: bytes) -> Any:
 
 
 def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
-    """Yield the elements of the array that a file holds, or the values that follow each other."""
+    """Yield the elements of the array in a file, or its concatenated values."""
     decode = json.JSONDecoder(strict=False).raw_decode
     text, at, size, ended, count = stream.read(1).removeprefix("\ufeff"), 0, CHUNK, False, 0
     array: bool | None = None  # not known before the first character
     while True:
-        at = _SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        at = _SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it also matches the empty string
         problem, broken = "", False
         if at < len(text):
             if array is None:
@@ -186,7 +185,7 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
                 value, end = decode(text, at)
             except (ValueError, RecursionError) as error:
                 problem = getattr(error, "msg", None) or _one_line(error)
-                # Near its end the text that we have may just break off where a chunk ends.
+                # An error near the end of the text may only mean that the value continues in the next chunk.
                 near = getattr(error, "pos", -1) > len(text) - 16
                 broken = not (near or problem.startswith("Unterminated string"))
                 end = _end_of_element(text, at) if array and (broken or ended) else 0
@@ -196,7 +195,7 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
                     at, size = end, CHUNK
                     continue
             else:
-                if ended or end < len(text) or text[end - 1] in '}]"':  # a number may go on
+                if ended or end < len(text) or text[end - 1] in '}]"':  # a number may continue
                     yield value
                     count += 1
                     at, size = end, CHUNK
@@ -205,7 +204,7 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
             if problem:
                 yield Broken(f"not JSON after {count} records, the rest is not read: {problem}")
             elif array:
-                yield Broken(f"the array is not closed: the file breaks off after {count} records")
+                yield Broken(f"the array is not closed: the file ends after {count} records")
             return
         more = stream.read(size)
         progress(stream.buffer.tell())
@@ -213,7 +212,7 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
 
 
 def _end_of_element(text: str, at: int) -> int:
-    """Return where an element of an array that is no JSON ends, by its brackets; 0 if that is not seen."""
+    """Return where an invalid array element ends, judging by its brackets; 0 if that is not found."""
     closing = ""
     for token in _TOKEN.finditer(text, at):
         if token.group() in "{[":
@@ -245,7 +244,7 @@ def _parquet(file: Path, progress: Progress) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a table's value as JSON has it; its decimals are numbers."""
+    """Return a Parquet value as JSON has it; decimals become numbers."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, Decimal):

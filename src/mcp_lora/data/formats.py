@@ -1,9 +1,9 @@
-r"""Read tool-call data of any form that people publish or log: names are mapped first, then there is one way.
+r"""Read tool-call data of any published or logged format: names are mapped first, then all share one path.
 
-Of a record four things are looked for, each under any of its names: what was said before (messages,
-conversations, contents, input, …), what was answered (completion, response, outputs, …) or the calls that are
-right (function_call, answers, ground_truth), the tools, and the system message. A message has a role and a
-content, which is a text or parts; a part is a text, a thought, a call or a result. In OpenAI's form:
+Four things are looked up in a record, each under any of its names: the history (messages, conversations,
+contents, input, …), the answer (completion, response, outputs, …) or the gold calls (function_call, answers,
+ground_truth), the tools, and the system message. A message has a role and a content, which is a text or a
+list of parts; a part is a text, a thought, a call or a result. In OpenAI's format:
 
     {"messages": [{"role": "user", "content": "What is 128 * 46?"},
                   {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function":
@@ -11,8 +11,8 @@ content, which is a text or parts; a part is a text, a thought, a call or a resu
                   {"role": "tool", "tool_call_id": "1", "content": "5888"}],
      "tools": [{"type": "function", "function": {"name": "calculate", "parameters": {…}}}]}
 
-FORMATS names the forms for the statistics; docs/data.md shows a record of each. A form with other names is
-added to the tables below.
+FORMATS names the formats for the statistics; docs/data.md shows a record of each. To support other names,
+add them to the tables below.
 """
 
 import json
@@ -29,7 +29,7 @@ from mcp_lora.data.records import (
     SYSTEM,
     USER,
     Content,
-    Fault,
+    RowError,
     Tool,
     ToolCall,
     Turn,
@@ -37,7 +37,7 @@ from mcp_lora.data.records import (
 )
 from mcp_lora.data.tools import tools_in
 
-# The forms by the keys that show them, the first that fits.
+# The formats by the keys that identify them; the first match counts.
 FORMATS: dict[str, set[str]] = {
     "filtered": {"tool_info"},
     "function_call": {"source_instruction"},
@@ -71,7 +71,7 @@ def _by_name(groups: dict[str, str]) -> dict[str, str]:
     return {name: group for group, names in groups.items() for name in names.split()}
 
 
-# What holds a record's parts, whatever the form; of several names the first that there is counts.
+# The names of a record's parts in all formats; the first name that is present counts.
 _WRAPPERS = _names(
     "attributes request body input inputs data extra invocation_params optional_params toolConfig "
     "responses_create_params"
@@ -80,13 +80,13 @@ _QUESTIONS = _names("instruction source_instruction query question")
 _HISTORY = _names("messages conversations conversation contents traj trajectory trace dialog chat prompt")
 _HISTORY += ("gen_ai.input.messages", *_QUESTIONS, "input")
 _ANSWERS = _names("completion output outputs response gen_ai.output.messages choices message chosen")
-_RIGHT = _names("function_call answers ground_truth tool_calls expected_tool_calls expected_calls")
+_GOLD = _names("function_call answers ground_truth tool_calls expected_tool_calls expected_calls")
 _TOOLS = _names("tools functions function available_tools tool_defs tool_definitions tool_info")
 _TOOLS += ("gen_ai.tool.definitions",)
 _SYSTEMS = _names("system system_prompt systemInstruction system_instruction instructions")
 _SYSTEMS += ("gen_ai.system_instructions",)
-_EVENT = {"sessionId", "leafUuid", "payload"}  # what shows a line of a session log, Claude Code's or Codex's
-# Of a message and its parts.
+_EVENT = {"sessionId", "leafUuid", "payload"}  # keys of a line in a session log of Claude Code or Codex
+# The names in a message and its parts.
 _ROLE_OF = _by_name(
     {
         SYSTEM: "system developer systemmessage systemprompt",
@@ -112,7 +112,7 @@ _IDS = _names("tool_call_id tool_use_id toolUseId toolCallId call_id id")
 
 
 def recognise(record: Any) -> str:
-    """Return the name of a record's form by its keys, `?` for none that we know."""
+    """Return the name of a record's format by its keys, or `?` if it is unknown."""
     if isinstance(record, list):
         return "messages"
     keys = set(record) if isinstance(record, dict) else set()
@@ -120,9 +120,9 @@ def recognise(record: Any) -> str:
 
 
 def records(found: Iterable[Any]) -> Iterator[Any]:
-    """Yield a file's records; the events of a session log, one a line, are one for each session.
+    """Yield a file's records; the events of a session log, one per line, become one record per session.
 
-    Messages that stand in no conversation are one together, and {"data": […]} holds records.
+    Messages outside a conversation form one record, and {"data": […]} contains records.
     """
     sessions: dict[Any, list[Any]] = {}
     messages = []
@@ -144,32 +144,32 @@ def records(found: Iterable[Any]) -> Iterator[Any]:
 
 
 def is_session(record: Any) -> bool:
-    """Tell whether a record is the events of a session log."""
+    """Tell whether a record consists of the events of a session log."""
     first = record[0] if isinstance(record, list) and record else None
     return isinstance(first, dict) and bool(_EVENT & first.keys())
 
 
 def read(record: Any, find: Callable[[str], Tool]) -> Content:
-    """Return what a record holds.
+    """Return the conversation and the tools in a record.
 
-    A message that cannot be read ends the conversation, and is kept as its fault: what stands before may do.
+    A message that cannot be read ends the conversation and becomes its `error`; the rest may be usable.
 
     Args:
-        record: as it stands in a file.
-        find: returns a tool of the catalogues, for a record that brings none.
+        record: as it is in a file.
+        find: returns a tool from the catalogues, for a record without tools.
 
-    Raises Fault where there is no conversation in it, or a tool is in no catalogue.
+    Raises RowError if it contains no conversation, or a tool is in no catalogue.
     """
     record = {"messages": record} if isinstance(record, list) else _unwrapped(record)
     content = Content([])
     content.tools += tools_in(_first(record, _TOOLS), _server(record), content.cleaned)
     try:
-        for message in _said(record):
+        for message in _all_messages(record):
             content.turns += _turns(message, content)
-    except Fault as fault:
+    except RowError as error:
         if not content.turns:
             raise
-        content.fault = fault
+        content.error = error
     if not content.tools:
         names = dict.fromkeys(call.name for turn in content.turns for call in turn.calls)
         content.tools = [find(name) for name in names]
@@ -179,9 +179,9 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
 
 
 def _unwrapped(record: Any) -> Any:
-    """Return a record's own keys and those of what wraps its request."""
+    """Return a record with the keys of the objects that wrap its request."""
     if not isinstance(record, dict):
-        raise Fault(
+        raise RowError(
             "unknown-format", f"a row is an object or a list of messages, not {type(record).__name__}"
         )
     for name in _WRAPPERS:
@@ -195,7 +195,7 @@ def _unwrapped(record: Any) -> Any:
 
 
 def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """Return the first value that there is under any of these names; an empty text is none."""
+    """Return the first value under any of these names, ignoring null and empty strings."""
     for name in names:
         if (value := record.get(name)) not in (None, ""):
             return value
@@ -208,39 +208,39 @@ def _server(record: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _said(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a record's messages: system, what was said, and what was answered or is the right call."""
+def _all_messages(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a record's messages: system, history, and the answer or the gold call."""
     if system := _first(record, _SYSTEMS):
         system = system.get("parts", system) if isinstance(system, dict) else system  # Gemini's
         yield {"role": "system", "content": system}
-    right, question = _parsed(_first(record, _RIGHT)), _first(record, _QUESTIONS)
+    gold, question = _parsed(_first(record, _GOLD)), _first(record, _QUESTIONS)
     traces = [key for key in record if key.endswith("__trace")]  # NeMo Data Designer's
-    said = question if right is not None and question is not None else _first(record, (*_HISTORY, *traces))
-    if said and said == record.get("instruction") and isinstance(record.get("input"), str):  # Alpaca's
-        said = f"{said}\n{record['input']}".strip()
-    if said is None:
-        raise Fault("unknown-format", _what_it_looks_like(record))
-    history = list(_messages(said, USER))
+    turns = question if gold is not None and question is not None else _first(record, (*_HISTORY, *traces))
+    if turns and turns == record.get("instruction") and isinstance(record.get("input"), str):  # Alpaca's
+        turns = f"{turns}\n{record['input']}".strip()
+    if turns is None:
+        raise RowError("unknown-format", _hint(record))
+    history = list(_messages(turns, USER))
     yield from history
-    if right == []:  # no tool fits
+    if gold == []:  # no tool fits
         yield {"role": "assistant", "content": languages.refusal(str(question or ""))}
-    elif right is not None:
-        right = right if isinstance(right, list) else [right]
-        if all(isinstance(one, str) and one.rstrip().endswith(")") for one in right):  # add(a=1)
-            yield {"role": "assistant", "content": f"[{', '.join(right)}]"}
+    elif gold is not None:
+        gold = gold if isinstance(gold, list) else [gold]
+        if all(isinstance(one, str) and one.rstrip().endswith(")") for one in gold):  # add(a=1)
+            yield {"role": "assistant", "content": f"[{', '.join(gold)}]"}
         else:
-            yield {"role": "assistant", "tool_calls": right}
+            yield {"role": "assistant", "tool_calls": gold}
     elif history and _role(history[-1]) not in (ANSWER, CALL):
         yield from _messages(_first(record, _ANSWERS), ANSWER)
 
 
 def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
-    """Yield the messages in a value; a bare text is one of `role`."""
+    """Yield the messages in a value; a bare text is a message of `role`."""
     if isinstance(value, str):
         parsed = _parsed(value, quietly=True)
-        said = parsed if isinstance(parsed, list) else [parsed]
-        if any(isinstance(one, dict) and (_role(one) or _inner(one) is not None) for one in said):
-            value = parsed  # a question may be JSON, too
+        items = parsed if isinstance(parsed, list) else [parsed]
+        if any(isinstance(one, dict) and (_role(one) or _inner(one) is not None) for one in items):
+            value = parsed  # a question may be JSON, too; this is not one
     if isinstance(value, str):
         turns = _GLAIVE.split(value)[1:]
         if not turns:
@@ -258,11 +258,11 @@ def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
         else:
             yield from _messages(inner, role)
     elif value is not None:
-        raise Fault("bad-message", f"a message is no object but {type(value).__name__}")
+        raise RowError("bad-message", f"a message is not an object but {type(value).__name__}")
 
 
 def _inner(value: Mapping[str, Any]) -> Any:
-    """Return the messages that a reply of a server, or a trace, holds."""
+    """Return the messages in a server's response or a trace."""
     return _first(value, ("messages", *_ANSWERS, "generations", "candidates"))
 
 
@@ -270,7 +270,7 @@ _GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
 
 
 def _role(message: Mapping[str, Any]) -> str | None:
-    """Return the role of a message, None for one that we do not know."""
+    """Return the role of a message, or None if it is unknown."""
     named = message.get("role") or message.get("from") or message.get("type")
     if isinstance(message.get("lc"), int) and isinstance(message.get("id"), list):
         named = (message["id"] or [""])[-1]
@@ -278,12 +278,12 @@ def _role(message: Mapping[str, Any]) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """Return a name without case and separators: tool-call and toolCall are tool_call."""
+    """Return a name without case and separators: tool-call and toolCall become toolcall."""
     return name.lower().replace("_", "").replace("-", "")
 
 
 def _opened(message: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a message without what wraps it; None for an event of a session log that is none."""
+    """Return a message without its wrapper, None for an event of a session log that is no message."""
     if message.get("isMeta") or message.get("isSidechain"):
         return None
     for name in ("message", "payload", "data", "kwargs"):  # Claude Code, Codex, LangChain twice
@@ -302,7 +302,7 @@ def _turns(message: dict[str, Any], content: Content) -> Iterator[Turn]:
         return
     role = _role(opened)
     if role is None:
-        raise Fault("bad-message", f"a message has the keys {', '.join(opened)}, and no role that is known")
+        raise RowError("bad-message", f"a message has the keys {', '.join(opened)}, and no known role")
     parts = list(_parts(opened, role))
     texts, thoughts = ([text for kind, text in parts if kind == wanted] for wanted in ("text", "thought"))
     results = [item for kind, item in parts if kind == "result"]
@@ -338,19 +338,19 @@ def _turns(message: dict[str, Any], content: Content) -> Iterator[Turn]:
 
 
 def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
-    """Yield what a message holds: ("text", text), ("thought", text), ("call", item) and ("result", item)."""
+    """Yield the parts of a message: ("text", text), ("thought", text), ("call", item), ("result", item)."""
     for name in _REASONING:
         if isinstance(text := message.get(name), str) and text.strip():
             yield "thought", text
     value = _first(message, ("content", "parts", "value", "summary", "text", "refusal", "message"))
     for part in value if isinstance(value, list) else [value]:
         if role == RESULT and not (isinstance(part, dict) and _kind(part)[0] == "result"):
-            continue  # all of it is the result
+            continue  # the whole content is the result
         if isinstance(part, dict):
             yield from _part(part)
         elif part is not None:
             if not isinstance(part, str):
-                raise Fault("bad-message", f"a message's content is no text but {type(part).__name__}")
+                raise RowError("bad-message", f"a message's content is not text but {type(part).__name__}")
             yield "text", part
     more = message.get("additional_kwargs")  # LangChain's
     for name in ("tool_calls", "function_call"):
@@ -361,7 +361,7 @@ def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
 
 
 def _kind(part: dict[str, Any]) -> tuple[str, str]:
-    """Return of which kind a part is, and what says so: its `type`, or the key that holds it."""
+    """Return the kind of a part, and the name that shows it: its `type`, or one of its keys."""
     for name in (part.get("type"), *part):
         for kind, pattern in _KINDS.items():
             if isinstance(name, str) and pattern.fullmatch(_plain(name)):
@@ -370,11 +370,11 @@ def _kind(part: dict[str, Any]) -> tuple[str, str]:
 
 
 def _part(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield a part of a message's content."""
+    """Yield one part of a message's content, as (kind, value)."""
     kind, name = _kind(part)
     if not kind:
         kind = part.get("type") or ", ".join(part)
-        raise Fault("bad-message", f"content has blocks of type {kind}, which are neither text nor calls")
+        raise RowError("bad-message", f"content has blocks of type {kind}, which are neither text nor calls")
     kind = "thought" if part.get("thought") is True else kind
     inner = part.get(name, part)
     if kind in ("call", "result"):
@@ -385,7 +385,7 @@ def _part(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _results(item: Mapping[str, Any]) -> Iterator[Turn]:
-    """Yield the results in a message or a part: one, or each <tool_response> of a text."""
+    """Yield the results in a message or a part: one, or each <tool_response> in its text."""
     value = _first(item, _RESULTS)
     known = _parsed(value, quietly=True)
     failed = item.get("is_error") or item.get("isError") or (isinstance(known, dict) and known.get("isError"))
@@ -400,7 +400,7 @@ _TOOL_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DO
 def _result_text(value: Any) -> str:
     """Return the text of a result: MCP's {"content": [{"type": "text", "text": "5888"}]}, or any value.
 
-    Images and files in it are left out, as no template renders them.
+    Images and files are left out, as no chat template renders them.
     """
     if isinstance(value, dict) and len(value) == 1 and isinstance(value.get("result"), str):  # Gemini's
         return str(value["result"])
@@ -418,20 +418,20 @@ def _result_text(value: Any) -> str:
 
 
 def _id(item: Any) -> str:
-    """Return the id of a call, or of the call that a result belongs to; "" where it has none."""
+    """Return the id of a call, or of the call that a result belongs to; "" if there is none."""
     given = (item.get(key) for key in _IDS) if isinstance(item, dict) else ()
     return next((name for name in given if isinstance(name, str) and name.isprintable()), "")
 
 
 def _call(items: list[Any]) -> Turn:
-    """Read calls: {name, arguments}, that in {function: …}, or BFCL's {name: {argument: [values]}}."""
+    """Read calls: {name, arguments}, {function: {…}} around it, or BFCL's {name: {argument: [values]}}."""
     calls, ids = [], []
     for item in items:
         item = _literal(item) if isinstance(item, str) else item
         ids.append(_id(item))
         item = item if isinstance(item, dict) else {}
         if isinstance(item.get("custom"), dict):
-            raise Fault("custom-call", "a custom tool call holds free text, no arguments")
+            raise RowError("custom-call", "a custom tool call contains free text, not arguments")
         if isinstance(item.get("function"), dict):
             item = item["function"]
         if "name" not in item and len(item) == 1:
@@ -440,22 +440,22 @@ def _call(items: list[Any]) -> Turn:
                 chosen = {key: value[0] for key, value in values.items() if value and value[0] != ""}
                 item = {"name": name, "arguments": chosen}
         if not isinstance(name := _first(item, _NAMES), str):
-            raise Fault("no-call", "a call has no name, or there is none")
+            raise RowError("no-call", "a call has no name, or there is no call")
         arguments = _first(item, _ARGUMENTS)
-        for _ in range(2):  # encoded twice, at times
+        for _ in range(2):  # sometimes encoded twice
             if isinstance(arguments, str):
                 arguments = _literal(arguments) if arguments.strip() else {}
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
-            raise Fault("bad-arguments", f"the arguments of {name} are no JSON object")
+            raise RowError("bad-arguments", f"the arguments of {name} are not a JSON object")
         calls.append(ToolCall(name, arguments))
     if not calls:
-        raise Fault("no-call", "the list of calls is empty")
+        raise RowError("no-call", "the list of calls is empty")
     return Turn(CALL, "", tuple(calls), tuple(ids))
 
 
 def _without_thought(text: str) -> tuple[str, str]:
-    """Return a text without the thought that opens it, and the thought."""
+    """Return a text without the thought at its start, and the thought."""
     for opening, closing in THOUGHTS:
         before, found, after = text.partition(closing)
         if found and before.lstrip().startswith(opening):
@@ -474,7 +474,7 @@ def _without_tools(text: str) -> tuple[str, list[Tool]]:
         try:
             value, end = json.JSONDecoder().raw_decode(text, found.start())
             listed = list(tools_in(value))
-        except (ValueError, RecursionError, Fault):
+        except (ValueError, RecursionError, RowError):
             continue
         if listed:
             kept, place, tools = kept + text[place : found.start()], end, tools + listed
@@ -482,28 +482,26 @@ def _without_tools(text: str) -> tuple[str, list[Tool]]:
 
 
 def _parsed(value: Any, quietly: bool = False) -> Any:
-    """Return what a string of JSON, or Python, holds where it looks like an object or array."""
+    """Return the value of a string that is an object or array in JSON or Python, else `value` itself."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "[") and value.rstrip()[-1:] in ("}", "]"):
         try:
             return literal(value)
         except ValueError:
             if not quietly:
-                raise Fault("bad-json", f"a field is no JSON: {value[:80]}") from None
+                raise RowError("bad-json", f"a field is not JSON: {value[:80]}") from None
     return value
 
 
 def _literal(text: str) -> Any:
-    """Return what JSON, or a Python literal as Toucan writes it, holds."""
+    """Return the value of JSON, or of a Python literal as Toucan writes it."""
     try:
         return literal(text)
     except ValueError:
-        raise Fault("bad-json", f"a call is neither JSON nor a Python literal: {text[:80]}") from None
+        raise RowError("bad-json", f"a call is neither JSON nor a Python literal: {text[:80]}") from None
 
 
-def _what_it_looks_like(record: Mapping[str, Any]) -> str:
+def _hint(record: Mapping[str, Any]) -> str:
     if "tools" in record or {"name", "description"} <= set(record):
-        return "a tool catalogue, which holds no call: give it with --tools"
+        return "this is a tool catalogue without calls: pass it with --tools"
     keys = ", ".join(map(str, record)) or "none"
-    return (
-        f'no known format has these keys: {keys}; bring {{"messages": […], "tools": […]}}, see docs/data.md'
-    )
+    return f'no known format has the keys {keys}; use {{"messages": […], "tools": […]}}, see docs/data.md'

@@ -1,4 +1,4 @@
-"""The answer where no tool fits, in the language of the question where its script shows it."""
+"""The answer if no tool fits, in the language of the question if its script shows it."""
 
 import re
 
@@ -13,5 +13,5 @@ _BY_SCRIPT = (
 
 
 def refusal(question: str) -> str:
-    """Say that no candidate tool can do what is asked, in the question's language or else in English."""
+    """Return the answer that no candidate tool fits, in the question's language or else in English."""
     return next((answer for script, answer in _BY_SCRIPT if script.search(question)), _ENGLISH)

@@ -1,4 +1,4 @@
-"""What readers yield and the rest of a conversion takes: its settings, tools, turns, and what is JSON."""
+"""The types that a conversion passes on: its settings, tools and turns; JSON and Python literals."""
 
 import ast
 import json
@@ -16,23 +16,23 @@ SYSTEM, USER, CALL, RESULT, ANSWER = "system", "user", "call", "result", "answer
 
 @dataclass(frozen=True)
 class Settings:
-    """How to convert; kept in stats.json, so that changed data is converted in the same way.
+    """The settings of a conversion; kept in stats.json, so that changed data is converted in the same way.
 
     Attributes:
-        inputs: files, folders or globs; none means the newest data/filtered/filtered_*.json.
+        inputs: files, folders or globs; by default the newest data/filtered/filtered_*.json.
         tools: tool catalogues, files or folders.
-        turns: "call" goes up to and with the first call, "all" keeps the whole conversation, "each" makes a
-            sample of every call in it, with what stands before as context.
-        max_observation: characters that a tool's result may have.
-        candidates: candidate tools of a sample, the gold tool included.
-        holdout_servers, holdout_tools: share of the servers and of the tools that is held out.
-        test: share of the other rows that is held out, from 0 to below 1.
-        no_call: share of extra samples in which the gold tool is missing.
+        turns: "call" ends a sample at the first call, "all" keeps the whole conversation, "each" makes one
+            sample per call, with the messages before it as context.
+        max_observation: maximum characters of a tool's result.
+        candidates: candidate tools per sample, including the gold tool.
+        holdout_servers, holdout_tools: fraction of the servers and of the tools to hold out.
+        test: fraction of the other rows to hold out, from 0 to below 1.
+        no_call: fraction of rows that get an extra sample without the gold tool.
         seed: decides what is held out, the candidate tools and their order.
-        drop_reasoning: leave out what was thought.
-        strict_schema: reject calls with parameters that the tool's schema does not know.
-        keep_failed: train on calls of which the result is an error.
-        redact: replace keys, mail addresses and home folders; None does it in session logs.
+        drop_reasoning: leave out the reasoning.
+        strict_schema: reject calls with parameters that the tool's schema does not define.
+        keep_failed: train on calls whose result is an error.
+        redact: replace keys, mail addresses and home folders; None redacts session logs only.
     """
 
     inputs: list[str] = field(default_factory=list)
@@ -52,10 +52,10 @@ class Settings:
 
 
 class Tool(msgspec.Struct, frozen=True, dict=True):
-    """A tool that a server offers; known by (server, name), as names recur across servers.
+    """A tool of a server, identified by (server, name), as several servers may use the same name.
 
     `parameters` is the JSON Schema that MCP calls `inputSchema`, with `properties`. `server` is
-    empty where the data does not name it.
+    empty if the data does not name it.
     """
 
     server: str
@@ -65,7 +65,7 @@ class Tool(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def validator(self) -> jsonschema_rs.Validator | str:
-        """What checks arguments, or why `parameters` is no schema. Nothing is fetched for it."""
+        """The validator of arguments, or why `parameters` is an invalid schema. Nothing is fetched."""
         try:
             return jsonschema_rs.validator_for(self.parameters, validate_formats=False, offline=True)
         except ValueError as error:
@@ -73,21 +73,21 @@ class Tool(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def words(self) -> str:
-        """The words of its name, sorted: convertCurrency and currency_convert are alike."""
+        """The words of its name, sorted, so that convertCurrency and currency_convert are the same."""
         words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", self.name).lower().split()
         return " ".join(sorted(words))
 
     @cached_property
     def described(self) -> dict[str, Any]:
-        """The tool in OpenAI's form, encoded: most tools are candidates many times."""
-        # The schema's own dialect tells a model nothing; hosts leave it out too.
+        """The tool in OpenAI's format, encoded once, as most tools are candidates many times."""
+        # The schema's dialect is of no use to a model; hosts leave it out, too.
         parameters = {key: value for key, value in self.parameters.items() if key != "$schema"}
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": msgspec.Raw(msgspec.json.encode(function))}
 
 
 class ToolCall(NamedTuple):
-    """A tool's name and the arguments it is called with, as a JSON object."""
+    """A tool's name and the arguments of the call, a JSON object."""
 
     name: str
     arguments: dict[str, Any]
@@ -98,12 +98,12 @@ class Turn(NamedTuple):
 
     Attributes:
         role: SYSTEM, USER, CALL, RESULT or ANSWER.
-        text: the message's content; beside the calls where the role is CALL.
-        calls: in parallel, where the role is CALL.
-        ids: one of each call, or that of the call that a result belongs to; "" where the data has none.
-        reasoning: what was thought before, where the role is CALL or ANSWER.
+        text: the message's content; for a CALL, the text beside the calls.
+        calls: the parallel calls of a CALL.
+        ids: the id of each call, or of the call that a result belongs to; "" if the data has none.
+        reasoning: the reasoning before a CALL or an ANSWER.
         failed: whether the result is an error.
-        trained: whether the data wants a CALL or an ANSWER trained on; it is context otherwise.
+        trained: whether a CALL or an ANSWER is trained on; otherwise it is context.
     """
 
     role: str
@@ -117,13 +117,13 @@ class Turn(NamedTuple):
 
 @dataclass
 class Content:
-    """A row's conversation, and the tools that it brings.
+    """A row's conversation, and the tools in it.
 
     Attributes:
         cleaned: what was normalized in it.
-        unknown: the tools that it calls with parameters which their schemas do not know.
-        later: calls after the first, where only that is kept.
-        fault: why the conversation ends where it does, if not at its end.
+        unknown: the tools that it calls with parameters that their schemas do not define.
+        later: number of calls after the first, if only the first is kept.
+        error: why the conversation was cut short, if it was.
     """
 
     turns: list[Turn]
@@ -131,36 +131,36 @@ class Content:
     cleaned: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     later: int = 0
-    fault: "Fault | None" = None
+    error: "RowError | None" = None
 
 
-class Fault(Exception):
-    """Why a row cannot be used: a code, the same for all rows with this fault, and a sentence."""
+class RowError(Exception):
+    """Why a row cannot be used: a reason code, and a message about this row."""
 
-    def __init__(self, reason: str, sentence: str) -> None:
-        super().__init__(sentence)
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
         self.reason = reason
 
 
 def as_json(value: Any) -> bytes:
-    """Return a value as JSON that every reader takes.
+    """Return a value as JSON that every parser accepts.
 
-    Raises Fault where it holds half a surrogate pair, NaN or nesting without end. Python's json lets the
-    first two pass, and they kill the engine later.
+    Raises RowError if it contains a lone surrogate, NaN or is nested too deeply. Python's json accepts the
+    first two, and they would crash the engine later.
     """
     try:
         text = msgspec.json.encode(value)
-        # It makes null of NaN; Python's json says so.
+        # msgspec encodes NaN as null; Python's json rejects it.
         return _encode(value).encode() if b"null" in text else text
     except (ValueError, TypeError, RecursionError):
-        raise Fault("not-json-value", "a text or a number in it is not JSON") from None
+        raise RowError("not-json-value", "it contains a string or a number that is not valid JSON") from None
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class _Constants(ast.NodeTransformer):
-    """Replaces JSON's words in Python's syntax."""
+    """Replaces true, false and null by Python's constants."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         known = {"true": True, "false": False, "null": None}
@@ -168,14 +168,14 @@ class _Constants(ast.NodeTransformer):
 
 
 def value_of(node: ast.expr) -> Any:
-    """Return a Python literal's value, JSON's words for true, false and null included."""
+    """Return the value of a Python literal, which may contain JSON's true, false and null."""
     return ast.literal_eval(_Constants().visit(node))
 
 
 def literal(text: str) -> Any:
-    """Return the value of a text of JSON, or in Python's syntax; nothing of it is run.
+    """Return the value of a JSON text or a Python literal; nothing is executed.
 
-    Raises ValueError where it is neither.
+    Raises ValueError if it is neither.
     """
     try:
         return json.loads(text)

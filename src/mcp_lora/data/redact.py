@@ -1,7 +1,8 @@
 """Replace what must not be trained on in a record: keys and tokens, mail addresses, home folders.
 
-Keys are found by detect-secrets' plugins, and where a text names one (`password=…`, `Bearer …`). A stand-in
-has the same shape, and is the same everywhere in a record: a call's argument still is what the question says.
+Keys are found by detect-secrets' plugins, and by their names (`password=…`, `Bearer …`). A replacement has
+the same length and characters of the same kinds, and is the same throughout a record, so that a call's
+argument still matches the question.
 """
 
 import random
@@ -11,39 +12,39 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
-# Of detect-secrets, without those that find by entropy: a hash or an id in a log is no secret.
+# The detect-secrets plugins except those based on entropy: a hash or an id in a log is not a secret.
 _PLUGINS = """
 ArtifactoryDetector AWSKeyDetector AzureStorageKeyDetector BasicAuthDetector DiscordBotTokenDetector
 GitHubTokenDetector GitLabTokenDetector JwtTokenDetector MailchimpDetector NpmDetector OpenAIDetector
 PypiTokenDetector SendGridDetector SlackDetector StripeDetector TelegramBotTokenDetector TwilioKeyDetector
 """
 _TOKEN = r"[\w.~+/-]"
-# A value holds a letter and a digit, or code such as `tokenizer=AutoTokenizer.from_pretrained` would be one.
+# A value needs a letter and a digit, or code like `tokenizer=AutoTokenizer.from_pretrained` would match.
 _NAMED = re.compile(
     r"(?i)(?:\bbearer\s+|(?:api[_-]?key|token|secret(?:[_-](?:access[_-])?key)?|passw(?:or)?d)[\"']?\s*[=:]\s*[\"']?)"
     rf"(?={_TOKEN}*\d)(?={_TOKEN}*[a-z])({_TOKEN}{{8,}})|\b(sk-{_TOKEN}{{16,}})"
 )
-# Neither git@github.com nor lodash@4.17.21 is one.
+# Neither git@github.com nor lodash@4.17.21 is a mail address.
 _MAIL = re.compile(r"\b(?!git@)[\w.+-]+@(?:[\w-]+\.)+[A-Za-z]{2,}\b")
 _HOME = re.compile(r"((?:/home/|/Users/|[A-Z]:\\{1,2}Users\\{1,2}))[\w.-]+")
 
 
 def redact(record: Any) -> tuple[Any, Counter[str]]:
-    """Return a record with stand-ins, and how many different things were replaced, by kind."""
+    """Return a redacted record, and the number of distinct secrets that were replaced, by kind."""
     found: dict[str, str] = {}
     _find(record, found)
     kinds = Counter(found.values())
-    # the longest first: /home/ann is the beginning of /home/anna
+    # longest first: /home/ann is a prefix of /home/anna
     ordered = sorted(found, key=len, reverse=True)
-    stand_ins = {secret: _stand_in(secret, found[secret]) for secret in ordered}
-    if not stand_ins:
+    replacements = {secret: _replacement(secret, found[secret]) for secret in ordered}
+    if not replacements:
         return record, kinds
     pattern = re.compile("|".join(map(re.escape, ordered)))
-    return _mapped(record, partial(pattern.sub, lambda match: stand_ins[match.group()])), kinds
+    return _mapped(record, partial(pattern.sub, lambda match: replacements[match.group()])), kinds
 
 
 def _find(value: Any, found: dict[str, str]) -> None:
-    """Add what is to be replaced in a value, with its kind."""
+    """Add the secrets in a value to `found`, with their kinds."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             _find(item, found)
@@ -64,13 +65,13 @@ def _known_keys(text: str) -> list[str]:
 
     with transient_settings({"plugins_used": [{"name": name} for name in _PLUGINS.split()]}):
         parts = [secret.secret_value for line in text.splitlines() for secret in scan_line(line)]
-    # of some kinds of token it returns the beginning alone
+    # for some kinds of token it returns only a prefix
     whole = (re.search(rf"{re.escape(part)}{_TOKEN}*", text) for part in parts if part)
     return [match.group() for match in whole if match]
 
 
-def _stand_in(secret: str, kind: str) -> str:
-    """Return a text of the same shape, the same for the same secret."""
+def _replacement(secret: str, kind: str) -> str:
+    """Return a replacement of the same form, the same for the same secret."""
     if kind == "home folder":
         return str(_HOME.sub(lambda match: f"{match.group(1)}user", secret))
     chosen = random.Random(secret)

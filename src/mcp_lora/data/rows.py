@@ -1,7 +1,7 @@
 r"""The first pass of a conversion: rows are read, checked and put into a temporary file.
 
-Which tools can be candidates is known when all rows have been read, not before. Of a row nothing stays in
-memory; of the tools, one definition each. A row that cannot be used is a line of rejected.jsonl:
+Candidate tools can only be sampled once all rows have been read. No row stays in memory; each tool is kept
+once. A row that cannot be used becomes a line of rejected.jsonl:
 
     {"file": "data/rows.json", "row": 3, "reason": "no-call", "sentence": "a call has no name, …",
      "record": {"instruction": "…", "function_call": {}}}
@@ -23,19 +23,19 @@ import msgspec
 
 from mcp_lora.data import files, formats
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.records import RESULT, SYSTEM, USER, Content, Fault, Settings, Tool, Turn, as_json
+from mcp_lora.data.records import RESULT, SYSTEM, USER, Content, RowError, Settings, Tool, Turn, as_json
 from mcp_lora.data.redact import redact
 from mcp_lora.data.validate import check
 
-# Models without a system message of their own are trained, and served, with this one.
+# Rows without a system message of their own get this one.
 SYSTEM_MESSAGE = "You are a helpful assistant. Answer the user by calling the right tool."
 
-Progress = Callable[[str, float], None]  # receives what is being done, and which share of it is done
+Progress = Callable[[str, float], None]  # receives the current step, and which fraction of it is done
 
 
 @dataclass
-class Account:
-    """Of one format in one file: `read` is the sum of `written`, by split, and of `rejected`."""
+class Statistics:
+    """Row counts of one format in one file: `read` is the sum of `written` (by split) and `rejected`."""
 
     file: str
     format: str
@@ -46,21 +46,21 @@ class Account:
 
 
 class Row(msgspec.Struct):
-    """A row that can be used.
+    """A usable row.
 
     Attributes:
-        file, format: where it comes from, for its account.
-        asked, drawn: two hashes of 64 bits of its question, without case, spaces and punctuation; they decide
-            its split, and whether it gets a no-call sample.
-        own: the tools that it brings, each a number of the catalogue or a definition of its own.
+        file, format: where it comes from, for the statistics.
+        split_hash, no_call_hash: 64-bit hashes of its question, ignoring case, spaces and punctuation; they
+            decide its split, and whether it gets a no-call sample.
+        own: the tools in the row, each a number in the catalogue or a definition of its own.
         called: the names of the tools that it calls.
-        messages: the conversation, in OpenAI's form.
+        messages: the conversation, in OpenAI's format.
     """
 
     file: str
     format: str
-    asked: int
-    drawn: int
+    split_hash: int
+    no_call_hash: int
     own: list[int | Tool]
     called: list[str]
     messages: list[dict[str, Any]]
@@ -70,18 +70,18 @@ class Rows:
     """The usable rows of a conversion, in a temporary file.
 
     Attributes:
-        count: how many there are.
-        kept: by called tool, (server, name), the highest hash of its questions.
-        accounts: of all rows, by (file, format).
+        count: number of rows.
+        kept: by called tool, (server, name), the highest split_hash of its questions.
+        statistics: of all rows, by (file, format).
         later_calls: calls after the first, which are in no sample.
-        unknown: calls with parameters that the schema does not know, by tool.
-        examples: why the first row was rejected, and the numbers of the first three, by reason.
+        unknown: number of calls with parameters that the schema does not define, by tool.
+        examples: by reason, the message of the first rejected row and the numbers of the first three.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, settings: Settings) -> None:
         self.count = 0
         self.kept: dict[tuple[str, str], int] = {}
-        self.accounts: dict[tuple[str, str], Account] = {}
+        self.statistics: dict[tuple[str, str], Statistics] = {}
         self.later_calls = 0
         self.unknown: Counter[str] = Counter()
         self.examples: dict[str, tuple[str, list[int]]] = {}
@@ -90,7 +90,7 @@ class Rows:
         self._settings = settings
 
     def read(self, found: list[Path], progress: Progress) -> None:
-        """Read files: a row is stored, or rejected."""
+        """Read files and store or reject each row."""
         total = sum(file.stat().st_size for file in found) or 1
         before = 0
 
@@ -100,7 +100,7 @@ class Rows:
         with contextlib.ExitStack() as stack:
             spool = stack.enter_context((self._folder / "rows").open("wb", files.BUFFER))
             rejected = stack.enter_context((self._folder / "rejected.jsonl").open("wb"))
-            # On disk as soon as it grows: memory would not hold a set of all rows.
+            # SQLite moves the table to disk as it grows: a set of all rows might not fit in memory.
             seen = stack.enter_context(contextlib.closing(sqlite3.connect("")))
             seen.execute("PRAGMA journal_mode = OFF")
             seen.execute("CREATE TABLE row (hash INTEGER PRIMARY KEY) WITHOUT ROWID")
@@ -109,29 +109,29 @@ class Rows:
                 for number, record in enumerate(formats.records(files.read(file, advanced)), start=1):
                     broken = isinstance(record, files.Broken)
                     key = name, "?" if broken else formats.recognise(record)
-                    account = self.accounts[key] = self.accounts.get(key) or Account(*key)
-                    account.read += 1
+                    statistics = self.statistics[key] = self.statistics.get(key) or Statistics(*key)
+                    statistics.read += 1
                     is_log = formats.is_session(record)
                     if self._settings.redact or (self._settings.redact is None and is_log):
                         record, replaced = redact(record)
-                        account.cleaned.update(
+                        statistics.cleaned.update(
                             {f"redacted {kind}": count for kind, count in replaced.items()}
                         )
                     try:
                         if broken:
-                            raise Fault("not-json", record.sentence)
+                            raise RowError("not-json", record.message)
                         content = formats.read(record, find)
-                        row, same = self._row(account, content)
+                        row, same = self._row(statistics, content)
                         if not seen.execute("INSERT OR IGNORE INTO row VALUES (?)", (same,)).rowcount:
-                            raise Fault("duplicate", "all that is trained on and shown is in an earlier row")
-                    except Fault as fault:
-                        account.rejected[fault.reason] += 1
-                        numbers = self.examples.setdefault(fault.reason, (str(fault), []))[1]
+                            raise RowError("duplicate", "an earlier row has the same conversation and tools")
+                    except RowError as error:
+                        statistics.rejected[error.reason] += 1
+                        numbers = self.examples.setdefault(error.reason, (str(error), []))[1]
                         numbers += [number] * (len(numbers) < 3)
-                        rejected.write(_rejection(account, number, fault, record.text if broken else record))
+                        rejected.write(_rejection(name, number, error, record.text if broken else record))
                         continue
                     for what in content.cleaned:
-                        account.cleaned[what] += 1
+                        statistics.cleaned[what] += 1
                     self.unknown.update(content.unknown)
                     self.later_calls += content.later
                     spool.write(msgspec.json.encode(row) + b"\n")
@@ -139,17 +139,17 @@ class Rows:
                 before += file.stat().st_size
 
     def __iter__(self) -> Iterator[Row]:
-        """Yield the rows, in the order of reading."""
+        """Yield the rows in the order in which they were read."""
         decode = msgspec.json.Decoder(Row).decode
         with (self._folder / "rows").open("rb", files.BUFFER) as spool:
             yield from map(decode, spool)
 
     def total(self, what: str) -> Counter[str]:
-        """Return the sum of all accounts' `cleaned`, `rejected` or `written`."""
-        return sum((getattr(account, what) for account in self.accounts.values()), Counter())
+        """Return the total of `cleaned`, `rejected` or `written` over all files."""
+        return sum((getattr(source, what) for source in self.statistics.values()), Counter())
 
-    def _row(self, account: Account, content: Content) -> tuple[Row, int]:
-        """Return a row, and the hash of all that is trained on and shown of it."""
+    def _row(self, statistics: Statistics, content: Content) -> tuple[Row, int]:
+        """Return a row, and the hash of its conversation and tools, by which duplicates are found."""
         settings, known = self._settings, self._catalogue.tools
         numbers = [self._catalogue.number(tool) for tool in content.tools]
         own = [
@@ -162,7 +162,7 @@ class Rows:
             content.later = every - kept
         if turns[0].role != SYSTEM:
             turns.insert(0, Turn(SYSTEM, SYSTEM_MESSAGE))
-        # all of a turn but its ids, which say nothing
+        # ids do not make a row different
         said = [(turn.role, turn.text, turn.calls, turn.reasoning, turn.trained) for turn in turns]
         shown = [tool if isinstance(tool, int) else msgspec.structs.astuple(tool) for tool in own]
         same = hashlib.blake2b(as_json((said, shown)), digest_size=8).digest()
@@ -172,39 +172,40 @@ class Rows:
                 break
             asked = turn.text if turn.role == USER else asked
         digest = hashlib.blake2b(f"{settings.seed}\n{_bare(asked)}".encode(), digest_size=16).digest()
-        hashed, drawn = int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
+        split_hash, no_call_hash = int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
         called = list({call.name: None for turn in turns for call in turn.calls})
         for tool in content.tools:
             if called and tool.name == called[0]:
                 key = tool.server, tool.name
-                self.kept[key] = max(hashed, self.kept.get(key, -1))
-        row = Row(account.file, account.format, hashed, drawn, own, called, messages_of(turns))
+                self.kept[key] = max(split_hash, self.kept.get(key, -1))
+        source = statistics.file, statistics.format
+        row = Row(*source, split_hash, no_call_hash, own, called, messages_of(turns))
         return row, int.from_bytes(same, signed=True)
 
 
 def _bare(question: str) -> str:
-    """Return a question without case, spaces and punctuation: a near copy is the same question."""
+    """Return a question without case, spaces and punctuation, so that near copies count as the same."""
     return re.sub(r"[\W_]+", "", question.casefold()) or question
 
 
-def _rejection(account: Account, number: int, fault: Fault, record: Any) -> bytes:
+def _rejection(file: str, number: int, error: RowError, record: Any) -> bytes:
     line = {
-        "file": account.file,
+        "file": file,
         "row": number,
-        "reason": fault.reason,
-        "sentence": str(fault),
+        "reason": error.reason,
+        "sentence": str(error),
         "record": record,
     }
     try:
         text = json.dumps(line, ensure_ascii=False, default=str)
-    except (RecursionError, ValueError, TypeError):  # what it holds has no end, or no JSON keys
+    except (RecursionError, ValueError, TypeError):  # too deeply nested, or keys that JSON does not allow
         text = json.dumps(line | {"record": None})
-    # half a surrogate pair becomes its JSON escape
+    # a lone surrogate becomes its JSON escape
     return text.encode(errors="backslashreplace") + b"\n"
 
 
 def messages_of(turns: list[Turn]) -> list[dict[str, Any]]:
-    """Return turns as OpenAI's messages; calls without an id get call_1, call_2, results one in order."""
+    """Return turns as OpenAI messages; calls without an id get call_1, call_2, …, in order with results."""
     messages: list[dict[str, Any]] = []
     number = 0
     waiting: list[str] = []  # ids of calls without a result

@@ -1,7 +1,7 @@
 r"""The second pass of a conversion: each row gets its split and its candidate tools, and is written twice.
 
-In OpenAI's form, a file a split (train.jsonl, seen.jsonl, …), which is what is trained; tests also say whose
-tool is the gold one:
+In OpenAI's format, one file per split (train.jsonl, seen.jsonl, …), which is what mcp-lora trains on; test
+samples also name the server of the gold tool:
 
     {"messages": [{"role": "system", "content": "You are a helpful assistant. …"},
                   {"role": "user", "content": "What is 128 * 46?"},
@@ -10,7 +10,7 @@ tool is the gold one:
      "tools": [{"type": "function", "function": {"name": "calculate", "description": …, "parameters": {…}}}],
      "server": "calculator"}
 
-And in LLaMA-Factory's sharegpt form (its data/README.md), for those who train without mcp-lora:
+And in LLaMA-Factory's sharegpt format (its data/README.md), for those who train without mcp-lora:
 
     {"conversations": [{"from": "human", "value": "What is 128 * 46?"},
                        {"from": "function_call",
@@ -34,7 +34,7 @@ from mcp_lora.data.records import Settings, Tool
 from mcp_lora.data.rows import Progress, Row, Rows
 from mcp_lora.data.sampling import Pool, Split
 
-# The splits, and what LLaMA-Factory's form of each is named.
+# The splits, and the name of each as a LLaMA-Factory dataset.
 SPLITS = {
     "train": "mcp_train",
     "seen": "mcp_test_seen",
@@ -42,13 +42,13 @@ SPLITS = {
     "unseen_server": "mcp_test_unseen_server",
     "no_call": "mcp_test_no_call",
 }
-# Between the results of parallel calls: LLaMA-Factory allows one turn for all of them and joins them so
-# itself (its data/converter.py, OpenAIDatasetConverter).
+# Separates the results of parallel calls, which LLaMA-Factory expects in one turn and joins in this way
+# (its data/converter.py, OpenAIDatasetConverter).
 _BETWEEN_RESULTS = "\n</tool_response>\n<tool_response>\n"
 
 
 def engine_file(split: str) -> str:
-    """Return the name of LLaMA-Factory's file of a split."""
+    """Return the name of a split's file in LLaMA-Factory's format."""
     return "mcp_train_data.json" if split == "train" else f"{SPLITS[split]}.json"
 
 
@@ -56,8 +56,8 @@ class Samples:
     """Writes the samples of a conversion into `folder`.
 
     Attributes:
-        extra: no-call samples that were made, by split.
-        count: samples, by split.
+        extra: number of extra no-call samples, by split.
+        count: number of samples, by split.
         pool: where the candidates come from.
     """
 
@@ -76,20 +76,20 @@ class Samples:
         self._files: dict[str, list[IO[bytes]]] = {}
 
     def write(self, progress: Progress) -> None:
-        """Write a sample for every row, and no-call samples of some."""
+        """Write the samples of every row, and extra no-call samples of some."""
         rows = self._rows
         some = self._split.servers or self._split.tools
-        held_out = {row.asked for row in rows if self._held_out(self._gold(row))} if some else set()
+        held_out = {row.split_hash for row in rows if self._held_out(self._gold(row))} if some else set()
         with self._open:
             for place, row in enumerate(rows):
                 own, gold = self._own(row), self._gold(row)
-                split = self._split_of(row, gold, row.asked in held_out)
+                split = self._split_of(row, gold, row.split_hash in held_out)
                 if split != "train" and not _calls(row.messages):
-                    split = "no_call"  # its calls are context, the right answer is not to call
+                    split = "no_call"  # its calls are context, the gold answer is not to call
                 count = self._settings.candidates
-                sampled = self.pool.sample(own, row.called, count, row.asked, split == "unseen_server")
+                sampled = self.pool.sample(own, row.called, count, row.split_hash, split == "unseen_server")
                 server = gold[0].server if gold else ""
-                # A test asks for the call, and for nothing after it.
+                # A test sample ends with the gold call.
                 if split != "train":
                     self._write(split, _up_to_the_call(row.messages), sampled, server)
                 elif self._settings.turns == "each" and gold:
@@ -97,11 +97,11 @@ class Samples:
                         self._write(split, messages, sampled, server)
                 else:
                     self._write(split, row.messages, sampled, server)
-                rows.accounts[row.file, row.format].written[split] += 1
-                if gold and row.drawn < self._settings.no_call * 2**64:
-                    # As many candidates as with the gold tool, or their number would tell.
+                rows.statistics[row.file, row.format].written[split] += 1
+                if gold and row.no_call_hash < self._settings.no_call * 2**64:
+                    # As many candidates as with the gold tool, or their number would give it away.
                     more = self.pool.sample(
-                        own, row.called, len(sampled) + len(gold), row.asked, split == "unseen_server"
+                        own, row.called, len(sampled) + len(gold), row.split_hash, split == "unseen_server"
                     )
                     distractors = [tool for tool in more if tool.name not in row.called]
                     self._write_no_call(split, row, distractors[: len(sampled)])
@@ -117,7 +117,7 @@ class Samples:
         return [tool for tool in self._own(row) if tool.name in row.called]
 
     def _held_out(self, gold: list[Tool]) -> str | None:
-        """Return the test of held-out servers or tools that a question belongs to."""
+        """Return the split of held-out servers or tools that a question belongs to, if any."""
         if any(self._split.server(tool.server) for tool in gold):
             return "unseen_server"
         if any(self._split.tool(tool.server, tool.name) for tool in gold):
@@ -125,12 +125,12 @@ class Samples:
         return None
 
     def _split_of(self, row: Row, gold: list[Tool], asked_in_a_test: bool) -> str:
-        """Return a row's split: the same question is never trained on and tested."""
+        """Return a row's split: no question is in both training and test."""
         if test := self._held_out(gold):
             return test
-        # One question of a tool is always trained on, or it would not be a seen tool. That it is the
-        # one with the highest hash lets questions move from training into the test, never back.
-        if not asked_in_a_test and (not self._split.row(row.asked) or row.asked in self._kept):
+        # One question of each tool is always trained on, or the tool would not be seen. It is the one with
+        # the highest hash, so that questions may move from training into the test, never back.
+        if not asked_in_a_test and (not self._split.row(row.split_hash) or row.split_hash in self._kept):
             return "train"
         return "seen" if gold else "no_call"
 
@@ -149,7 +149,7 @@ class Samples:
         self.count[split] += 1
 
     def _write_no_call(self, split: str, row: Row, distractors: list[Tool]) -> None:
-        """Write the row's question once more, without the gold tool and with the answer that says so."""
+        """Write the row's question once more, without the gold tool and with a refusal as its answer."""
         if not distractors:
             return
         asked = _up_to_the_call(row.messages)[:-1]
@@ -161,10 +161,10 @@ class Samples:
 
 
 def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a sample in LLaMA-Factory's form.
+    """Return a sample in LLaMA-Factory's format.
 
-    That form holds one text or one call, or parallel ones, a turn: text beside a call, reasoning, weights and
-    later system messages are left out, and the results of parallel calls joined.
+    There a turn is either text or calls: text beside a call, reasoning, weights and later system messages
+    are left out, and the results of parallel calls are joined.
     """
     turns: list[dict[str, str]] = []
     for message in sample["messages"]:
@@ -194,7 +194,7 @@ def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _calls(messages: list[Any]) -> list[int]:
-    """Return the places of the calls that are trained on."""
+    """Return the positions of the messages whose calls are trained on."""
     return [
         place
         for place, message in enumerate(messages)
@@ -203,13 +203,13 @@ def _calls(messages: list[Any]) -> list[int]:
 
 
 def _up_to_the_call(messages: list[Any]) -> list[Any]:
-    """Return the messages up to and with the first call; all of them where none calls."""
+    """Return the messages up to and including the first call, or all if there is no call."""
     calls = _calls(messages)
     return messages[: calls[0] + 1] if calls else messages
 
 
 def _each_call(messages: list[Any]) -> Iterator[list[Any]]:
-    """Yield the messages up to and with each call that is trained on; those before it are context."""
+    """Yield the messages up to and including each call that is trained on; earlier ones are context."""
     for place in _calls(messages):
         before = [one | {"weight": 0} if one["role"] == "assistant" else one for one in messages[:place]]
         yield [*before, messages[place]]

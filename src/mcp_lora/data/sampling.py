@@ -1,4 +1,4 @@
-"""What a question is asked for, training or one of the tests, and with which candidate tools."""
+"""Which questions are held out, and the candidate tools of each."""
 
 import hashlib
 import random
@@ -13,10 +13,10 @@ from mcp_lora.data.records import Tool
 
 @dataclass(frozen=True)
 class Split:
-    """What is held out: servers, tools, and a share of the rows of all others, from 0 to 1.
+    """The fractions to hold out, from 0 to 1: of servers, of tools, and of the rows of all others.
 
-    Hashes decide, of the names and of a row's content: more data moves nothing that was tested on
-    into training.
+    Hashes of names and of a row's content decide, so that adding data never moves a held-out question into
+    training.
     """
 
     servers: float
@@ -25,9 +25,9 @@ class Split:
     seed: int
 
     def within(self, tools: Collection[tuple[str, str]]) -> "Split":
-        """Return this split without the parts for which the tools, (server, name), are too few.
+        """Return this split without the fractions that amount to less than one of the servers or tools.
 
-        A share has to be one server, or one tool, at least.
+        `tools` are (server, name).
         """
         servers = {server for server, _ in tools if server}
         return replace(
@@ -37,39 +37,39 @@ class Split:
         )
 
     def server(self, server: str) -> bool:
-        """Whether a server is held out; an unknown one never is."""
+        """Whether a server is held out; an unknown server never is."""
         return bool(server) and self._below(self.servers, "server", server)
 
     def tool(self, server: str, name: str) -> bool:
-        """Whether a tool is held out for itself, whatever becomes of its server."""
+        """Whether a tool is held out, regardless of its server."""
         return self._below(self.tools, "tool", server, name)
 
     def row(self, content: int) -> bool:
-        """Whether a row of a tool that is trained on is held out; `content` is a hash of 64 bits."""
+        """Whether a row of a tool that is trained on is held out; `content` is a 64-bit hash."""
         return content < self.rows * 2**64
 
-    def _below(self, share: float, *words: str) -> bool:
-        if not share:
+    def _below(self, fraction: float, *words: str) -> bool:
+        if not fraction:
             return False
         key = "\0".join((str(self.seed), *words)).encode(errors="surrogatepass")
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < share * 2**64
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < fraction * 2**64
 
 
-_ALIKE = 90  # of 100: names, word by word, or descriptions that are as similar say the same
+_ALIKE = 90  # of 100: similarity of names or descriptions from which two tools count as synonyms
 
 
 class Pool:
     """The tools of a catalogue, to sample candidates from.
 
     Attributes:
-        synonyms: how often a tool was left out as it does what the gold tool does.
+        synonyms: how often a tool was left out because it does the same as the gold tool.
     """
 
     def __init__(self, catalogue: Catalogue, split: Split) -> None:
         self.synonyms = 0
         self._random = random.Random()
         self._by_server = catalogue.by_server
-        # A row's own definition of a tool is known by the same names.
+        # A row's own definition of a tool has the same (server, name).
         self._held_out = {
             (tool.server, tool.name)
             for tool in catalogue.tools
@@ -87,61 +87,61 @@ class Pool:
     ) -> list[Tool]:
         """Sample the candidate tools of one question, the gold tools among them, in random order.
 
-        A row that brings more tools than it calls has these as distractors first. Otherwise half of the
-        distractors are of the gold tool's server, where it has them, and the rest of others, without those
-        that are named or described as a gold tool is: to call them would be right.
+        The tools that a row brings and does not call are its first distractors. If there are none, half of
+        the distractors are from the gold tool's server, if it has enough, and the rest from other servers,
+        without those whose name or description is like a gold tool's: calling them would be right, too.
 
         Args:
             own: the tools that the row brings.
-            called: the names of those that are called; none where the right answer is not to call.
-            count: how many candidates in all.
-            content: a hash of the row, which seeds: other rows may come and go.
-            unseen_server: the row tests a held-out server, whose tools may then be distractors.
+            called: the names of the gold tools; empty if the gold answer is not to call.
+            count: total number of candidates.
+            content: a hash of the row, used as the seed, so that other rows do not matter.
+            unseen_server: the row tests a held-out server, so that held-out tools may be distractors.
         """
         self._random.seed(content)
         gold = [tool for tool in own if tool.name in called]
         near: Sequence[Tool] = [tool for tool in own if tool.name not in called]
-        offered = {tool.name: tool for tool in gold}
-        first = size = max(count, len(offered))
+        candidates = {tool.name: tool for tool in gold}
+        first = size = max(count, len(candidates))
         if gold and not near:
             near = self._by_server.get(gold[0].server, []) if gold[0].server else []
-            first = (len(offered) + size + 1) // 2
-        barred = set() if unseen_server else self._held_out
-        self._fill(offered, first, near, barred)
+            first = (len(candidates) + size + 1) // 2
+        excluded = set() if unseen_server else self._held_out
+        self._fill(candidates, first, near, excluded)
         if gold:
-            self._fill(offered, size, self._seen, set(), gold)
-        self._fill(offered, size, near, barred)
-        return sorted(offered.values(), key=lambda tool: self._random.random())
+            self._fill(candidates, size, self._seen, set(), gold)
+        self._fill(candidates, size, near, excluded)
+        return sorted(candidates.values(), key=lambda tool: self._random.random())
 
     def _fill(
         self,
-        offered: dict[str, Tool],
+        candidates: dict[str, Tool],
         size: int,
         tools: Sequence[Tool],
-        barred: set[tuple[str, str]],
+        excluded: set[tuple[str, str]],
         gold: Sequence[Tool] = (),
     ) -> None:
-        """Offer more tools, up to a size: of names that are not on offer yet, and none that is barred."""
-        if len(offered) >= size:
+        """Add tools with new names that are not excluded, until there are `size` candidates."""
+        if len(candidates) >= size:
             return
-        for tool in self._shuffled(tools, size - len(offered)):
-            if tool.name not in offered and (tool.server, tool.name) not in barred:
+        for tool in self._shuffled(tools, size - len(candidates)):
+            if tool.name not in candidates and (tool.server, tool.name) not in excluded:
                 if any(_are_alike(tool, other) for other in gold):
                     self.synonyms += 1
                     continue
-                offered[tool.name] = tool
-                if len(offered) == size:
+                candidates[tool.name] = tool
+                if len(candidates) == size:
                     return
 
     def _shuffled(self, tools: Sequence[Tool], count: int) -> Iterator[Tool]:
-        """Yield all in random order; some twice, as all are shuffled only where a few draws do not do."""
+        """Yield all in random order, some twice: all are shuffled only if a few random picks fail."""
         if len(tools) > count:
             yield from self._random.choices(tools, k=2 * count)
         yield from self._random.sample(tools, len(tools))
 
 
 def _are_alike(one: Tool, other: Tool) -> bool:
-    """Tell whether tools of two servers do the same; those of one server are meant to be told apart."""
+    """Tell whether tools of two servers do the same; tools of one server never count as alike."""
     if one.server and one.server == other.server:
         return False
     if fuzz.ratio(one.words, other.words, score_cutoff=_ALIKE):

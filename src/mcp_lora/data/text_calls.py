@@ -1,7 +1,7 @@
-r"""Calls that stand in an answer's text: forms in which models and data sets write them, read by example.
+r"""Calls in the text of an answer, in the formats that models and data sets use, parsed by example.
 
-Each form writes a call with marked names and values, and mcp_lora.data.calls learns from that how it is
-read. The first that reads a text wins; what is written around a call stays the text beside it.
+Each format renders a call with marker names and values, from which mcp_lora.data.calls learns to parse it.
+The first format that parses a text wins; the text around the calls is kept beside them.
 """
 
 import json
@@ -13,13 +13,13 @@ from functools import cache
 from typing import Any
 
 from mcp_lora.data.calls import CallFormat, Reading
-from mcp_lora.data.records import Fault, ToolCall, literal
+from mcp_lora.data.records import RowError, ToolCall, literal
 
 _Writer = Callable[[list[ToolCall]], str]
 
 
 def _each(form: str, between: str = "\n") -> _Writer:
-    """Write each call by a form with places for its name, arguments, or both as JSON."""
+    """Write each call by a format string with fields for its name, arguments, or both as JSON."""
 
     def write(calls: list[ToolCall]) -> str:
         return between.join(
@@ -49,7 +49,7 @@ def _list(opening: str = "", closing: str = "", name: str = "name", arguments: s
 
 
 def _object(name: str, arguments: str) -> _Writer:
-    """Write each call as an object under other keys than OpenAI's."""
+    """Write each call as an object with other keys than OpenAI's."""
     return lambda calls: "\n".join(json.dumps({name: call.name, arguments: call.arguments}) for call in calls)
 
 
@@ -108,16 +108,16 @@ _FORMS = (
         ("args", "arguments", "arguments", "action_input", "parameters"),
     ),
 )
-# What begins a call in forms that are not read, or in a broken one: words, and a tool's name in its place.
+# Signs of a call that cannot be parsed: literals, and a tool's name where a call would have it.
 _MARKS = (
     r"<\|?/?(?:tool|function)_?call|<functioncall>|<function=|<TOOLCALL>|<invoke "
     r"|<\|python_tag\|>|\[TOOL_CALLS\]|<｜tool▁call|to=functions\.|^Action:.*^Action Input:"
 )
 _NAMED = r"\b(?:{names})\s*\{{|\b(?:{names})\([^)\s]|:\s*[\"'](?:{names})[\"']|>\s*(?:{names})\s*<"
 _FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL
-_LONG = 100_000  # characters; beyond, Python's quotes are not looked for, as the time grows with the square
+_LONG = 100_000  # characters; longer texts are not searched for Python literals, which takes quadratic time
 _PYTHON = re.compile(r"\{.*?\}(?=\s*(?:[<\]]|$|```))", re.DOTALL)
-# Around the calls: a template's tag, which it writes itself, and what holds them in an object.
+# What surrounds calls: a tag, which the template writes itself, and the key of an object around them.
 _TAG = re.compile(r"(?:<[^<>\s]{1,40}>|<\|start\|>assistant)$")
 _HOLDERS = ("tool_calls", "tool_call", "function_call", "function_calls", "calls")
 
@@ -128,13 +128,13 @@ def _formats() -> list[CallFormat]:
 
 
 def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
-    """Return the calls in a text; None where it holds none.
+    """Return the calls in a text, or None if it contains none.
 
     Args:
-        text: an assistant's.
-        schemas: the parameters' JSON Schema of each tool on offer, by name; no other is called.
+        text: the text of an assistant's message.
+        schemas: the parameters' JSON Schema of each tool of the row, by name; only these are called.
 
-    Raises Fault where it calls a tool in a form that is not known, or a tool that is not on offer.
+    Raises RowError if it contains a call in an unknown format, or of a tool that is not in the row.
     """
     if any(name in text for name in schemas):  # most answers name no tool
         for variant in dict.fromkeys(_variants(text, schemas)):
@@ -156,7 +156,7 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
 
 
 def _variants(text: str, schemas: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a text, and as it would be in a form that is read."""
+    """Yield a text, and rewritten versions of it that may be parsed."""
     yield text
     if "'" in text and len(text) < _LONG:
         yield _PYTHON.sub(as_json, text)
@@ -165,19 +165,19 @@ def _variants(text: str, schemas: Mapping[str, Any]) -> Iterator[str]:
     bare = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     if bare.startswith("{") and bare.endswith("}"):
         yield bare
-        with suppress(ValueError, TypeError):  # Python has values that JSON has not
+        with suppress(ValueError, TypeError):  # a Python value without a JSON equivalent
             if isinstance(value := literal(bare), dict):
                 yield from (json.dumps(value[holder]) for holder in _HOLDERS if holder in value)
 
 
-def _unread(text: str) -> Fault:
-    return Fault("call-as-text", f"a call is written as text that cannot be read: {text.strip()[:80]}")
+def _unread(text: str) -> RowError:
+    return RowError("call-as-text", f"a call in the text cannot be parsed: {text.strip()[:80]}")
 
 
 def as_json(found: re.Match[str]) -> str:
-    """Return an object in Python's syntax as JSON, anything else as it is."""
+    """Return a Python literal of an object or list as JSON, anything else unchanged."""
     try:
         value = literal(found.group())
         return json.dumps(value) if isinstance(value, dict | list) else found.group()
-    except (ValueError, TypeError):  # Python has values that JSON has not
+    except (ValueError, TypeError):  # a Python value without a JSON equivalent
         return found.group()

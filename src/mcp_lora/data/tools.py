@@ -1,4 +1,4 @@
-r"""Read tools of any form: MCP's, OpenAI's, Anthropic's, Gemini's, and lists of servers.
+r"""Read tool definitions of any format: MCP's, OpenAI's, Anthropic's, Gemini's, and lists of servers.
 
 {"name": "calculate", "description": "Evaluates the expression",
  "inputSchema": {"type": "object", "properties": {"expression": {"type": "string"}}}}
@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from mcp_lora.data.records import Fault, Tool, literal
+from mcp_lora.data.records import RowError, Tool, literal
 
 _SCHEMAS = (
     "parameters",
@@ -27,7 +27,7 @@ _SCHEMAS = (
 )
 _WRAPPERS = ("result", "function", "toolSpec")  # of a reply to tools/list, OpenAI's, Bedrock's
 _LISTS = ("function_declarations", "functionDeclarations", "tools", "functions", "remote_server_response")
-# Python's and Gemini's names of JSON Schema's types.
+# What Python and Gemini call JSON Schema's types.
 _TYPES = {
     "str": "string",
     "int": "integer",
@@ -43,32 +43,32 @@ _TYPES = {
     "nonetype": "null",
 }
 _PLAIN = ("string", "integer", "number", "boolean", "array", "object", "null")
-_META = {"type", "title", "required", "description"}  # of a schema, and no parameter
-_VALUES = ("enum", "const", "default", "examples", "example")  # of a schema: what is in them is no schema
+_META = {"type", "title", "required", "description"}  # keywords of a schema, not parameters
+_VALUES = ("enum", "const", "default", "examples", "example")  # keywords with data, not schemas
 
 
 def tools_in(value: Any, server: str = "", cleaned: list[str] | None = None) -> Iterator[Tool]:
-    """Yield the tools in a value, at whatever depth: a tool, a list, by name, or by server.
+    """Yield the tools in a value, at any depth: a tool, a list, or a mapping by name or by server.
 
     Args:
-        value: as the data has it.
-        server: that they belong to, if they do not say so themselves.
+        value: as it is in the data.
+        server: the server of tools that do not name one.
         cleaned: what was normalized is added to this.
 
-    Raises Fault where something in it is no tool.
+    Raises RowError if it contains something that is not a tool.
     """
     if isinstance(value, str) and value.strip():
         try:
             value = literal(value)
         except ValueError:
-            raise Fault("no-tool", f"tools are no JSON: {value[:80]}") from None
+            raise RowError("no-tool", f"the tools are not JSON: {value[:80]}") from None
     if isinstance(value, list):
         for item in value:
             yield from tools_in(item, server, cleaned)
     elif isinstance(value, dict):
         yield from _of_object(value, server, cleaned)
     elif value:
-        raise Fault("no-tool", f"a tool is no object but {type(value).__name__}")
+        raise RowError("no-tool", f"a tool is not an object but {type(value).__name__}")
 
 
 def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) -> Iterator[Tool]:
@@ -92,26 +92,26 @@ def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) ->
                 tools_in({"name": name} | item, server, cleaned) if is_tool else tools_in(item, name, cleaned)
             )
     elif value:
-        raise Fault("no-tool", f"a tool has no name, but {', '.join(value)}")
+        raise RowError("no-tool", f"a tool has no name, only {', '.join(value)}")
 
 
 def _tool(item: dict[str, Any], server: str, cleaned: list[str] | None) -> Tool:
     try:
         tool, changed = _known(msgspec.json.encode(item), server)
     except (ValueError, TypeError, RecursionError):
-        raise Fault("not-json-value", "a text in a tool is not JSON, or has no end") from None
+        raise RowError("not-json-value", "a tool is not valid JSON, or nested too deeply") from None
     if changed and cleaned is not None:
         cleaned.append("schema")
     return tool
 
 
-@lru_cache(maxsize=1 << 12)  # rows bring the same tools again and again
+@lru_cache(maxsize=1 << 12)  # many rows define the same tools
 def _known(text: bytes, server: str) -> tuple[Tool, bool]:
-    """Return the tool in a JSON text, and whether its schema had to be normalized."""
+    """Return the tool in a JSON text, and whether its schema was normalized."""
     item = msgspec.json.decode(text)
     name = item.get("name", item.get("tool_name"))
     if not isinstance(name, str) or not name:
-        raise Fault("no-tool", "a tool has no name")
+        raise RowError("no-tool", "a tool has no name")
     schema: Any = next((item[key] for key in _SCHEMAS if item.get(key) is not None), {})
     if isinstance(schema, str):
         try:
@@ -124,7 +124,7 @@ def _known(text: bytes, server: str) -> tuple[Tool, bool]:
     if isinstance(schema, list) and all(isinstance(part, dict) and "name" in part for part in schema):
         schema = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in schema}
     if not isinstance(schema, dict):
-        raise Fault("no-schema", f"{name} has no input schema")
+        raise RowError("no-schema", f"{name} has no input schema")
     if schema.keys() == {"json"} and isinstance(schema["json"], dict):  # Bedrock's
         schema = schema["json"]
     description = item.get("description", item.get("tool_description"))
@@ -132,7 +132,7 @@ def _known(text: bytes, server: str) -> tuple[Tool, bool]:
     try:
         parameters = schema_of(schema, name)
         changed = parameters != plain
-    except RecursionError:  # too deep to be a schema, which its validator says
+    except RecursionError:  # too deep to be a schema, which its validator reports
         parameters, changed = plain, False
     return Tool(server, name, str(description or ""), parameters), changed
 
@@ -140,10 +140,10 @@ def _known(text: bytes, server: str) -> tuple[Tool, bool]:
 def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:
     """Return parameters as JSON Schema.
 
-    xLAM and others write a flat map, {"limit": {"type": "int, optional", "default": 10}}; tables fill in
-    nulls; Python and Gemini name types otherwise.
+    xLAM and others write a flat map, {"limit": {"type": "int, optional", "default": 10}}; tabular formats add
+    nulls; Python and Gemini use other names for types.
 
-    Raises Fault where a parameter is no object.
+    Raises RowError if `properties` is not an object.
     """
     flat = {key: item for key, item in parameters.items() if not key.startswith("$")}
     if flat and all(isinstance(item, str) for item in flat.values()) and not _META & flat.keys():
@@ -163,12 +163,12 @@ def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:
         parameters = {"type": "object", "properties": flat, "required": required}
     schema: dict[str, Any] = _schema(parameters)
     if not isinstance(schema.get("properties", {}), dict):
-        raise Fault("no-schema", f"the properties of {name} are no object")
+        raise RowError("no-schema", f"the properties of {name} are not an object")
     return {"type": "object", "properties": {}} | schema
 
 
 def _schema(value: Any) -> Any:
-    """Return a schema with JSON Schema's names of types, and without the nulls that a table has filled in."""
+    """Return a schema with JSON Schema's type names, and without the nulls that tabular formats add."""
     if isinstance(value, list):
         return [_schema(item) for item in value if item is not None]
     if not isinstance(value, dict):
@@ -208,7 +208,7 @@ def _type(kind: Any) -> Any:
 
 
 def takes_null(schema: Any) -> bool:
-    """Tell whether a parameter may be null; one that the schema does not know may not."""
+    """Tell whether a parameter may be null; one that the schema does not define may not."""
     found, kinds = list(parts_of(schema)), types_of(schema)
     enums = [part["enum"] for part in found if isinstance(part.get("enum"), list)]
     return (
@@ -220,14 +220,14 @@ def takes_null(schema: Any) -> bool:
 
 
 def types_of(schema: Any, root: Mapping[str, Any] | None = None) -> set[Any]:
-    """Return the types that a schema names, and None where a part of it names none."""
+    """Return the types that a schema names, and None if a part of it names none."""
     named = (part.get("type") for part in parts_of(schema, root))
     every = (kind for kinds in named for kind in (kinds if isinstance(kinds, list) else [kinds]))
     return {kind for kind in every if kind is None or isinstance(kind, str)}
 
 
 def parts_of(schema: Any, root: Mapping[str, Any] | None = None) -> Iterator[Mapping[str, Any]]:
-    """Yield a schema and those that it is made of, each once: `$ref` within it, anyOf, oneOf, allOf."""
+    """Yield a schema and its subschemas, each once: `$ref` within it, anyOf, oneOf, allOf."""
     waiting, met = [schema], set()
     while waiting:
         part = waiting.pop()

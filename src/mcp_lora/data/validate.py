@@ -1,4 +1,4 @@
-"""What every row must pass, whatever its form: cleaned, in order, its calls valid."""
+"""The checks that every row must pass, whatever its format: normalized, in order, with valid calls."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from mcp_lora.data.records import (
     SYSTEM,
     USER,
     Content,
-    Fault,
+    RowError,
     Settings,
     Tool,
     ToolCall,
@@ -21,25 +21,25 @@ from mcp_lora.data.records import (
 )
 from mcp_lora.data.tools import takes_null
 
-# What each role may follow.
+# The roles that each role may follow.
 _FOLLOWS = {USER: ("", CALL, ANSWER), RESULT: (CALL, RESULT), CALL: (USER, RESULT), ANSWER: (USER, RESULT)}
 _ERROR = re.compile(r"\W*(?:error|exception|traceback|failed|failure|invalid)\b", re.IGNORECASE)
 
 
 def check(content: Content, catalogue: Catalogue, settings: Settings) -> list[Turn]:
-    """Return a row's turns as they can be trained on; what is normalized is added to `content.cleaned`.
+    """Return a row's turns, ready to be trained on; what was normalized is added to `content.cleaned`.
 
     Args:
-        content: as a reader gives it.
+        content: as a reader returns it.
         catalogue: checks arguments against schemas.
-        settings: how much of the conversation is kept, and what is refused.
+        settings: how much of the conversation is kept, and what is rejected.
 
     Returns:
-        A conversation that begins with the user, after a system message if there is one, alternates (USER, or
+        A conversation that starts with the user, after a system message if there is one, alternates (USER, or
         the RESULTs of a CALL) with (CALL or ANSWER) and ends with one of the latter. Later system messages
-        stand where they stood. What comes after a message that is broken or out of order is left off.
+        keep their place. Everything after a message that is broken or out of order is dropped.
 
-    Raises Fault where it cannot be used.
+    Raises RowError if the row cannot be used.
     """
     cleaned, whole = content.cleaned, settings.turns != "call"
     turns = content.turns if settings.keep_failed else list(_without_failed(content.turns))
@@ -49,26 +49,26 @@ def check(content: Content, catalogue: Catalogue, settings: Settings) -> list[Tu
     turns = _joined([_clean(turn, settings, cleaned) for turn in turns])
     first = next((turn for turn in turns if turn.role != SYSTEM), Turn(USER))
     if first.role == USER and not first.text:
-        raise Fault("no-instruction", "there is no question")
-    place, fault = _out_of_order(turns)
-    if fault and whole:
-        content.fault, turns = fault, turns[:place]
-    elif fault:
-        raise fault
+        raise RowError("no-instruction", "there is no question")
+    place, error = _out_of_order(turns)
+    if error and whole:
+        content.error, turns = error, turns[:place]
+    elif error:
+        raise error
     while turns and turns[-1].role in (SYSTEM, USER, RESULT):
         cleaned.append(f"trailing-{turns.pop().role}")
     trained = [turn for turn in turns if turn.role in (CALL, ANSWER) and turn.trained]
-    if content.fault and not trained:
-        raise content.fault
-    if content.fault and (whole or not any(turn.calls for turn in turns)):
+    if content.error and not trained:
+        raise content.error
+    if content.error and (whole or not any(turn.calls for turn in turns)):
         cleaned.append("ends-at-a-broken-message")
     if not turns:
-        raise Fault("no-instruction", "there is no question with an answer")
+        raise RowError("no-instruction", "there is no question with an answer")
     if not trained:
-        raise Fault("failed-call", "every call failed, and nothing else is to be trained on")
+        raise RowError("failed-call", "every call failed, and there is nothing else to train on")
     tools = {tool.name: tool for tool in content.tools}
     if not tools:
-        raise Fault("no-tool", "no tool is on offer")
+        raise RowError("no-tool", "there is no candidate tool")
     return [
         turn._replace(
             calls=tuple(
@@ -79,13 +79,13 @@ def check(content: Content, catalogue: Catalogue, settings: Settings) -> list[Tu
     ]
 
 
-def _out_of_order(turns: list[Turn]) -> tuple[int, Fault | None]:
-    """Return the first place where a turn may not stand, and why."""
+def _out_of_order(turns: list[Turn]) -> tuple[int, RowError | None]:
+    """Return the position of the first turn that is out of order, and the error, or the end and None."""
     before = ""
     for place, turn in enumerate(turns):
         if turn.role != SYSTEM:
             if before not in _FOLLOWS[turn.role]:
-                return place, Fault("bad-order", f"a {turn.role} comes after {before or 'nothing'}")
+                return place, RowError("bad-order", f"a {turn.role} comes after {before or 'nothing'}")
             before = turn.role
     return len(turns), None
 
@@ -93,25 +93,25 @@ def _out_of_order(turns: list[Turn]) -> tuple[int, Fault | None]:
 def _checked(
     call: ToolCall, tools: dict[str, Tool], catalogue: Catalogue, strict: bool, content: Content
 ) -> ToolCall:
-    """Return a call without the nulls that a table has filled in, if it is valid."""
+    """Return a valid call without the nulls that tabular formats add."""
     if call.name not in tools:
-        raise Fault("unknown-tool", f"{call.name} is called, but not among the tools")
+        raise RowError("unknown-tool", f"{call.name} is called, but not among the tools")
     tool = tools[call.name]
     arguments = _without_nulls(call.arguments, tool.parameters)
     if arguments != call.arguments:
         content.cleaned.append("null-argument")
     if problem := catalogue.problem(tool, arguments):
-        raise Fault("schema", f"the arguments of {call.name} break its schema: {problem}")
+        raise RowError("schema", f"the arguments of {call.name} do not match its schema: {problem}")
     unknown = [key for key in arguments if key not in tool.parameters["properties"]]
     if unknown and "additionalProperties" not in tool.parameters:
         if strict:
-            raise Fault("schema", f"the schema of {call.name} has no {', '.join(unknown)}")
+            raise RowError("schema", f"the schema of {call.name} has no {', '.join(unknown)}")
         content.unknown.append(call.name)
     return ToolCall(call.name, arguments)
 
 
 def _without_nulls(value: Any, schema: Any) -> Any:
-    """Return arguments without nulls that the schema neither takes nor requires."""
+    """Return arguments without the nulls that the schema neither allows nor requires."""
     if not isinstance(value, dict) or not isinstance(schema, dict):
         return value
     properties, required = schema.get("properties"), schema.get("required") or ()
@@ -125,9 +125,9 @@ def _without_nulls(value: Any, schema: Any) -> Any:
 
 
 def _without_failed(turns: list[Turn]) -> Iterator[Turn]:
-    """Yield turns; a call of which the result is an error is context, and not trained on.
+    """Yield the turns, with each call whose result is an error as context, not trained on.
 
-    A result that begins as errors do is one where the same tool is called again at once.
+    A result that only starts like an error counts as one if the same tool is called again right after it.
     """
     for place, turn in enumerate(turns):
         if turn.role == CALL:
@@ -141,7 +141,7 @@ def _without_failed(turns: list[Turn]) -> Iterator[Turn]:
 
 
 def _up_to_the_call(turns: list[Turn]) -> list[Turn]:
-    """Return the turns up to the first call that is trained on, and those in parallel; else to an answer."""
+    """Return the turns up to the first trained call and those parallel to it, or else to the first answer."""
     for role in (CALL, ANSWER):
         for place, turn in enumerate(turns):
             if turn.role == role and turn.trained and (turn.calls or turn.text.strip()):
@@ -151,7 +151,7 @@ def _up_to_the_call(turns: list[Turn]) -> list[Turn]:
 
 
 def _clean(turn: Turn, settings: Settings, cleaned: list[str]) -> Turn:
-    """Take the leading ": " that generators leave, and white space, off a question; shorten a result."""
+    """Strip white space and the leading ": " that generators leave from a question; shorten a result."""
     text = turn.text
     if turn.role == USER:
         text = text.strip()
@@ -170,9 +170,9 @@ def _clean(turn: Turn, settings: Settings, cleaned: list[str]) -> Turn:
 
 
 def _joined(turns: list[Turn]) -> list[Turn]:
-    """Join what stands one after another in one role: parallel calls, a text and the call after it, texts.
+    """Join adjacent turns of one role: parallel calls, a text and the call after it, texts.
 
-    Results come in the order of the calls that they belong to.
+    Results are put in the order of their calls.
     """
     joined: list[Turn] = []
     for turn in turns:

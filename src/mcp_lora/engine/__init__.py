@@ -1,1 +1,1 @@
-"""All that is asked of LLaMA-Factory: its API, its processes, and how many of them train together."""
+"""Everything that uses LLaMA-Factory: its API, its processes, and their topology."""

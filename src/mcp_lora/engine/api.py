@@ -1,4 +1,4 @@
-"""What LLaMA-Factory is asked in this process."""
+"""LLaMA-Factory's API, as far as it is used in this process, and its configuration keys."""
 
 import ast
 import difflib
@@ -25,47 +25,47 @@ ARGUMENTS = (  # HfArgumentParser's dataclasses
 )
 _PLAIN = re.compile(r"(?:Optional\[)?(int|float|bool)\]?(?: \| None)?")
 _RENAMED = {"new_special_tokens": ["add_special_tokens"]}  # in 0.9.4
-_OF_A_STEP = {"adapter_name_or_path", "disable_gradient_checkpointing", "use_unsloth", "enable_liger_kernel"}
+_STEP_ONLY = {"adapter_name_or_path", "disable_gradient_checkpointing", "use_unsloth", "enable_liger_kernel"}
 
 
 def require() -> None:
-    """Raise McpLoraError where LLaMA-Factory is not installed."""
+    """Raise McpLoraError if LLaMA-Factory is not installed."""
     if importlib.util.find_spec("llamafactory") is None:
         raise McpLoraError("LLaMA-Factory is not installed in this environment: pip install -e .")
 
 
 def problems(config: Mapping[str, Any]) -> list[str]:
-    """Return what LLaMA-Factory would refuse: keys that it does not know, values of another type."""
+    """Return what LLaMA-Factory would reject: unknown keys, values of another type."""
     known = {key: kind for module in ARGUMENTS for key, kind in keys(module)}
     found = []
     for key, value in config.items():
         if key not in known:
             close = _RENAMED.get(key) or difflib.get_close_matches(key, known, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
-            found.append(f"LLaMA-Factory knows no key {key}{meant}")
+            found.append(f"LLaMA-Factory has no key {key}{meant}")
         elif (named := _PLAIN.fullmatch(known[key])) and value is not None:
             types = {"int": int, "float": int | float, "bool": bool}[named[1]]
             if not isinstance(value, types) or (isinstance(value, bool) and named[1] != "bool"):
-                found.append(f"{key}={value} is no {named[1]}")
+                found.append(f"{key}={value} is not {'an' if named[1] == 'int' else 'a'} {named[1]}")
     return found
 
 
-def shaping(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that shape the model, which training, prediction, chat and export must agree on.
+def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that define the model, which must be the same in training, prediction and export.
 
-    They are LLaMA-Factory's model arguments (the base, its vocabulary, quantization, attention, code of its
-    own), but for those of one step alone.
+    They are LLaMA-Factory's model arguments (the base, its vocabulary, quantization, attention, custom code),
+    except those that concern only one of these steps.
     """
-    shape = {"additional_target", *dict(keys(_MODEL))} - _OF_A_STEP
-    return {key: value for key, value in config.items() if key in shape}
+    names = {"additional_target", *dict(keys(_MODEL))} - _STEP_ONLY
+    return {key: value for key, value in config.items() if key in names}
 
 
 def fetched(config: Mapping[str, Any]) -> str:
-    """Return where the base model is, fetched first where it comes from another hub than Hugging Face's.
+    """Return the path or hub id of the base model, after fetching it if its hub is not Hugging Face's.
 
-    The engine takes it from ModelScope or openMind where USE_MODELSCOPE_HUB or USE_OPENMIND_HUB is set.
+    The engine uses ModelScope or openMind if USE_MODELSCOPE_HUB or USE_OPENMIND_HUB is set.
 
-    Raises McpLoraError where it cannot be fetched.
+    Raises McpLoraError if it cannot be fetched.
     """
     model = str(config.get("model_name_or_path"))
     hubs = {"USE_MODELSCOPE_HUB": "modelscope", "USE_OPENMIND_HUB": "openmind"}
@@ -78,7 +78,7 @@ def fetched(config: Mapping[str, Any]) -> str:
     known = {key: value for key, value in config.items() if key in dict(keys(_MODEL))}
     try:
         return str(try_download_model_from_other_hub(ModelArguments(**known)))
-    except Exception as error:  # the hubs' packages raise what they like
+    except Exception as error:  # the hubs' packages raise any exception
         reason = " ".join(str(error).split())[:200]
         what = f"{model} cannot be fetched, {on[0]} is set ({reason})"
         again = f"check the network and pip show {hubs[on[0]]}, or unset {on[0]}"
@@ -86,12 +86,12 @@ def fetched(config: Mapping[str, Any]) -> str:
 
 
 def number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """Return a number of a configuration, `default` where it is left out; a McpLoraError where it is none."""
+    """Return a number of a configuration, or `default`; raise a McpLoraError if it is not a number."""
     value = config.get(key)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise McpLoraError(f"{key}={value} is no number: mcp-lora train {key}={default:g}")
+        raise McpLoraError(f"{key}={value} is not a number: mcp-lora train {key}={default:g}")
     return value
 
 
@@ -108,7 +108,7 @@ def train(config: dict[str, Any]) -> None:
 
 
 def keys(module: str) -> Iterator[tuple[str, str]]:
-    """Yield a module's fields of dataclasses, and their types, from its source: an import takes seconds."""
+    """Yield the fields of a module's dataclasses, and their types, from its source, as imports are slow."""
     package, _, file = module.partition("/")
     spec = importlib.util.find_spec(package)
     assert spec and spec.submodule_search_locations

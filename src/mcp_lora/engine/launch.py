@@ -1,4 +1,4 @@
-"""Start the engines: argv, environment, and the one place where processes are spawned."""
+"""Start the engine: argv, environment, and the only place where processes are spawned."""
 
 import os
 import re
@@ -16,41 +16,41 @@ from mcp_lora.engine.api import dump
 from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError, explained
 
-# torchrun and LLaMA-Factory's launcher raise these when a rank has failed for another reason.
+# torchrun and LLaMA-Factory's launcher raise these after a rank has failed.
 _WRAPPERS = ("ChildFailedError", "CalledProcessError")
-# What torch says: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. …,
+# What torch reports: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. …,
 # RuntimeError: CUDA error: out of memory, RuntimeError: … DefaultCPUAllocator: can't allocate memory: …
 _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory")
-# glibc hands big buffers back to the kernel after each use, and on a CPU a training fetches them again for
+# glibc returns large buffers to the kernel after each use, and training on a CPU allocates them again for
 # every layer.
 _KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-_KEPT = 1 << 16  # bytes of an engine's stderr that are kept to find its error in
+_KEPT = 1 << 16  # bytes of the engine's stderr that are kept to find its error
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit code and the end of what it wrote to stderr."""
+    """How a command ended: its exit code and the end of its stderr."""
 
     code: int
     stderr: str
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether memory, a GPU's or the machine's, was what ran out."""
+        """Whether it ran out of memory, on a GPU or in RAM."""
         return bool(self.code) and bool(_OUT_OF_MEMORY.search(real_error(self.stderr)))
 
     @property
     def in_evaluation(self) -> bool:
-        """Whether it failed while it computed the validation loss, by the frames of the last traceback."""
+        """Whether it failed in validation, according to the last traceback."""
         found = _failures(self.stderr)
         return bool(found) and ", in evaluation_loop" in found[-1][0]
 
     def error(self, command: str) -> McpLoraError:
-        """Return the failure as an error that shows the engine's own last lines."""
+        """Return the failure as an error with the engine's own last lines."""
         code = self.code if self.code > 0 else 128 - self.code
         last = real_error(self.stderr) or "it printed no error"
-        if "inline_container.cc" in last and "unexpected pos" in last:  # all that torch.save says of it
-            last += "\n(a file could not be written to its end: is the disk full? df -h)"
+        if "inline_container.cc" in last and "unexpected pos" in last:  # all that torch.save reports
+            last += "\n(a file could not be written completely: is the disk full? df -h)"
         return McpLoraError(
             f"LLaMA-Factory ended with exit code {code}:\n{last}\nFix this and run again: {command}", code
         )
@@ -65,11 +65,11 @@ def engine_argv(verb: str, file: Path) -> list[str]:
 def engine_environment(
     config: Mapping[str, Any], topology: Topology, visible: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the variables that the engine needs besides those it inherits (`environment`).
+    """Return the variables that the engine requires besides those it inherits (`environment`).
 
-    PATH begins with this interpreter's folder, as LLaMA-Factory starts `torchrun` by its bare name.
-    DeepSpeed needs a distributed launch even for one process. Of more GPUs than are wanted (`visible` is how
-    many this machine shows) the engine would take all. Without any, memory is kept between layers.
+    PATH starts with this interpreter's folder, as LLaMA-Factory starts `torchrun` by its bare name.
+    DeepSpeed requires a distributed launch even for one process. The engine would use all `visible` GPUs, so
+    CUDA_VISIBLE_DEVICES is reduced to the topology's. On a CPU, memory is kept between layers.
     """
     added = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])}
     if not visible:
@@ -77,11 +77,11 @@ def engine_environment(
     if visible > topology.per_node:
         shown = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(visible)))
         added["CUDA_VISIBLE_DEVICES"] = ",".join(shown.split(",")[: topology.per_node])
-    by_ray = environment.get("USE_RAY", "").lower() in ("1", "y", "true")  # which starts them itself
+    by_ray = environment.get("USE_RAY", "").lower() in ("1", "y", "true")  # which starts the processes itself
     if not by_ray and (config.get("deepspeed") or topology.processes > 1):
         added["FORCE_TORCHRUN"] = "1"
         added["NPROC_PER_NODE"] = str(topology.per_node)
-        # what a shell has left would win over what is wanted
+        # override what the shell may have set
         added |= {"NNODES": str(topology.nodes), "NODE_RANK": str(topology.node_rank)}
     if topology.master:
         added["MASTER_ADDR"], added["MASTER_PORT"] = topology.master
@@ -99,10 +99,10 @@ def run_engine(
 ) -> Outcome:
     """Run LLaMA-Factory's `verb` on a configuration, from a file of its own (see `run`).
 
-    For a distributed launch the engine joins its arguments with spaces and splits them again: its own path
-    and the file's must have none.
+    For a distributed launch the engine joins its arguments with spaces and splits them again, so its own path
+    and the file's must not contain spaces.
 
-    Raises McpLoraError where one has, the engine is not installed, or the file cannot be written.
+    Raises McpLoraError if one does, the engine is not installed, or the file cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
         spaced = [place for place in (sys.prefix, folder) if re.search(r"\s", place)]
@@ -120,17 +120,17 @@ def run_engine(
 def run(
     argv: list[str], environment: Mapping[str, str], hold_traceback: bool = False, log: Path | None = None
 ) -> Outcome:
-    """Run a command; its output passes through as it is, and its end is kept, all of it in a `log`.
+    """Run a command, pass its output through, and keep the end of it, or all of it in a `log`.
 
-    Whatever ends us meanwhile (Ctrl-C, SIGTERM) ends the command and all its descendants. With
-    `hold_traceback` nothing of stderr is shown from the first traceback on; the caller decides.
+    An interruption (Ctrl-C, SIGTERM) also ends the command and all its descendants. With `hold_traceback`
+    stderr is not shown from the first traceback on; the caller decides what to report.
 
-    Raises McpLoraError where the program does not exist.
+    Raises McpLoraError if the program does not exist.
     """
-    columns = str(shutil.get_terminal_size().columns)  # a progress bar cannot ask a pipe
+    columns = str(shutil.get_terminal_size().columns)  # a pipe has no width for a progress bar
     variables = {"COLUMNS": columns, **os.environ, **environment}
     with explained(f"{argv[0]} cannot be run", "pip install -e ."):
-        # for a log in one stream, or its lines would stand in another order than on the screen
+        # one stream for a log, to keep its lines in the order of the screen
         stdout, stderr = (subprocess.PIPE, subprocess.STDOUT) if log else (None, subprocess.PIPE)
         process = subprocess.Popen(argv, env=variables, stdout=stdout, stderr=stderr)
     kept = b""
@@ -152,22 +152,22 @@ def run(
 
 
 def output(argv: list[str]) -> str | None:
-    """Return what a command prints, None where it fails or does not exist."""
+    """Return what a command prints, or None if it fails or does not exist."""
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
     return None
 
 
 def real_error(stderr: str, lines: int = 8) -> str:
-    """Return the last lines of the error behind an engine's failure.
+    """Return the last lines of the error that caused an engine's failure.
 
-    That is the last traceback that no wrapper (torchrun, LLaMA-Factory's launcher) has raised, without the
-    frames: they are on the screen already.
+    This is the last traceback that is not a wrapper's (torchrun, LLaMA-Factory's launcher), without the
+    frames, which are on the screen already.
     """
-    # A rank that was killed says nothing, torchrun does; the others only say that they have lost it.
+    # Only torchrun reports a rank that was killed; the other ranks just report a lost connection.
     killed = re.search(r"rank +: (\d+)[^[]*?traceback : (Signal \d+ \((?!SIGTERM)\w+\))", stderr)
     if killed:
-        return f"rank {killed[1]} was ended by {killed[2]}: was the machine short of memory? dmesg"
+        return f"rank {killed[1]} was killed by {killed[2]}: was the machine short of memory? dmesg"
     ends = [error for _, error in _failures(stderr)]
     source = ends[-1] if ends else _plain(stderr)
     lines_of_it = (line.rstrip() for line in source.strip().split("\n"))
@@ -180,10 +180,10 @@ def _plain(stderr: str) -> str:
 
 
 def _failures(stderr: str) -> list[tuple[str, str]]:
-    """Return the tracebacks that no wrapper has raised: frames and all, and the error at the end."""
+    """Return the tracebacks that are not a wrapper's: the whole text, and the error at its end."""
     failures = []
     for block in _plain(stderr).split("Traceback (most recent call last):")[1:]:
-        # The frames are indented; the exception and its message begin at the margin.
+        # The frames are indented; the exception and its message are not.
         found = re.search(r"(?ms)^(?=[A-Za-z_][\w.]*(?::|\s*$)).*", block)
         if found and not found.group().split("\n", 1)[0].split(":")[0].endswith(_WRAPPERS):
             failures.append((block, found.group()))
@@ -191,7 +191,7 @@ def _failures(stderr: str) -> list[tuple[str, str]]:
 
 
 def _stop(pid: int) -> None:
-    """End a process and its descendants: ask first, insist after ten seconds, or when asked again."""
+    """End a process and its descendants: SIGTERM, then SIGKILL after ten seconds or a second Ctrl-C."""
     import psutil
 
     try:

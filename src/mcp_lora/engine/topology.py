@@ -1,4 +1,4 @@
-"""Who trains together: the nodes, and the processes on each."""
+"""The topology of a training: the nodes, and the processes on each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ _PORT = "29500"  # torchrun's own default
 
 @dataclass(frozen=True)
 class Topology:
-    """The processes of one training: `per_node` on each of `nodes` machines, one a GPU.
+    """The processes of one training: `per_node` on each of `nodes` nodes, one per GPU.
 
-    `node_rank` is this machine's, from 0, `master` the first one's (host, port), None if there is only one;
+    `node_rank` is this node's, from 0; `master` is the first node's (host, port), None if there is only one;
     `rank` is this process's, if deepspeed or torchrun started it.
     """
 
@@ -24,12 +24,12 @@ class Topology:
 
     @property
     def processes(self) -> int:
-        """How many train in all."""
+        """Total number of processes."""
         return self.per_node * self.nodes
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this process logs and writes files for all."""
         return not self.rank and not self.node_rank
 
 
@@ -43,18 +43,17 @@ def find(
 ) -> Topology:
     """Return the topology that the options, or else LLaMA-Factory's variables, describe.
 
-    RANK and WORLD_SIZE in `environment` are a launcher's, and win; `visible` is how many GPUs this machine
-    shows, `master` HOST:PORT of the first machine.
+    RANK and WORLD_SIZE in `environment` are set by a launcher and take precedence; `visible` is the number of
+    GPUs on this machine, `master` is HOST:PORT of the first node.
 
-    Raises McpLoraError where there are fewer GPUs, the first machine is not named, or this one is none of
-    them.
+    Raises McpLoraError if there are fewer GPUs, the first node is not named, or node_rank is out of range.
     """
     if (rank := worker_rank(environment)) is not None:
         return Topology(_number(environment, "WORLD_SIZE"), rank=rank)
     if gpus and gpus > visible:
         raise McpLoraError(
-            f"this machine shows {visible} GPUs, not {gpus} (CUDA_VISIBLE_DEVICES, nvidia-smi): leave --gpus "
-            f"out, or see what {gpus} would do: mcp-lora train --gpus {gpus} --dry-run"
+            f"this machine has {visible} visible GPUs, not {gpus} (CUDA_VISIBLE_DEVICES, nvidia-smi): omit "
+            f"--gpus, or plan for {gpus}: mcp-lora train --gpus {gpus} --dry-run"
         )
     per_node = gpus or _number(environment, "NPROC_PER_NODE") or visible or 1
     nodes = nodes or _number(environment, "NNODES") or 1
@@ -66,10 +65,10 @@ def find(
         host, port = (before, after) if before else (after, _PORT)
     if nodes > 1 and not host:
         options = f"--nodes {nodes} --node-rank {node_rank} --master HOST:PORT"
-        raise McpLoraError(f"{nodes} nodes have to meet at the first of them: mcp-lora train {options}")
+        raise McpLoraError(f"{nodes} nodes require the address of the first one: mcp-lora train {options}")
     if not 0 <= node_rank < nodes:
         options = f"--nodes {nodes} --node-rank {nodes - 1}"
-        raise McpLoraError(f"the ranks are 0 to {nodes - 1}, not {node_rank}: mcp-lora train {options}")
+        raise McpLoraError(f"node ranks are 0 to {nodes - 1}, not {node_rank}: mcp-lora train {options}")
     return Topology(per_node, nodes, node_rank, (host, port) if host and nodes > 1 else None)
 
 
@@ -82,5 +81,5 @@ def worker_rank(environment: Mapping[str, str]) -> int | None:
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "0")
     if not value.isdigit():
-        raise McpLoraError(f"{name}={value} in the environment is no number: unset {name}")
+        raise McpLoraError(f"{name}={value} in the environment is not a number: unset {name}")
     return int(value)

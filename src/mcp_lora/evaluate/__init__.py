@@ -1,1 +1,1 @@
-"""Held-out questions, answers, scores and their statistics."""
+"""Held-out questions, answers, metrics and their statistics."""

@@ -1,7 +1,7 @@
-r"""What a model has said to held-out questions, kept in a file that outlives an interruption.
+r"""A model's answers to held-out questions, in a file that survives an interruption.
 
-RUN/eval/MODEL.jsonl has a line for each question; one that stands there for the same model and the same
-question is not asked again:
+RUN/eval/MODEL.jsonl has one line per question; a question that the same model has answered is not asked
+again:
 
     {"key": "0b9f…", "question": "77ae…", "split": "seen", "server": "everything",
      "instruction": "What is 3 plus 4?",
@@ -30,10 +30,10 @@ from mcp_lora.evaluate.score import Verdict, judge
 from mcp_lora.prompts.chat_template import ChatTemplate
 
 
-class Said(NamedTuple):
-    """What a model said to a prompt: its text, and the calls that a server has read: {name, arguments}.
+class Response(NamedTuple):
+    """A model's response to a prompt: its text, and the calls that a server has parsed: {name, arguments}.
 
-    `failed` is "cut off" where the answer did not come to its end, "no reply" where a server sent none.
+    `failed` is "cut off" if the answer is truncated, "no reply" if a server sent none.
     """
 
     prompt: str
@@ -44,10 +44,10 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said to one question, the calls in it, and what is right about them.
+    """One model's answer to one question, the calls in it, and its verdict.
 
-    `question` is the question's key, the same for every model. The rest of the question and what was
-    said are repeated, so that an answer can be shown without the data.
+    `question` is the question's key, the same for every model. The rest of the question and the response are
+    repeated, so that an answer can be shown without the data.
     """
 
     question: str
@@ -67,19 +67,19 @@ _FIELDS = tuple(field.name for field in fields(Answer))
 
 
 class Judge:
-    """Reads the calls in answers, in the form of a run's chat template, and judges them."""
+    """Parses the calls in answers, in the format of a run's chat template, and scores them."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._catalogue = Catalogue()  # keeps the validators
+        self._catalogue = Catalogue()  # caches the validators
 
-    def __call__(self, question: Question, said: Said) -> Answer:
+    def __call__(self, question: Question, response: Response) -> Answer:
         schemas = {name: tool.parameters for name, tool in question.tools.items()}
-        if said.tool_calls:
-            read = [call_of(call["name"], call["arguments"]) for call in said.tool_calls]
+        if response.tool_calls:
+            read = [call_of(call["name"], call["arguments"]) for call in response.tool_calls]
             calls, broken = [call for call in read if call], None in read
         else:
-            reading = self._template.read(said.text, schemas)
+            reading = self._template.read(response.text, schemas)
             calls, broken = reading.calls, reading.broken
         valid = all(self._validates(question, call) for call in calls if call.name in schemas)
         return Answer(
@@ -88,12 +88,12 @@ class Judge:
             question.server,
             question.instruction,
             question.expected,
-            said.prompt,
-            said.text,
-            said.tool_calls,
-            said.failed,
+            response.prompt,
+            response.text,
+            response.tool_calls,
+            response.failed,
             calls,
-            judge(question.expected, calls, schemas, broken, valid, said.failed),
+            judge(question.expected, calls, schemas, broken, valid, response.failed),
         )
 
     def _validates(self, question: Question, call: ToolCall) -> bool:
@@ -108,9 +108,9 @@ class Notebook:
 
     Args:
         file: where they are kept.
-        questions: all of the run's, in order; answers to others are dropped.
-        identity: what makes the model another one, as JSON; answers of another are dropped.
-        judge: of the answers.
+        questions: all questions of the run, in order; answers to others are dropped.
+        identity: identifies the model, as JSON; answers of another model are dropped.
+        judge: scores the answers.
     """
 
     def __init__(self, file: Path, questions: Sequence[Question], identity: Any, judge: Judge) -> None:
@@ -120,25 +120,25 @@ class Notebook:
         self._answers: dict[str, Answer | None] = dict.fromkeys(asked)
         for row in _rows(file):
             if question := asked.get(row["key"]):
-                said = Said(row["prompt"], row["text"], row["tool_calls"], row["failed"])
-                self._answers[row["key"]] = judge(question, said)
-        self._clean = False  # until then the file may end in half a line
+                response = Response(row["prompt"], row["text"], row["tool_calls"], row["failed"])
+                self._answers[row["key"]] = judge(question, response)
+        self._clean = False  # the file may end with an incomplete line
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
-        """Return the questions that have no answer yet."""
+        """Return the questions without an answer."""
         return [question for question in questions if not self._answers[self._key(question)]]
 
-    def add(self, question: Question, said: Said) -> None:
-        """Keep an answer; it is written at once."""
+    def add(self, question: Question, response: Response) -> None:
+        """Add an answer and write it immediately."""
         if not self._clean:
             self._write()
         key = self._key(question)
-        answer = self._answers[key] = self._judge(question, said)
+        answer = self._answers[key] = self._judge(question, response)
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(_line(key, answer))
 
     def answers(self, questions: Sequence[Question]) -> list[Answer]:
-        """Return the answers to questions that all have one, and put the file in the run's order."""
+        """Return the answers to questions that all have one, and sort the file in the run's order."""
         self._write()
         return [answer for question in questions if (answer := self._answers[self._key(question)])]
 
@@ -162,10 +162,10 @@ def _line(key: str, answer: Answer) -> str:
 
 
 def read(file: Path) -> list[Answer]:
-    """Return the answers that are kept in a file; none if it is not there."""
+    """Return the answers in a file; none if it does not exist."""
     found = []
     for row in _rows(file):
-        with suppress(TypeError):  # of another version, or edited by hand
+        with suppress(TypeError):  # from another version, or edited by hand
             calls = {field: [ToolCall(**call) for call in row[field]] for field in ("expected", "calls")}
             verdict = Verdict(**row["verdict"])
             found.append(Answer(**{field: row[field] for field in _FIELDS} | calls | {"verdict": verdict}))
@@ -173,7 +173,7 @@ def read(file: Path) -> list[Answer]:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file; one that was not written to its end is left out."""
+    """Yield the lines of a file, without incomplete ones."""
     if file.is_file():
         for row in files.read(file):
             if isinstance(row, dict) and {"key", *_FIELDS} <= row.keys():

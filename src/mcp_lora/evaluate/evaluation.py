@@ -1,6 +1,6 @@
-"""Ask the base model and the adapter the held-out questions, and compare how often they are right.
+"""Put the held-out questions to the base model and the adapter, and compare their accuracy.
 
-RUN/eval/ holds the answers (see mcp_lora.evaluate.answers) and metrics.json, the figures.
+RUN/eval/ contains the answers (see mcp_lora.evaluate.answers) and metrics.json.
 """
 
 import json
@@ -17,52 +17,52 @@ from typing import Any
 from urllib.parse import quote
 
 from mcp_lora.data import files
-from mcp_lora.data.records import Fault
+from mcp_lora.data.records import RowError
 from mcp_lora.engine import api
 from mcp_lora.engine.topology import find as find_topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import predict, questions
-from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Said
+from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
 from mcp_lora.evaluate.questions import Question
-from mcp_lora.evaluate.stats import Difference, Share, difference, share
+from mcp_lora.evaluate.stats import Difference, Proportion, difference, proportion
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import IGNORED, ChatTemplate
 from mcp_lora.train import manifest, runs
 from mcp_lora.train.machine import detect_machine
 
 BASE, ADAPTER = "base", "adapter"
-ASKED = "adapter.sha256"  # the hash of the adapter whose answers are kept
-# The figures of a split; where no tool fits, the last alone.
-FIGURES = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
+ASKED = "adapter.sha256"  # the file with the hash of the adapter that was evaluated
+# The metrics of a split; for no_call only the last one.
+METRICS = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
 _THOUGHT = 1024  # tokens
 _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 @dataclass(frozen=True)
 class Split:
-    """The figures of one test, per model, and what each other model gains on the first.
+    """The metrics of one split (`figures`) by model, and what each other model gains over the first.
 
-    `errors` counts the first errors of the answers that are not right.
+    `errors` counts the wrong answers by their first error.
     """
 
     count: int
-    figures: dict[str, dict[str, Share]]
+    figures: dict[str, dict[str, Proportion]]
     errors: dict[str, dict[str, int]]
     gains: dict[str, dict[str, Difference]]
 
 
 @dataclass(frozen=True)
 class Weakness:
-    """A server, or one of its tools, and how many of its questions each model has right (`ast`)."""
+    """A server, or one of its tools, and each model's accuracy (`ast`) on its questions."""
 
     server: str
     tool: str
-    right: dict[str, Share]
+    right: dict[str, Proportion]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures by split, the servers and tools that are worst for the last model first, every answer.
+    """Metrics by split, servers and tools with the last model's worst ones first, and every answer.
 
     `left_out` counts the questions that could not be asked, by reason.
     """
@@ -75,14 +75,14 @@ class Evaluation:
     max_new_tokens: int = 0
 
     def metrics(self) -> str:
-        """Return all but the answers as JSON: metrics.json."""
+        """Return everything except the answers as JSON: the content of metrics.json."""
         found = {key: value for key, value in vars(self).items() if key != "answers"}
         return json.dumps(found, default=asdict, indent=2, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible server, and the name of a model there."""
+    """An OpenAI-compatible server, and the name of its model."""
 
     url: str
     model: str
@@ -90,19 +90,19 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: which of a run's held-out questions are put to which model.
+    """The request for an evaluation: which of a run's held-out questions are put to which models.
 
     Attributes:
         run: the run's folder.
-        checkpoint: of which the adapter is taken; the newest if None.
-        splits: keys of questions.SPLITS; none means all that there are.
-        limit: questions of each.
+        checkpoint: the checkpoint of the adapter; by default the newest.
+        splits: names from questions.SPLITS; by default all that exist.
+        limit: maximum questions per split.
         models: BASE, ADAPTER or both.
-        endpoint: ask this server instead; the base model's answers that are kept are compared with it.
-        max_new_tokens: that an answer may have; by default what the longest right one has and some more.
-        batch_size: questions at a time of each process; halved where memory runs out.
-        gpus: that share the questions; all by default.
-        requirements: of splits that are asked.
+        endpoint: evaluate this server instead, and compare it with the base model if its answers exist.
+        max_new_tokens: tokens per answer; by default those of the longest gold answer and a margin.
+        batch_size: questions per batch of each process; halved if memory runs out.
+        gpus: number of GPUs that the questions are sharded across; by default all.
+        requirements: on metrics of the evaluated splits.
     """
 
     run: Path
@@ -118,27 +118,27 @@ class Request:
 
 
 def evaluate(
-    request: Request, progress: Callable[[str, float], None] = lambda doing, share: None
+    request: Request, progress: Callable[[str, float], None] = lambda step, fraction: None
 ) -> Evaluation:
-    """Answer a run's held-out questions greedily and judge the answers.
+    """Let models answer a run's held-out questions greedily, and score the answers.
 
-    `progress` receives the share of a model's questions that are answered.
+    `progress` receives the fraction of a model's questions that are answered.
 
-    Raises McpLoraError where there is no adapter or nothing is held out, the engine or the server fails, or
-    the run's folder cannot be written.
+    Raises McpLoraError if there is no adapter, nothing is held out, the engine or the server fails, or the
+    run's folder cannot be written.
     """
     api.require()
     run, config = request.run, runs.read_run(request.run)
     folder = Path(config["dataset_dir"])
     manifest.check_data(run, folder)
     wanted, read = questions.chosen(folder, request.splits), questions.read(folder, [])
-    if idle := [one.text for one in request.requirements if one.figure.split(".")[0] not in wanted]:
-        raise McpLoraError(f"--require {idle[0]}: questions are of {', '.join(wanted)}: mcp-lora eval {run}")
+    if idle := [one.text for one in request.requirements if one.metric.split(".")[0] not in wanted]:
+        raise McpLoraError(f"--require {idle[0]}: the splits are {', '.join(wanted)}: mcp-lora eval {run}")
     adapter = None
     if ADAPTER in request.models and not request.endpoint:
         adapter = runs.adapter(run, request.checkpoint)
     template = chat_template.load(config)
-    # of every split, whichever are wanted: what is kept is for answers of one length
+    # of all splits, as kept answers are only valid for one max_new_tokens
     every, left_out, longest = _rendered(read, template, config)
     by_split: dict[str, list[Question]] = defaultdict(list)
     for question in every:
@@ -147,7 +147,7 @@ def evaluate(
     if not asked:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise McpLoraError(f"no held-out question can be asked ({reasons}): mcp-lora inspect 1 --split seen")
-    # there are other ways to write it, and a thought before it has no bound but this
+    # an answer may be written differently, and reasoning has no other limit
     more = _THOUGHT if template.switches_thinking and template.thinking else 32
     length = request.max_new_tokens or longest + more
     judge, answers = Judge(template), {}
@@ -159,41 +159,43 @@ def evaluate(
             missing = book.missing(asked)
             if missing and model.only_kept:
                 continue
-            with closing(model.ask(missing)) as found:  # nothing outlives a failure to keep an answer
-                for done, (question, said) in enumerate(found, 1):
-                    book.add(question, said)
+            with closing(
+                model.ask(missing)
+            ) as found:  # stops the server or engine if an answer cannot be written
+                for done, (question, response) in enumerate(found, 1):
+                    book.add(question, response)
                     progress(f"asking {model.name}", done / len(missing))
             answers[model.name] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=left_out, max_new_tokens=length)
         if adapter:
             (run / "eval" / ASKED).write_text(adapter_hash(adapter), encoding="utf-8")
-        # what a part of the questions gives does not replace what all give
+        # metrics of some questions do not overwrite those of all
         name = "metrics.json" if len(asked) == len(every) else "metrics_part.json"
         (run / "eval" / name).write_text(evaluation.metrics(), encoding="utf-8")
     except OSError as error:
         raise McpLoraError(
-            f"{error.filename or run / 'eval'} cannot be written ({error.strerror}): make room or grant it, "
-            f"and mcp-lora eval {run}"
+            f"{error.filename or run / 'eval'} cannot be written ({error.strerror}): free space or fix "
+            f"permissions, and mcp-lora eval {run}"
         ) from None
     return evaluation
 
 
 @dataclass(frozen=True)
 class _Model:
-    """One that is asked: its name, its answers' file, what makes it another one, and how it is asked.
+    """A model to evaluate: its name, its answers' file, its identity, and how to ask it.
 
-    With `only_kept` nothing new is asked: it is compared where it has all answers already.
+    With `only_kept` nothing new is asked: it is compared if it has all answers already.
     """
 
     name: str
     file: str
     identity: Any
-    ask: Callable[[Sequence[Question]], Generator[tuple[Question, Said]]]
+    ask: Callable[[Sequence[Question]], Generator[tuple[Question, Response]]]
     only_kept: bool = False
 
 
 def _models(request: Request, template: ChatTemplate, adapter: Path | None, length: int) -> Iterator[_Model]:
-    """Yield what is asked, in the order in which it is compared."""
+    """Yield the models to ask, in the order in which they are compared."""
     machine = detect_machine()
     topology = find_topology(os.environ, machine.gpus, request.gpus, nodes=1, node_rank=0)
     for name in [BASE] if request.endpoint else request.models:
@@ -216,7 +218,7 @@ def _models(request: Request, template: ChatTemplate, adapter: Path | None, leng
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
-    """Return the figures of models' answers to the same questions, at least one, in the same order."""
+    """Return the metrics of models' answers to the same questions, one or more, in the same order."""
     first = next(iter(answers.values()))
     return Evaluation(
         {split: _split(split, answers) for split in dict.fromkeys(answer.split for answer in first)},
@@ -228,24 +230,24 @@ def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
 
 def _split(split: str, answers: dict[str, list[Answer]]) -> Split:
     verdicts = {
-        name: [answer.verdict for answer in said if answer.split == split] for name, said in answers.items()
+        name: [answer.verdict for answer in each if answer.split == split] for name, each in answers.items()
     }
-    shown = FIGURES[-1:] if split == "no_call" else FIGURES
+    metrics = METRICS[-1:] if split == "no_call" else METRICS
     hits = {
-        name: {figure: [getattr(verdict, figure) for verdict in each] for figure in shown}
+        name: {metric: [getattr(verdict, metric) for verdict in each] for metric in metrics}
         for name, each in verdicts.items()
     }
     first, *others = hits
     count = len(verdicts[first])
     return Split(
         count,
-        {name: {figure: share(sum(hits[name][figure]), count) for figure in shown} for name in hits},
+        {name: {metric: proportion(sum(hits[name][metric]), count) for metric in metrics} for name in hits},
         {
             name: dict(Counter(verdict.error for verdict in each if verdict.error).most_common())
             for name, each in verdicts.items()
         },
         {
-            name: {figure: difference(hits[first][figure], hits[name][figure]) for figure in shown}
+            name: {metric: difference(hits[first][metric], hits[name][metric]) for metric in metrics}
             for name in others
         },
     )
@@ -254,14 +256,14 @@ def _split(split: str, answers: dict[str, list[Answer]]) -> Split:
 def _weaknesses(
     answers: dict[str, list[Answer]], place: Callable[[Answer], tuple[str, str]]
 ) -> list[Weakness]:
-    """Return each place's share of right answers, the last model's worst first; where a tool fits only."""
+    """Return each place's accuracy, the last model's worst first, on questions with a gold call."""
     grouped: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for name, said in answers.items():
-        for answer in said:
+    for name, each in answers.items():
+        for answer in each:
             if answer.expected:
                 grouped[place(answer)][name].append(answer.verdict.ast)
     weaknesses = [
-        Weakness(*where, {name: share(sum(hits), len(hits)) for name, hits in each.items()})
+        Weakness(*where, {name: proportion(sum(hits), len(hits)) for name, hits in each.items()})
         for where, each in grouped.items()
     ]
     last = list(answers)[-1]
@@ -270,69 +272,68 @@ def _weaknesses(
 
 @dataclass(frozen=True)
 class Requirement:
-    """A bound on a figure, named SPLIT.FIGURE, as it was written: unseen_tool.ast>=0.6."""
+    """A bound on a metric, SPLIT.METRIC, and its text: unseen_tool.ast>=0.6."""
 
     text: str
-    figure: str
+    metric: str
     holds: Callable[[float, float], bool]
     bound: float
 
 
 def requirement(text: str) -> Requirement:
-    """Read `SPLIT.FIGURE>=SHARE`, or with >, <=, <; the share from 0 to 1, or in %.
+    """Parse `SPLIT.METRIC>=VALUE`, or with >, <=, <; the value is from 0 to 1, or in %.
 
-    Raises McpLoraError where it is of another form.
+    Raises McpLoraError if it has another form.
     """
     found = re.fullmatch(r"\s*(\w+\.\w+)\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", text)
     if not found:
         raise McpLoraError(
-            f'--require {text} is of another form: mcp-lora eval --require "unseen_tool.ast>=0.6"'
+            f'--require {text} is not SPLIT.METRIC>=VALUE: mcp-lora eval --require "unseen_tool.ast>=0.6"'
         )
-    figure, sign, bound, percent = found.groups()
-    split, name = figure.split(".")
-    if split not in questions.SPLITS or name not in FIGURES:
-        splits, names = " or ".join(questions.SPLITS), " or ".join(FIGURES)
-        raise McpLoraError(f"--require {text}: a figure is SPLIT.NAME, of {splits} and {names}")
-    return Requirement(text.strip(), figure, _SIGNS[sign], float(bound) / (100 if percent else 1))
+    metric, sign, bound, percent = found.groups()
+    split, name = metric.split(".")
+    if split not in questions.SPLITS or name not in METRICS:
+        splits, names = " or ".join(questions.SPLITS), " or ".join(METRICS)
+        raise McpLoraError(f"--require {text}: a metric is SPLIT.NAME, with {splits} and {names}")
+    return Requirement(text.strip(), metric, _SIGNS[sign], float(bound) / (100 if percent else 1))
 
 
 def unmet(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[str]:
-    """Return, in words, the requirements that the last model's figures do not meet.
+    """Return messages on the requirements that the last model's metrics do not meet.
 
-    Raises McpLoraError where one names a figure that there is not.
+    Raises McpLoraError if a metric was not computed.
     """
     name = list(evaluation.answers)[-1]
     there = {
-        f"{split}.{figure}": share.share
+        f"{split}.{metric}": found.share
         for split, each in evaluation.splits.items()
-        for figure, share in each.figures[name].items()
+        for metric, found in each.figures[name].items()
     }
-    told = []
+    missed = []
     for wanted in requirements:
-        if wanted.figure not in there:
-            raise McpLoraError(f"--require {wanted.text}: there is no {wanted.figure} but {', '.join(there)}")
-        value = there[wanted.figure]
+        if wanted.metric not in there:
+            raise McpLoraError(f"--require {wanted.text}: no {wanted.metric}, only {', '.join(there)}")
+        value = there[wanted.metric]
         if not wanted.holds(value, wanted.bound):
-            told.append(f"{wanted.figure} is {value:.3f}, and {wanted.text} is required")
-    return told
+            missed.append(f"{wanted.metric} is {value:.3f}, and {wanted.text} is required")
+    return missed
 
 
 def _rendered(
     read: Sequence[Question], template: ChatTemplate, config: Mapping[str, Any]
 ) -> tuple[list[Question], dict[str, int], int]:
-    """Return the questions with the tools that cutoff_len has room for, and why others are left out.
+    """Return the questions fitted into cutoff_len, why others are left out, and the longest gold answer.
 
-    The number is that of the tokens of the longest right answer: a model that does not stop need not be
-    waited for much longer.
+    The last is a number of tokens: a model that does not stop need not be run for much longer.
     """
-    # of the conversation the answer alone
+    # only the answer is the target
     settings = render.settings_of(config) | {"mask_history": True, "train_on_prompt": False}
     fitting, left_out, longest = [], Counter[str](), 0
     for question in read:
         try:
             fitted = render.fit(template, question.sample, settings)
-        except Fault as fault:
-            left_out[fault.reason] += 1
+        except RowError as error:
+            left_out[error.reason] += 1
             continue
         (sample,) = fitted.samples
         fitting.append(Question(question.split, dict(fitted.row), sample.prompt, sample.target))

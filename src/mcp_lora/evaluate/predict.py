@@ -1,4 +1,4 @@
-r"""Put questions to a model: through LLaMA-Factory's prediction, or to a server of OpenAI's protocol.
+r"""Put questions to a model: with LLaMA-Factory's prediction, or at an OpenAI-compatible server.
 
 The engine writes generated_predictions.jsonl, in the order of the questions; one line:
 
@@ -17,18 +17,18 @@ from mcp_lora.data import files
 from mcp_lora.engine import launch
 from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluate.answers import Said
+from mcp_lora.evaluate.answers import Response
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import render
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train.machine import Machine
 
-# An engine's start costs up to a minute, and what it has not written down is lost when it is interrupted.
+# Starting the engine takes up to a minute, and an interruption loses the answers of the current chunk.
 CHUNK = 1000
 KEY = "OPENAI_API_KEY"
-_AT_ONCE = 8  # questions that a server is asked at a time
+_AT_ONCE = 8  # concurrent requests to a server
 _BATCH = "per_device_eval_batch_size"
-_RETRIES = 5  # of a server that fails for the moment; the pauses grow
+_RETRIES = 5  # after temporary failures of a server, with exponential backoff
 
 
 def by_engine(
@@ -38,20 +38,20 @@ def by_engine(
     machine: Machine,
     topology: Topology,
     command: str,
-) -> Generator[tuple[Question, Said]]:
-    """Let LLaMA-Factory answer, greedily, in batches of questions of like length.
+) -> Generator[tuple[Question, Response]]:
+    """Let LLaMA-Factory answer greedily, in batches of questions of similar length.
 
-    It is given the token ids of each prompt, as in training (see mcp_lora.prompts.render).
+    It receives the token ids of each prompt, as in training (see mcp_lora.prompts.render).
 
     Args:
         questions: rendered, in any order.
-        template: the model's.
-        settings: its keys: all that shapes the model, adapter, max_new_tokens, batch.
+        template: the model's chat template.
+        settings: its keys: the model's settings, adapter, max_new_tokens, batch size.
         machine: where it runs.
-        topology: the processes that share the questions.
-        command: what to run again after a failure.
+        topology: the processes that the questions are sharded across.
+        command: the command to run again after a failure.
 
-    Raises McpLoraError where the engine fails.
+    Raises McpLoraError if the engine fails.
     """
     encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
     longest_first = sorted(encoded, key=lambda one: -len(one[1]))
@@ -66,7 +66,7 @@ def by_engine(
                 "do_predict": True,
                 "predict_with_generate": True,
                 "do_sample": False,  # the engine samples at temperature 0.95 by default
-                "skip_special_tokens": False,  # or [TOOL_CALLS] and its like vanish from what is read
+                "skip_special_tokens": False,  # keeps [TOOL_CALLS] and the like in the output
                 "template": render.TEMPLATE,
                 "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
                 "tokenized_path": str(folder / "prompts"),
@@ -75,7 +75,7 @@ def by_engine(
                 "output_dir": str(folder / "answers"),
             }
             environment = launch.engine_environment(settings, topology, machine.gpus, os.environ)
-            environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are what counts here
+            environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are the output that matters
             while (outcome := launch.run_engine("train", config, environment)).code:
                 if not outcome.out_of_memory or (size := config[_BATCH]) == 1:
                     raise outcome.error(command)
@@ -83,9 +83,9 @@ def by_engine(
             rows: list[Any] = list(files.read(folder / "answers" / "generated_predictions.jsonl"))
         for (question, *_), row in zip(chunk, rows, strict=True):
             text = template.without_end(row["predict"])
-            # what ends an answer, and what pads it, may be one token: its length tells
+            # the end and padding tokens may be the same, so only the length shows truncation
             cut = len(template.ids(text)) >= settings["max_new_tokens"]
-            yield question, Said(question.prompt, text, [], "cut off" if cut else None)
+            yield question, Response(question.prompt, text, [], "cut off" if cut else None)
 
 
 def by_endpoint(
@@ -94,19 +94,19 @@ def by_endpoint(
     model: str,
     max_tokens: int,
     template: ChatTemplate,
-) -> Generator[tuple[Question, Said]]:
-    """Ask a server that speaks OpenAI's chat protocol, several questions at once, in the order of answers.
+) -> Generator[tuple[Question, Response]]:
+    """Ask an OpenAI-compatible server several questions at once; yield answers in the order of arrival.
 
-    The key is OPENAI_API_KEY of the environment, if the server wants one. What fails for the moment is
-    tried again.
+    The API key is OPENAI_API_KEY in the environment, if the server requires one. Temporary failures are
+    retried.
 
     Args:
-        url: up to and with /v1.
-        model: its name there.
-        max_tokens: that an answer may have.
-        template: the model's; where it can switch thinking, the request sets it as in training.
+        url: the base URL, including /v1.
+        model: its name on the server.
+        max_tokens: tokens per answer.
+        template: the model's chat template; if it can switch thinking, the request sets it as in training.
 
-    Raises McpLoraError where the server cannot be reached, or refuses.
+    Raises McpLoraError if the server cannot be reached, or rejects a request.
     """
     from openai import OpenAI
 
@@ -115,8 +115,8 @@ def by_endpoint(
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=_RETRIES)
     failures: list[Exception] = []
 
-    def ask(question: Question) -> tuple[Question, Said] | None:
-        if failures:  # what the others are asking is waited for, and kept; no more is asked
+    def ask(question: Question) -> tuple[Question, Response] | None:
+        if failures:  # requests in flight are completed and kept, but no new ones are sent
             return None
         messages = question.sample["messages"][:-1]
         try:
@@ -128,27 +128,27 @@ def by_endpoint(
                 max_tokens=max_tokens,
                 extra_body=switched,
             )
-        except Exception as error:  # the server may do anything
+        except Exception as error:  # any exception is possible
             failures.append(error)
             return None
         prompt = json.dumps(messages, ensure_ascii=False)
-        return question, _said(prompt, reply.text)
+        return question, _parsed(prompt, reply.text)
 
-    # Its threads are daemons, as nobody who interrupts wants to wait for a server that does not answer.
+    # Its threads are daemons, so that an interruption does not wait for a hanging server.
     with client, ThreadPool(_AT_ONCE) as pool:
         yield from filter(None, pool.imap_unordered(ask, questions))
     if failures:
         raise McpLoraError(
             f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
-            f"model, is the key in {KEY}? What it has answered is kept: mcp-lora eval --endpoint {url} "
+            f"model, is the key in {KEY}? Its answers so far are kept: mcp-lora eval --endpoint {url} "
             f"--endpoint-model {model}"
         )
 
 
-def _said(prompt: str, body: str) -> Said:
-    """Read a chat completion; a server may send anything."""
+def _parsed(prompt: str, body: str) -> Response:
+    """Parse a chat completion, which may be malformed."""
     try:
-        # Half a surrogate pair, which JSON can hold and a file cannot, becomes a question mark.
+        # A lone surrogate, which is valid in JSON but not in a file, becomes a question mark.
         reply = json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
         (choice, *_) = reply["choices"]
         message = choice["message"]
@@ -160,7 +160,7 @@ def _said(prompt: str, body: str) -> Said:
         thought = message.get("reasoning_content") or message.get("reasoning") or ""
         cut = choice.get("finish_reason") == "length"
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-        return Said(prompt, body[:1000], [], "no reply")
-    if thought:  # without an answer, a call may stand in it
+        return Response(prompt, body[:1000], [], "no reply")
+    if thought:  # without an answer, it may contain a call
         text = f"<think>\n{thought}\n</think>\n\n{text}" if text or calls else thought
-    return Said(prompt, str(text), calls, "cut off" if cut else None)
+    return Response(prompt, str(text), calls, "cut off" if cut else None)

@@ -1,7 +1,7 @@
-r"""The held-out questions of a converted dataset, with their right answers.
+r"""The held-out questions of a converted dataset, with their gold answers.
 
-A row of a test (see mcp_lora.data.samples) is a conversation that ends with the right answer: a call,
-parallel calls, or a text where no candidate tool fits.
+A test sample (see mcp_lora.data.samples) is a conversation that ends with the gold answer: a call, parallel
+calls, or text if no candidate tool fits.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ SPLITS = tuple(split for split in dataset.SPLITS if split != "train")
 class Question:
     """One held-out sample of one of SPLITS.
 
-    `prompt` and `target` are what the chat template renders of it; empty before it has been fitted.
+    `prompt` and `target` are its text as rendered by the chat template; empty until it has been fitted.
     """
 
     split: str
@@ -34,24 +34,24 @@ class Question:
 
     @cached_property
     def key(self) -> str:
-        """The same for the same question of the same split, wherever it is asked."""
+        """A hash of the split and the sample."""
         sample = json.dumps(self.sample, sort_keys=True)
         return hashlib.sha256(f"{self.split}\n{sample}".encode()).hexdigest()[:16]
 
     @property
     def instruction(self) -> str:
-        """What is asked last."""
+        """The last user message."""
         asked = [message["content"] for message in self.sample["messages"] if message["role"] == "user"]
         return str(asked[-1])
 
     @property
     def server(self) -> str:
-        """Whose tool is the right one; empty where the data does not say, or none is."""
+        """The gold tool's server; empty if the data does not name it, or there is no gold tool."""
         return str(self.sample.get("server", ""))
 
     @cached_property
     def expected(self) -> list[ToolCall]:
-        """The right calls; none where no tool fits."""
+        """The gold calls; empty if no tool fits."""
         return called(self.sample["messages"][-1])
 
     @cached_property
@@ -61,18 +61,18 @@ class Question:
 
 
 def _command(folder: Path, missing: Sequence[str]) -> str:
-    """Return the command that converts once more, and holds more out for these splits."""
+    """Return the command that converts again with larger held-out fractions for these splits."""
     settings = conversion.settings_of(dataset.statistics(folder) or {})
     keys = {"seen": "test", "unseen_tool": "holdout_tools", "unseen_server": "holdout_servers"}
-    shares = [keys.get(split, split) for split in missing]
-    more: dict[str, Any] = {key: 0.5 if getattr(settings, key) < 0.5 else 0.9 for key in shares}
+    fractions = [keys.get(split, split) for split in missing]
+    more: dict[str, Any] = {key: 0.5 if getattr(settings, key) < 0.5 else 0.9 for key in fractions}
     return conversion.command(replace(settings, **more), folder)
 
 
 def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
-    """Return the splits of a converted dataset that are wanted; of none wanted, all that there are.
+    """Return the requested splits of a converted dataset; if none are requested, all that exist.
 
-    Raises McpLoraError where one is unknown, or not there.
+    Raises McpLoraError if one is unknown or missing.
     """
     if unknown := [split for split in wanted if split not in SPLITS]:
         raise McpLoraError(
@@ -80,20 +80,20 @@ def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
         )
     there = dataset.names(folder)
     if missing := [split for split in wanted if split not in there]:
-        what = f"{folder} holds no questions of split {', '.join(missing)}"
+        what = f"{folder} contains no questions of split {', '.join(missing)}"
         raise McpLoraError(f"{what}: {_command(folder, missing)}, and train again")
     return list(wanted) or [split for split in SPLITS if split in there]
 
 
 def read(folder: Path, splits: Sequence[str]) -> list[Question]:
-    """Return the questions of a converted dataset, of all its splits where none is named.
+    """Return the questions of a converted dataset, by default of all its splits.
 
-    Raises McpLoraError where there are none, or a split is unknown, not there, or damaged.
+    Raises McpLoraError if there are none, or a split is unknown, missing or damaged.
     """
     wanted = chosen(folder, splits)
     found = [Question(split, sample) for split in wanted for sample in dataset.samples(folder, split)]
     if not found:
-        what = f"{folder} holds no held-out questions, there are too few rows for that"
+        what = f"{folder} contains no held-out questions, as there are too few rows"
         raise McpLoraError(f"{what}: {_command(folder, ['seen'])}, and train again")
     for question in found:
         try:

@@ -1,10 +1,9 @@
-"""Predicted against expected calls: what is right about an answer, and what goes wrong first.
+"""Compare predicted with gold calls: what is right about an answer, and its first error.
 
 Values are compared by the rules of the Berkeley Function Calling Leaderboard's AST evaluation (Patil et
-al., gorilla.cs.berkeley.edu), carried over to JSON Schema: texts without case, spaces and most
-punctuation, a whole number where a number is wanted, an optional argument at its default given or left
-out, lists in order, parallel calls in any order. tests/test_leaderboard.py holds them against the
-leaderboard's own checker.
+al., gorilla.cs.berkeley.edu), adapted to JSON Schema: strings ignoring case, spaces and most punctuation,
+an integer where a number is expected, an optional argument with its default value given or omitted, lists
+in order, parallel calls in any order. tests/test_leaderboard.py compares with the leaderboard's own checker.
 """
 
 import re
@@ -17,7 +16,7 @@ import msgspec
 from mcp_lora.data.records import ToolCall
 from mcp_lora.data.tools import parts_of, types_of
 
-# What can go wrong with an answer, in the order in which it is looked for.
+# The errors of an answer, in the order in which they are checked.
 ERRORS = (
     "call where none fits",
     "no reply",
@@ -40,14 +39,14 @@ class Verdict:
     """What is right about one answer; each of valid, tool, param, ast and exact implies those before it.
 
     Attributes:
-        valid: it is one call or more that can be read.
-        schema: every call is to a tool on offer, and its arguments validate against the tool's schema.
-        tool: it calls the right tools, each as often as is right.
-        param: and with the right arguments by name.
+        valid: it contains at least one call that can be parsed.
+        schema: every call is of a candidate tool, and its arguments validate against the tool's schema.
+        tool: it calls the gold tools, each the right number of times.
+        param: and with the right argument names.
         ast: and every value is right by the leaderboard's rules.
         exact: and equal as JSON (1 is not 1.0, nor true).
-        abstained: it calls nothing, and does not try to.
-        error: the first of ERRORS; None if it is right (`ast`, or `abstained` where no tool fits).
+        abstained: it contains no call, not even a broken one.
+        error: the first of ERRORS; None if it is right (`ast`, or `abstained` if no tool fits).
     """
 
     valid: bool
@@ -68,11 +67,11 @@ def judge(
     valid_arguments: bool = True,
     failed: str | None = None,
 ) -> Verdict:
-    """Judge the calls that could be read from one answer; none are expected where no tool on offer fits.
+    """Score the calls that were parsed from one answer; none are expected if no candidate tool fits.
 
-    `schemas` are those of the parameters of each tool on offer, by name; `tried` tells that the answer holds
-    a call that could not be read, `valid_arguments` that each predicted call validates against its schema.
-    `failed` is what ended the answer too early, "no reply" or "cut off": without a call it is no abstention.
+    `schemas` are the parameters' JSON Schema of each candidate tool, by name; `tried` is whether the answer
+    contains a call that could not be parsed, `valid_arguments` whether all calls validate against schemas.
+    `failed` is why the answer is incomplete, "no reply" or "cut off": without a call that is no abstention.
     """
     exact = bool(expected) and sorted(map(_canonical, predicted)) == sorted(map(_canonical, expected))
     error = None if exact else _first_error(expected, predicted, schemas, tried, failed)
@@ -105,7 +104,7 @@ def _first_error(
     left = list(predicted)
     errors = []
     for call in expected:
-        # The nearest of those that are left, so that the order of parallel calls does not count.
+        # The best match of the remaining calls, so that the order of parallel calls does not matter.
         found = [
             (_error(call.arguments, other.arguments, schemas.get(call.name, {})), place)
             for place, other in enumerate(left)
@@ -122,7 +121,7 @@ def _rank(error: str | None) -> int:
 
 
 def _error(expected: Mapping[str, Any], given: Mapping[str, Any], schema: Schema) -> str | None:
-    """Return the first thing that is wrong with the arguments of a call of the right tool."""
+    """Return the first error in the arguments of a call of the gold tool."""
     properties = _properties(schema, schema)
     required = schema.get("required")
     optional = set(properties) - set(required if isinstance(required, list) else [])
@@ -131,20 +130,20 @@ def _error(expected: Mapping[str, Any], given: Mapping[str, Any], schema: Schema
     left_out = expected.keys() - given.keys()
     if any(name not in defaults or expected[name] != defaults[name] for name in left_out):
         return "missing argument"
-    right = defaults | dict(expected)
-    if given.keys() - right.keys():
+    gold = defaults | dict(expected)
+    if given.keys() - gold.keys():
         return "unexpected argument"
-    wrong = [name for name in given if not same(right[name], given[name], properties.get(name, {}), schema)]
-    if any(_kind(right[name]) is not _kind(given[name]) for name in wrong):
+    wrong = [name for name in given if not same(gold[name], given[name], properties.get(name, {}), schema)]
+    if any(_kind(gold[name]) is not _kind(given[name]) for name in wrong):
         return "wrong type"
     return "wrong value" if wrong else None
 
 
 def same(expected: Any, given: Any, schema: Schema | bool = True, root: Schema | None = None) -> bool:
-    """Tell whether two values of an argument, as JSON gives them, are the same by the leaderboard's rules.
+    """Tell whether two JSON values of an argument are the same by the leaderboard's rules.
 
-    `schema` is the argument's, as far as it is known, and says whether a number may have a fraction; `root`
-    is the one that `$ref` refers to.
+    `schema` is the argument's, if known, and decides whether a number may have a fraction; `root` is the
+    schema that `$ref` refers to.
     """
     root = root or {}
     if _kind(expected) is not _kind(given):
@@ -173,7 +172,7 @@ def _bare(text: str) -> str:  # the leaderboard's standardize_string
 
 
 def _kind(value: Any) -> type:
-    """Return the type of a JSON value; a number is one kind, with or without a fraction."""
+    """Return the type of a JSON value, float for every number."""
     return float if type(value) is int else type(value)
 
 

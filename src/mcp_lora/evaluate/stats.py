@@ -1,4 +1,4 @@
-"""Shares of right answers with 95 % intervals, and whether two models differ on the same questions."""
+"""Accuracy with 95 % intervals, and whether two models differ significantly on the same questions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ _Z = 1.959964  # of the normal distribution, for 95 %
 
 
 @dataclass(frozen=True)
-class Share:
-    """`right` of `count` answers as a share from 0 to 1, with its 95 % interval."""
+class Proportion:
+    """`right` of `count` answers as a proportion (`share`) from 0 to 1, with its 95 % interval."""
 
     right: int
     count: int
@@ -20,11 +20,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Difference:
-    """What the second of two models gains on the first, on the same questions.
+    """What the second of two models gains over the first on the same questions.
 
-    `gained` and `lost` count the answers that only the second, only the first has right; `difference` is that
-    of the shares, from -1 to 1, with its 95 % interval `low` to `high`; `p` is McNemar's exact test's,
-    two-sided: how likely gains and losses as uneven as this or more are, were both models equally good.
+    `gained` and `lost` count the questions that only the second, or only the first, answers right;
+    `difference` is that of the proportions, from -1 to 1, with its 95 % interval `low` to `high`; `p` is the
+    two-sided p-value of McNemar's exact test, of the null hypothesis that both models are equally accurate.
     """
 
     gained: int
@@ -35,19 +35,19 @@ class Difference:
     p: float
 
 
-def share(right: int, count: int) -> Share:
-    """Return a share with Wilson's score interval (Wilson 1927); `count` is at least 1."""
+def proportion(right: int, count: int) -> Proportion:
+    """Return a proportion with Wilson's score interval (Wilson 1927); `count` is at least 1."""
     from scipy.stats import binomtest
 
     interval = binomtest(right, count).proportion_ci(method="wilson")
-    return Share(right, count, right / count, float(interval.low), float(interval.high))
+    return Proportion(right, count, right / count, float(interval.low), float(interval.high))
 
 
 def difference(first: Sequence[bool], second: Sequence[bool]) -> Difference:
     """Compare two models' answers to the same questions, at least one.
 
     The interval is Agresti and Min's for matched pairs (Statistics in Medicine 24, 2005): Wald's after
-    half a question has been added to each of the four cells.
+    adding half a question to each of the four cells.
     """
     from scipy.stats import binomtest
 

@@ -1,6 +1,6 @@
-r"""What is trained: what the model's own chat template renders of a conversation, token by token.
+r"""What is trained on: a conversation as the model's own chat template renders it, token by token.
 
-A sample is what `mcp-lora convert` writes, in OpenAI's form:
+A sample is what `mcp-lora convert` writes, in OpenAI's format:
 
     {"messages": [{"role": "system", "content": "You are a helpful assistant."},
                   {"role": "user", "content": "What is 3 plus 4?"},
@@ -8,19 +8,19 @@ A sample is what `mcp-lora convert` writes, in OpenAI's form:
                    "function": {"name": "get-sum", "arguments": "{\"a\": 3, \"b\": 4}"}}]}],
      "tools": [{"type": "function", "function": {"name": "get-sum", "description": "…", "parameters": {…}}}]}
 
-Each assistant turn is trained as a server would meet it. Its prompt is the template's rendering of all
-messages before it and the tools, with the generation prompt, tokenized as a server does. Its target is what
-follows that prompt in the rendering of the same messages and the answer, up to and with the token that ends
-the turn. Labels are the target alone. Turns of which one begins with the other share a sample; else each has
-its own. For Qwen2.5 the sample above becomes
+Each assistant turn is trained on as a server would serve it. Its prompt is the template's rendering of the
+messages before it and the tools, with the generation prompt, tokenized as a server does. Its target is the
+text after that prompt in the rendering of the same messages and the answer, up to and including the token
+that ends the turn. Only the target is labelled. Turns share a sample if one is a prefix of the next, else
+each has its own. For Qwen2.5 the sample above becomes
 
     <|im_start|>system\nYou are … <tools>…</tools> …<|im_end|>\n<|im_start|>user\nWhat is 3 …?<|im_end|>\n
-    <|im_start|>assistant\n                                                                 and, trained on:
+    <|im_start|>assistant\n                                                            and as the target:
     <tool_call>\n{"name": "get-sum", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>
 
-What is the same for every prompt, so that training, evaluation and a server agree: thinking is off where the
-template can switch it off (servers take chat_template_kwargs, enable_thinking=false); the date is
-DATE (date_string, strftime_now); calls are numbered from 000000001.
+To keep training, evaluation and a server consistent, in every prompt thinking is off if the template can
+switch it off (servers accept chat_template_kwargs, enable_thinking=false), the date is DATE (date_string,
+strftime_now), and calls are numbered from 000000001.
 """
 
 import copy
@@ -37,12 +37,12 @@ from typing import Any
 
 from mcp_lora.data import calls
 from mcp_lora.data.calls import CallFormat, Reading, Schemas
-from mcp_lora.data.records import Fault, ToolCall
+from mcp_lora.data.records import RowError, ToolCall
 from mcp_lora.errors import McpLoraError
 
-DATE = datetime(2024, 7, 26)  # what Llama 3's template takes where it is not told
+DATE = datetime(2024, 7, 26)  # the default of Llama 3's template
 IGNORED = -100  # the label of a token that is not trained on
-# For a model without any chat template; eos_token ends a turn, as it is all that such a model knows.
+# For a model without any chat template; a turn ends with eos_token, the only end that it has seen.
 PLAIN = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content + eos_token + '\n' }}"
@@ -69,10 +69,10 @@ _TOOL = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample to train on: token ids, and labels of the same length, IGNORED where nothing is learned.
+    """One sample to train on: token ids, and labels of the same length, IGNORED outside the targets.
 
-    `prompt` and `target` are the texts of its last turn; `lost` counts the turns whose text beside a call the
-    template leaves out.
+    `prompt` and `target` are the texts of its last turn; `lost` counts the turns with text beside a call that
+    the template leaves out.
     """
 
     input_ids: list[int]
@@ -86,20 +86,20 @@ class ChatTemplate:
     """A model's chat template: prompts, targets and the calls in answers.
 
     Args:
-        tokenizer: the model's; its chat_template is replaced where it knows no tools.
-        thinking: leave thinking on, and train the answers' reasoning.
+        tokenizer: the model's; its chat_template is replaced if it does not support tools.
+        thinking: leave thinking on, and train on the answers' reasoning.
 
     Attributes:
-        tokenizer: with the chat template that is used.
+        tokenizer: with the chat template in use.
         is_own: whether that is the model's own.
-        note: which it is and why, in words.
+        note: a message on which template is in use, and why.
         ends: the tokens that end a turn, by whether it calls a tool.
-        arguments_parsed, empty_content: how it takes calls: arguments as an object or as JSON in a text, and
-            "" or None where there is no text beside them.
+        arguments_parsed, empty_content: how the template expects calls: arguments as an object or as JSON
+            text, and "" or None if there is no text beside them.
         switches_thinking: whether the template can switch thinking on and off.
         is_thinking_off: whether it is switched off.
 
-    Raises McpLoraError where prompts and answers of this template cannot be told apart.
+    Raises McpLoraError if prompts and answers of this template cannot be separated.
     """
 
     def __init__(self, tokenizer: Any, thinking: bool = False) -> None:
@@ -118,30 +118,30 @@ class ChatTemplate:
         self.note = "the model's own chat template"
         if why is not None:
             self.note += (
-                f" will not do, {why}: tools and calls are written in Hermes' form (chat_template.jinja)"
+                f" cannot be used, {why}: tools and calls are written in Hermes format (chat_template.jinja)"
             )
             if failed := self._try(self._fallback(own)):
                 raise McpLoraError(
-                    f"this model has no chat template to train with: {why}; and in Hermes' form {failed}: "
+                    f"this model has no usable chat template: {why}; and in Hermes format {failed}: "
                     f"mcp-lora train --model OTHER"
                 )
-        # Where nothing differs thinking cannot be switched off, and the answers' thoughts are trained.
+        # If nothing differs, thinking cannot be switched off, and the answers' reasoning is trained on.
         prompts = [self._apply([_QUESTION], [_TOOL], thinking=on) for on in (False, True)]
         self.switches_thinking = prompts[0] != prompts[1]
         self.is_thinking_off = self.switches_thinking and not thinking
         self._keeps_thoughts = not self.is_thinking_off
 
     def _try(self, template: str) -> str | None:
-        """Take a template, or say what is wrong with it."""
+        """Use a template; return what is wrong with it, or None."""
         self.tokenizer.chat_template = template
         self._keeps_thoughts, why = True, ""
         try:
             prompt = self._apply([_QUESTION], [_TOOL])
-        except Exception as error:  # templates raise what they like
-            return f"it refuses a question with tools ({_line(error)})"
+        except Exception as error:  # templates raise any exception
+            return f"it rejects a question with tools ({_line(error)})"
         if calls.NAME not in prompt:
-            return "it shows no tools"
-        # What servers differ in: whether arguments are an object or JSON, and content is empty or none.
+            return "it leaves tools out"
+        # Templates differ in this: arguments are an object or JSON text, and empty content is "" or None.
         for self.arguments_parsed, self.empty_content in product((True, False), ("", None)):
             try:
                 for called, answer in ((False, _ANSWER), (True, _calling([calls.PROBE]))):
@@ -153,14 +153,14 @@ class ChatTemplate:
                 for call in (calls.OTHER, calls.PROBE):
                     self._written = self._turn([_QUESTION], _calling([call]), [_TOOL])[1]
                     if not calls.same_calls(self.read(self._written).calls, [call]):
-                        raise ValueError("it is read back as another")
+                        raise ValueError("it is parsed as another call")
                 return None
             except Exception as error:
-                why = why or f"it writes no call that can be read ({_line(error)})"
+                why = why or f"it writes no call that can be parsed ({_line(error)})"
         return why
 
     def _fallback(self, own: str | None) -> str:
-        """Return the model's own template behind ours, which hides the tools and calls from it."""
+        """Return the model's own template after fallback.jinja, which hides tools and calls from it."""
         preamble = files("mcp_lora.prompts").joinpath("fallback.jinja").read_text(encoding="utf-8").strip()
         body = own or PLAIN
         self.tokenizer.chat_template = body
@@ -171,31 +171,31 @@ class ChatTemplate:
         return f"{{%- set system_role = {str(takes_system).lower()} -%}}\n{preamble}\n{body}"
 
     def turn(self, messages: Sequence[Message], answer: Message, tools: Sequence[Any]) -> tuple[str, str]:
-        """Return the prompt that a server sends the model, and what the model has to write as `answer`.
+        """Return the prompt that a server sends to the model, and `answer` as the model has to write it.
 
         Args:
-            messages: what stands before the answer, in OpenAI's form.
+            messages: the messages before the answer, in OpenAI's format.
             answer: the assistant's message.
             tools: the candidate tools.
 
         Returns:
             Prompt and target; the target ends with the token that ends the turn.
 
-        Raises Fault where the template refuses it, or what it writes is not read back as it was.
+        Raises RowError if the template rejects it, or the calls in the target are not parsed as they were.
         """
         try:
             prompt, target = self._turn(messages, answer, tools)
-        except Fault:
+        except RowError:
             raise
-        except Exception as error:  # templates refuse by raising what they like
-            raise Fault("not-renderable", f"the chat template refuses it: {_line(error)}") from None
-        wanted = called(answer)
+        except Exception as error:  # templates reject with any exception
+            raise RowError("not-renderable", f"the chat template rejects it: {_line(error)}") from None
+        gold = called(answer)
         reading = self.read(target, schemas(tools))
-        if not calls.same_calls(reading.calls, wanted) or (wanted and reading.broken):
-            told = f"{len(wanted)} calls are read back as {len(reading.calls)}, or as other ones"
-            raise Fault("not-read-back", f"the chat template cannot write it: {told}")
-        if not target.removesuffix(self.ends[bool(wanted)]).strip():
-            raise Fault("empty-answer", "the chat template writes nothing of the answer")
+        if not calls.same_calls(reading.calls, gold) or (gold and reading.broken):
+            what = f"{len(gold)} calls are parsed as {len(reading.calls)}, or as other calls"
+            raise RowError("not-read-back", f"the chat template cannot write it: {what}")
+        if not target.removesuffix(self.ends[bool(gold)]).strip():
+            raise RowError("empty-answer", "the chat template leaves the answer out")
         return prompt, target
 
     def read(self, text: str, schemas: Schemas | None = None) -> Reading:
@@ -203,20 +203,20 @@ class ChatTemplate:
         return self.format.read(self.without_end(text), schemas)
 
     def without_end(self, text: str) -> str:
-        """Return an answer without the tokens that end it, and those that pad it in a batch."""
+        """Return an answer without the tokens that end it or pad it in a batch."""
         ends = {*self.ends.values(), self.tokenizer.eos_token, self.tokenizer.pad_token} - {None}
         return re.sub(rf"(?:\s*(?:{'|'.join(map(re.escape, ends))}))+\s*$", "", text)
 
     def stopping_model(self, config: Mapping[str, Any], folder: Path) -> str:
-        """Return a model at which the engine's prediction stops where a turn ends.
+        """Return a model with which the engine's prediction stops at the end of a turn.
 
-        The engine takes the words that stop an answer from the tokenizer: eos_token, and the extra special
-        tokens (its train/sft/workflow.py). Where these are others than what ends a turn, `folder` becomes
-        the model with another tokenizer, its other files linked.
+        The engine takes its stop tokens from the tokenizer: eos_token, and the extra special tokens (its
+        train/sft/workflow.py). If these are not what ends a turn, `folder` becomes a copy of the model with
+        another tokenizer, and links to its other files.
 
         Args:
             config: names the model, in LLaMA-Factory's keys.
-            folder: one that is not there yet.
+            folder: a path that does not exist yet.
         """
         model = str(config["model_name_or_path"])
         tokenizer = self.tokenizer
@@ -245,10 +245,10 @@ class ChatTemplate:
         """Return the samples to train on, one or more for a conversation.
 
         Args:
-            sample: in OpenAI's form, see above.
-            last_only: train on the last turn alone.
+            sample: in OpenAI's format, see above.
+            last_only: train on the last turn only.
 
-        Raises Fault where the template cannot render it, or not so that it is read back.
+        Raises RowError if the template cannot render it so that its calls are parsed as they were.
         """
         messages, tools = sample["messages"], sample.get("tools") or []
         turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -280,7 +280,7 @@ class ChatTemplate:
         text = self._behind(prompt, whole, messages, answer, tools)
         bare = text.rstrip()
         before, eos, after = bare.rpartition(self.tokenizer.eos_token)
-        if eos and self._only_special.fullmatch(after):  # some go on with the next turn's beginning
+        if eos and self._only_special.fullmatch(after):  # some continue with the start of the next turn
             return prompt, before + eos
         if bare.endswith(tuple(self._special)):
             return prompt, bare
@@ -291,13 +291,13 @@ class ChatTemplate:
     ) -> str:
         """Return what follows the prompt in the rendering of prompt and answer.
 
-        Raises Fault where the rendering does not hold the prompt.
+        Raises RowError if the rendering does not contain the prompt.
         """
         if whole.startswith(prompt):
             return whole.removeprefix(prompt)
         same = len(os.path.commonprefix([prompt, whole]))
         for opening, closing in calls.THOUGHTS:
-            # The generation prompt opens a thought, or an empty one, that the history does not hold.
+            # The generation prompt opens a thought, or has an empty one, that the history does not contain.
             start = prompt.rfind(opening, 0, same + len(opening))
             start = start if start >= 0 and start <= same else prompt.find(opening, same)
             rest = prompt[start:] if start >= 0 else ""
@@ -308,24 +308,24 @@ class ChatTemplate:
                 if rest.strip() == opening:
                     thought = str(answer.get("reasoning_content") or "").strip()
                     return f"{thought}\n{closing}\n\n{behind.removeprefix(opening).lstrip()}"
-        # Mistral Nemo moves the system message to the last question: what stands behind that is the answer.
+        # Mistral Nemo moves the system message to the last question: the answer follows that question.
         said = str(messages[-1].get("content") or "")
         place = prompt.rfind(said) if said else -1
         tail = prompt[place:]
         if place >= 0 and whole.count(tail) == 1 and len(tail) > len(said):
             return whole[whole.index(tail) + len(tail) :]
-        # Hermes 3 writes a result otherwise where the conversation goes on: what stands behind the words that
-        # ask for an answer is the answer.
+        # Hermes 3 renders a result differently if the conversation continues: the answer follows the last
+        # generation prompt.
         history = self._apply(messages, tools, prompting=False)
         asks = prompt[len(history) :] if prompt.startswith(history) else ""
         if asks.strip() and whole.count(asks) == prompt.count(asks):
             return whole[whole.rindex(asks) + len(asks) :]
-        raise Fault(
-            "not-renderable", "the chat template's prompt is no part of the conversation with its answer"
+        raise RowError(
+            "not-renderable", "the chat template's prompt is not part of the conversation with its answer"
         )
 
     def _end(self, answer: Message) -> str:
-        """Return the token that ends a turn: its last, or the one with which the next turn begins."""
+        """Return the token that ends a turn: its last, or the first of the next turn."""
         _, text = self._turn([_QUESTION], answer, [_TOOL])
         if end := next((token for token in self._special if text.endswith(token)), None):
             return end
@@ -359,7 +359,7 @@ class ChatTemplate:
         )
 
     def _served(self, messages: Sequence[Message]) -> Iterator[Message]:
-        """Yield messages as a server hands them to a template: arguments as objects, ids of one kind."""
+        """Yield messages as a server passes them to a template, with numbered call ids."""
         ids: dict[str, str] = {}
         number = count(1)
         for message in messages:
@@ -384,7 +384,7 @@ class ChatTemplate:
 
 
 def hub_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a model is loaded, of a configuration in LLaMA-Factory's keys, as the engine does it."""
+    """Return the arguments with which the engine loads a model, from a configuration in its keys."""
     return {
         "trust_remote_code": bool(config.get("trust_remote_code")),
         "revision": config.get("model_revision") or "main",
@@ -396,13 +396,13 @@ def hub_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 def load(config: Mapping[str, Any], local_files_only: bool = False) -> ChatTemplate:
     """Return the chat template of the model that a configuration, in LLaMA-Factory's keys, names.
 
-    The tokenizer is loaded and changed as the engine does it (its model/loader.py and model/patcher.py).
+    The tokenizer is loaded and patched as the engine does it (its model/loader.py and model/patcher.py).
 
     Args:
         config: names the model.
         local_files_only: fetch nothing.
 
-    Raises McpLoraError where the tokenizer cannot be read, or the template will not do.
+    Raises McpLoraError if the tokenizer cannot be read, or the template cannot be used.
     """
     from transformers import AutoTokenizer
 
@@ -427,7 +427,7 @@ def schemas(tools: Sequence[Any]) -> dict[str, dict[str, Any]]:
 
 
 def called(message: Mapping[str, Any]) -> list[ToolCall]:
-    """Return the calls of a message in OpenAI's form."""
+    """Return the calls of a message in OpenAI's format."""
     found = []
     for call in message.get("tool_calls") or []:
         given = call["function"]["arguments"]

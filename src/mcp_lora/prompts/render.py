@@ -1,8 +1,8 @@
-"""A split as token ids: the Arrow data set that LLaMA-Factory loads from disk in place of its own rendering.
+"""A split as token ids: the Arrow data set that LLaMA-Factory loads from disk instead of rendering rows.
 
-data/llama_factory/rendered/KEY/ is a `datasets` folder (`tokenized_path`) with `train` and, where val_size
+data/llama_factory/rendered/KEY/ is a `datasets` folder (`tokenized_path`) with `train` and, if val_size
 holds rows out, `validation`; both have input_ids, attention_mask and labels. KEY is a hash of the rows, the
-tokenizer, its chat template and the settings, so that a change of any makes another one. Beside it stands
+tokenizer, its chat template and the settings, so that a change of any gives a new folder. It also contains
 rendered.json:
 
     {"samples": 262, "validation": 26, "left_out": {"too-long": 1}, "reasons": ["row 7: 5210 tokens …"],
@@ -22,22 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
-from mcp_lora.data.records import Fault
+from mcp_lora.data.records import RowError
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts.chat_template import ChatTemplate, Encoded, called
 
-# The engine's template for what is rendered already. It has no words that end a turn, and must not reach
-# chat and export, which take the model's own.
+# The engine's template for prerendered data. It has no stop words, and must not be used for chat and export,
+# which use the model's own.
 TEMPLATE = "empty"
 _BATCH = 32  # rows that a worker renders at a time
-# The columns of a data set, and what is reported of each row while it is made.
+# The columns of a data set, and what is reported of each row while it is rendered.
 _COLUMNS = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
 _REPORTED = {"lost": "int32", "dropped": "int32", "reason": "string", "error": "string"}
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A row that fits into cutoff_len: its samples, and the row with the tools that it has left."""
+    """A row that fits into cutoff_len: its samples, and the row with its remaining tools."""
 
     samples: list[Encoded]
     row: Mapping[str, Any]
@@ -45,7 +45,7 @@ class Fitted:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a configuration, in LLaMA-Factory's keys, decides how rows are rendered."""
+    """Return the settings of a configuration (LLaMA-Factory's keys) that decide how rows are rendered."""
     return {
         "cutoff_len": int(config.get("cutoff_len") or 2048),
         "mask_history": bool(config.get("mask_history")),
@@ -57,14 +57,14 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, Any]) -> Fitted:
-    """Render a row; where it is longer than cutoff_len tokens, leave distractors out, the last ones first.
+    """Render a row; if it is longer than cutoff_len tokens, remove distractors, the last ones first.
 
     Args:
-        template: the model's.
+        template: the model's chat template.
         row: as `mcp-lora convert` writes it.
-        settings: settings_of a configuration.
+        settings: the result of settings_of.
 
-    Raises Fault where it cannot be rendered, or is too long without any distractor. Nothing is ever cut.
+    Raises RowError if it cannot be rendered, or is too long without distractors. Nothing is ever truncated.
     """
     gold = {call.name for message in row["messages"] for call in called(message)}
     tools, dropped = list(row.get("tools") or []), 0
@@ -77,10 +77,10 @@ def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, A
         if longest <= settings["cutoff_len"]:
             return Fitted(samples, fitted, dropped)
         spare = [place for place, tool in enumerate(tools) if tool["function"]["name"] not in gold]
-        # of a row that calls nothing one tool has to stay, or there is nothing to refuse
+        # a row without calls keeps one tool, or there is nothing to refuse
         if len(spare) <= (0 if gold else 1):
             limit = f"cutoff_len is {settings['cutoff_len']}"
-            raise Fault("too-long", f"{longest} tokens without any distractor, and {limit}")
+            raise RowError("too-long", f"{longest} tokens without any distractor, but {limit}")
         del tools[spare[-1]]
         dropped += 1
 
@@ -88,18 +88,18 @@ def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, A
 def render(
     template: ChatTemplate, file: Path, folder: Path, settings: Mapping[str, Any]
 ) -> tuple[Path, dict[str, Any]]:
-    """Render a split for training, unless that has been done; of several processes the first does.
+    """Render a split for training, unless this has been done; of several processes only the first does.
 
     Args:
-        template: the model's.
+        template: the model's chat template.
         file: the rows, as `mcp-lora convert` writes them.
-        folder: where rendered data sets are kept.
-        settings: LLaMA-Factory's keys; those of settings_of and preprocessing_num_workers count.
+        folder: the folder of rendered data sets.
+        settings: LLaMA-Factory's keys; only those of settings_of and preprocessing_num_workers count.
 
     Returns:
-        The data set's folder, and what rendered.json holds.
+        The data set's folder, and the content of rendered.json.
 
-    Raises McpLoraError where no row is left to train on, the file cannot be read or the folder not written.
+    Raises McpLoraError if no row is left to train on, the file cannot be read or the folder not written.
     """
     import filelock
     from datasets.exceptions import DatasetGenerationError
@@ -111,7 +111,7 @@ def render(
         with filelock.FileLock(folder / f".{out.name}.lock"):
             if not (out / "rendered.json").is_file():
                 _render(template, file, out, chosen, int(settings.get("preprocessing_num_workers") or 1))
-    except DatasetGenerationError as error:  # around what reading or writing has raised
+    except DatasetGenerationError as error:  # wraps what reading or writing has raised
         raise McpLoraError(
             f"{file} cannot be read, or copied into {folder} ({error.__cause__}): mcp-lora convert"
         ) from None
@@ -123,7 +123,7 @@ def render(
 
 
 def write(folder: Path, prompts: Sequence[tuple[list[int], list[int]]]) -> None:
-    """Write prompts to be answered, and their right answers, as a data set: (token ids, token ids)."""
+    """Write prompts and their gold answers, (token ids, token ids), as a data set for prediction."""
     import datasets
 
     columns = {
@@ -153,7 +153,7 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
     import datasets
 
     new = out.with_name(f"{out.name}.new")
-    shutil.rmtree(new, ignore_errors=True)  # what a run that was killed has left
+    shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     rows = datasets.Dataset.from_generator(_lines, gen_kwargs={"file": file}, cache_dir=str(new / "cache"))
@@ -169,7 +169,7 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
                 f"mcp-lora train val_size=0.1"
             ) from None
         splits = {"train": halves["train"], "validation": halves["test"]}
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the processes
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the worker processes are the parallelism
     types = {name: datasets.Value(kind) for name, kind in _REPORTED.items()}
     types |= {name: datasets.Sequence(datasets.Value(kind)) for name, kind in _COLUMNS.items()}
     rendered = {
@@ -214,13 +214,13 @@ def _lines(file: Path) -> Any:
 def _encode(
     batch: Mapping[str, list[Any]], template: ChatTemplate, chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Render a batch of rows; a row may make several samples, or none and a reason."""
+    """Render a batch of rows; a row yields one or more samples, or a reason why it is left out."""
     made: list[dict[str, Any]] = []
     for number, text in zip(batch["row"], batch["text"], strict=True):
         try:
             fitted = fit(template, json.loads(text), chosen)
-        except Fault as fault:
-            made.append({"reason": fault.reason, "error": f"row {number}: {fault}"})
+        except RowError as error:
+            made.append({"reason": error.reason, "error": f"row {number}: {error}"})
             continue
         except (ValueError, TypeError, LookupError) as error:
             made.append({"reason": "damaged", "error": f"row {number}: it is damaged ({error})"})
@@ -228,7 +228,7 @@ def _encode(
         for sample in fitted.samples:
             ids = {"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)}
             made.append(ids | {"labels": sample.labels, "lost": sample.lost})
-        made[-1]["dropped"] = fitted.dropped  # of the row, counted once
+        made[-1]["dropped"] = fitted.dropped  # per row, so counted once
     return {name: [one.get(name) for one in made] for name in (*_COLUMNS, *_REPORTED)}
 
 
@@ -237,16 +237,16 @@ def _summary(rendered: Mapping[str, Any], cutoff_len: int) -> dict[str, Any]:
     import pandas
     import pyarrow.compute
 
-    told = pandas.concat(split.select_columns([*_REPORTED]).to_pandas() for split in rendered.values())
+    reported = pandas.concat(split.select_columns([*_REPORTED]).to_pandas() for split in rendered.values())
     column = rendered["train"].data.column("input_ids")
     lengths = pyarrow.compute.list_value_length(column).drop_null().to_numpy()
     summary: dict[str, Any] = {
         "samples": len(lengths),
-        "left_out": told["reason"].value_counts().to_dict(),
-        "reasons": told.dropna(subset="reason").drop_duplicates("reason")["error"].tolist(),
-        "shortened": int((told["dropped"] > 0).sum()),
-        "dropped_tools": int(told["dropped"].sum()),
-        "lost_texts": int(told["lost"].sum()),
+        "left_out": reported["reason"].value_counts().to_dict(),
+        "reasons": reported.dropna(subset="reason").drop_duplicates("reason")["error"].tolist(),
+        "shortened": int((reported["dropped"] > 0).sum()),
+        "dropped_tools": int(reported["dropped"].sum()),
+        "lost_texts": int(reported["lost"].sum()),
     }
     if len(lengths):
         counts, edges = numpy.histogram(lengths, bins=min(16, len(numpy.unique(lengths))))

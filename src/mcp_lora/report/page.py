@@ -1,7 +1,7 @@
-"""A page about a run, or about several side by side: one HTML file that needs nothing else.
+"""The report on a run, or on several side by side: one self-contained HTML file.
 
-It is made of the files in the runs' folders: run.yaml, manifest.json, trainer_state.json, eval/*.jsonl.
-The page notes which of them are missing. The page itself is page.html, a Jinja template.
+It is made from the files in the runs' folders: run.yaml, manifest.json, trainer_state.json, eval/*.jsonl,
+and shows which of them are missing. Its Jinja template is page.html.
 """
 
 import difflib
@@ -27,16 +27,16 @@ from mcp_lora.evaluate.score import ERRORS
 from mcp_lora.train import manifest, runs
 
 EXAMPLES = 20
-_COMPARED = 20_000  # characters, whose comparison takes a second; the time grows with their square
+_COMPARED = 20_000  # characters; comparing them takes a second, and the time is quadratic
 _OUTCOMES = ("lost", "wrong", "gained", "right")  # in the order in which examples are shown
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is in a run's folder: run.yaml, manifest.json or {}, each model's answers, the base's first.
+    """The content of a run's folder: run.yaml, manifest.json or {}, the models' answers, the base's first.
 
-    `history` is what the trainer has logged, in transformers' keys; the newest checkpoint's if it is not
-    finished. `name` is what the page calls the run.
+    `history` is the trainer's log, in transformers' keys, or the newest checkpoint's if training is not
+    finished. `name` is the run's name on the page.
     """
 
     name: str
@@ -47,15 +47,15 @@ class Run:
     answers: dict[str, list[Answer]]
 
     def curve(self, key: str) -> list[tuple[float, float]]:
-        """Return what was logged of a value: (step, value)."""
+        """Return the logged values of a key: (step, value)."""
         logged = ((row["step"], row[key]) for row in self.history if key in row and "step" in row)
         return [(step, value) for step, value in logged if isfinite(value)]
 
 
 def write(folders: Sequence[Path]) -> Path:
-    """Write and return report.html in a run's folder; of several runs comparison.html in the first one's.
+    """Write report.html into a run's folder, or comparison.html into the first of several; return it.
 
-    Raises McpLoraError where a folder contains no run or a damaged one, or the page cannot be written.
+    Raises McpLoraError if a folder contains no run or a damaged one, or the page cannot be written.
     """
     several = len(folders) > 1
     file = folders[0] / ("comparison.html" if several else "report.html")
@@ -63,24 +63,22 @@ def write(folders: Sequence[Path]) -> Path:
     try:
         file.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise McpLoraError(
-            f"{file} cannot be written ({error.strerror}): make room or grant it, and mcp-lora report "
-            f"{shlex.join(map(str, folders))}"
-        ) from None
+        again = f"free space or fix permissions, and mcp-lora report {shlex.join(map(str, folders))}"
+        raise McpLoraError(f"{file} cannot be written ({error.strerror}): {again}") from None
     return file
 
 
 def _render(found: Sequence[Run]) -> str:
-    """Return the page; of several runs the adapters are compared, with the first."""
+    """Return the page; the adapters of several runs are compared with the first one's."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     several = len(found) > 1
     adapters = {run.name: run.answers[ADAPTER] for run in found if ADAPTER in run.answers}
-    said, left_out = _common(adapters if several else found[0].answers)
+    by_model, left_out = _common(adapters if several else found[0].answers)
     base = Path(found[0].config["model_name_or_path"])
-    wrong = {one.verdict.error for each in said.values() for one in each}
+    wrong = {one.verdict.error for each in by_model.values() for one in each}
     curves: dict[str, list[Any]] = defaultdict(list)
-    for colour, run in enumerate(found, 0 if several else 1):  # as the bars of its adapter
+    for colour, run in enumerate(found, 0 if several else 1):  # the colour of the adapter's bars
         for name, key in (("loss", "loss"), ("loss", "eval_loss"), ("learning rate", "learning_rate")):
             if points := run.curve(key):
                 curves[name].append((colour, key, points))
@@ -97,11 +95,11 @@ def _render(found: Sequence[Run]) -> str:
         base=base.name if base.is_absolute() else base,
         made_of=_side_by_side([_made_of(run) for run in found]),
         settings=_side_by_side([run.config for run in found]),
-        evaluation=summarise(said) if said else None,
-        models=list(said),
+        evaluation=summarise(by_model) if by_model else None,
+        models=list(by_model),
         left_out=left_out,
         unasked=[run.folder for run in found if not (ADAPTER in run.answers if several else run.answers)],
-        examples=_examples(said),
+        examples=_examples(by_model),
         errors={error: f"error-{place}" for place, error in enumerate(ERRORS) if error in wrong},
         curves=curves,
         validated=any(run.curve("eval_loss") for run in found),
@@ -110,14 +108,14 @@ def _render(found: Sequence[Run]) -> str:
     )
 
 
-def compare(expected: str, said: str) -> list[tuple[str, str]]:
-    """Return what was said in parts: "same", "extra" where it is not expected, "missing" where it should be.
+def compare(expected: str, answer: str) -> list[tuple[str, str]]:
+    """Return the diff of an answer in parts: "same", "extra" if not expected, "missing" if expected only.
 
-    Texts are compared by words and signs, so that a wrong argument is marked and not all of its line.
+    Texts are compared by words and punctuation, so that a wrong argument is marked, not its whole line.
     """
-    if len(expected) + len(said) > _COMPARED:
-        return [("missing", expected), ("extra", said)]
-    one, other = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (expected, said))
+    if len(expected) + len(answer) > _COMPARED:
+        return [("missing", expected), ("extra", answer)]
+    one, other = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (expected, answer))
     parts = []
     matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
     for kind, low, high, start, end in matcher.get_opcodes():
@@ -148,9 +146,9 @@ def _json(file: Path) -> dict[str, Any]:
     return files.load(file, f"remove it, and mcp-lora report {file.parent}")
 
 
-def _common(said: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], int]:
-    """Return the answers to the questions that all were asked, in one order, and the number of the others."""
-    by_key = {name: {answer.question: answer for answer in each} for name, each in said.items()}
+def _common(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], int]:
+    """Return the answers to the questions that all models share, in one order, and the number of others."""
+    by_key = {name: {answer.question: answer for answer in each} for name, each in by_model.items()}
     every = dict.fromkeys(chain.from_iterable(by_key.values()))
     common = [key for key in every if all(key in each for each in by_key.values())]
     found = {name: [each[key] for key in common] for name, each in by_key.items()}
@@ -158,7 +156,7 @@ def _common(said: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], 
 
 
 def _made_of(run: Run) -> dict[str, str]:
-    """Return what a run was made of, in words; where a key is left out, with the engine's default."""
+    """Return the table of what a run was made from; missing keys have the engine's defaults."""
     config, record = run.config, run.manifest
     rendered = record.get("rendered") or {}
     device = int(config.get("per_device_train_batch_size", 8))
@@ -166,12 +164,12 @@ def _made_of(run: Run) -> dict[str, str]:
     processes = int(record.get("processes", 1))
     steps, epochs = (max((row.get(key, 0) for row in run.history), default=0) for key in ("step", "epoch"))
     data = record.get("data")
-    quantised = f"{config['quantization_bit']}-bit base, " if config.get("quantization_bit") else ""
+    quantized = f"{config['quantization_bit']}-bit base, " if config.get("quantization_bit") else ""
     rank = config.get("lora_rank", 8)
     found = {
         "base model": config["model_name_or_path"],
         "chat template": rendered.get("chat_template", "not recorded"),
-        "method": f"{quantised}{config.get('finetuning_type', 'lora')}, rank {rank}, alpha "
+        "method": f"{quantized}{config.get('finetuning_type', 'lora')}, rank {rank}, alpha "
         f"{config.get('lora_alpha', 2 * rank)}, dropout {config.get('lora_dropout', 0)}, "
         f"{config.get('lora_target', 'all')} layers",
         "learning rate": f"{config.get('learning_rate', 5e-5)}, {config.get('lr_scheduler_type', 'linear')}",
@@ -190,22 +188,22 @@ def _made_of(run: Run) -> dict[str, str]:
             "seed": record["seed"],
         }
         if record["retries"]:
-            found["restarts"] = f"{len(record['retries'])} with a smaller batch per device"
+            found["restarts"] = f"{len(record['retries'])} with a smaller per-device batch size"
     return found
 
 
 def _duration(record: Mapping[str, Any]) -> str:
-    began = datetime.fromisoformat(record["started"])
-    when = f"{began:%Y-%m-%d %H:%M} UTC"
+    started = datetime.fromisoformat(record["started"])
+    when = f"{started:%Y-%m-%d %H:%M} UTC"
     if not record["ended"]:
-        return f"{when}, and never came to its end"
-    seconds = round((datetime.fromisoformat(record["ended"]) - began).total_seconds())
+        return f"{when}, not finished"
+    seconds = round((datetime.fromisoformat(record["ended"]) - started).total_seconds())
     ended = "" if record["exit"] == 0 else f", failed with exit code {record['exit']}"
     return f"{when}, {seconds // 3600} h {seconds % 3600 // 60} min {seconds % 60} s{ended}"
 
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:
-    """Return rows of (key, the value of each run, whether they differ); those that differ come first."""
+    """Return rows of (key, the value in each run, whether they differ), those that differ first."""
     rows = []
     for key in dict.fromkeys(chain.from_iterable(columns)):
         values = [str(column.get(key, "")) for column in columns]
@@ -213,28 +211,30 @@ def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[
     return sorted(rows, key=lambda row: not row[2])
 
 
-def _examples(said: Mapping[str, list[Answer]]) -> list[dict[str, Any]]:
-    """Return examples of each split and outcome in turn, so that none hides the others.
+def _examples(by_model: Mapping[str, list[Answer]]) -> list[dict[str, Any]]:
+    """Return examples of each split and outcome in turn, so that all are represented.
 
-    Each is an answer of the last model, the outcome (right or wrong; gained or lost if the first model's is
-    otherwise), the right calls as text, and (name, error, parts; see `compare`) of each model's answer.
+    Each has the last model's answer, the outcome (right or wrong; gained or lost if the first model's
+    differs), the gold calls as text, and (name, error, parts; see `compare`) of each model's answer.
     """
     met: Counter[tuple[int, str]] = Counter()
     ranked = []
-    for row in zip(*said.values(), strict=True):
+    for row in zip(*by_model.values(), strict=True):
         first, last = (row[place].verdict.error is None for place in (0, -1))
         outcome = ("right" if last else "wrong") if first == last else ("gained" if last else "lost")
         group = _OUTCOMES.index(outcome), row[-1].split
         ranked.append((met[group], *group, row))
         met[group] += 1
     ranked.sort(key=lambda one: one[:3])
-    # Compared are those alone that are shown: the time of a comparison grows with the square of a text.
+    # Only the examples that are shown are compared, as a comparison takes quadratic time.
     return [
         {
             "answer": row[-1],
             "outcome": _OUTCOMES[outcome],
-            "expected": _calls(row[-1].expected) or "no call: no tool on offer fits",
-            "said": [(name, one.verdict.error, _parts(one)) for name, one in zip(said, row, strict=True)],
+            "expected": _calls(row[-1].expected) or "no call: no candidate tool fits",
+            "answers": [
+                (name, one.verdict.error, _parts(one)) for name, one in zip(by_model, row, strict=True)
+            ],
         }
         for _, outcome, _, row in ranked[:EXAMPLES]
     ]
@@ -254,11 +254,11 @@ def _calls(calls: Sequence[Any]) -> str:
 
 
 def _is_stale(run: Run) -> bool:
-    """Tell whether the adapter has been trained on since it was evaluated."""
+    """Tell whether the adapter has changed since it was evaluated."""
     file = run.folder / "eval" / ASKED
     try:
         return file.is_file() and file.read_text("utf-8") != adapter_hash(runs.adapter(run.folder))
-    except McpLoraError:  # there is no adapter any more
+    except McpLoraError:  # there is no adapter
         return False
 
 
@@ -270,7 +270,7 @@ def _usage(run: Run) -> dict[str, str] | None:
         return None
     base, place = run.config["model_name_or_path"], str(adapter.absolute())
     return {
-        "Talk to it": shlex.join(["mcp-lora", "chat", str(run.folder)]),
+        "Chat with it": shlex.join(["mcp-lora", "chat", str(run.folder)]),
         "Merge it into the base model": shlex.join(["mcp-lora", "export", str(run.folder)]),
         "Load it in Python": f"from peft import PeftModel\n"
         f"from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -1,1 +1,1 @@
-"""A recipe becomes a run: its folder, its manifest, its adapter, and the export."""
+"""From a recipe to a run: its folder, its manifest, its adapter, and the export."""

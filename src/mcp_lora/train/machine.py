@@ -1,4 +1,4 @@
-"""This machine, and what of a configuration suits it."""
+"""This machine, and how a configuration is adapted to it."""
 
 import importlib.util
 import os
@@ -14,14 +14,14 @@ from mcp_lora.engine.api import number
 from mcp_lora.errors import McpLoraError
 
 DEMO = "mcp-lora demo"
-# The embedded model, of 0.135 billion, already trains at no more than 200 tokens a second on two
-# cores; the time grows with the parameters.
+# Even the embedded model, with 0.135 billion, trains at no more than 200 tokens per second on two cores, and
+# the time is proportional to the number of parameters.
 CPU_PARAMETERS = 2e9
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how a configuration can be run: CUDA devices, bf16, installed packages."""
+    """What decides how a configuration can run: CUDA devices, bf16, installed packages."""
 
     gpus: int
     bf16: bool
@@ -31,9 +31,9 @@ class Machine:
 
 
 def detect_machine(imagined: int | None = None) -> Machine:
-    """Look at this machine; a plan may be made for `imagined` GPUs, which are taken to support bf16.
+    """Inspect this machine; a dry run may assume `imagined` GPUs, which are taken to support bf16.
 
-    On a CPU bf16 counts only where the processor computes in it. PyTorch emulates it elsewhere: on two AVX2
+    On a CPU bf16 counts only if the processor supports it natively. Else PyTorch emulates it: on two AVX2
     cores `a @ b.T`, (2048, 576) by (1536, 576), ran at 20 GFLOP/s in bf16 and at 143 in fp32.
     """
     import torch
@@ -52,44 +52,40 @@ def detect_machine(imagined: int | None = None) -> Machine:
 def fitted(
     config: Mapping[str, Any], machine: Machine, given: Collection[str]
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield what suits the machine, and say so in words; what is `given` stays as it is.
+    """Yield the changes that fit a configuration to the machine, each with a message; `given` keys stay.
 
-    The engine uses neither flash attention, which requires a GPU of Ampere or later, as bf16 does, nor liger
-    kernels by itself. On a CPU one sample at a time fills the cores, and needs no padding; the global batch
-    size stays. PyTorch draws dropout's masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at 0.1.
-    DeepSpeed's stage 0 divides nothing, and learns less in bf16, as it casts the adapter and begins with an
+    By default the engine uses neither flash attention (which, like bf16, requires Ampere or later) nor liger
+    kernels. On a CPU one sample at a time keeps the cores busy and needs no padding; the global batch size
+    stays. PyTorch samples dropout masks on one core: 0.7 of 3.3 s for a sample of SmolLM2, at 0.1.
+    DeepSpeed's stage 0 shards nothing, and learns less in bf16, as it casts the adapter and starts with an
     empty step of AdamW (its fp16/unfused_optimizer.py): after 5 steps of SmolLM2 the held-out loss was 0.298
-    with it and 0.282 without (tests/bench/test_train.py). Gradient checkpointing costs 20 to 30 % of the
-    time.
+    with it and 0.282 without (tests/bench/test_train.py). Gradient checkpointing takes 20 to 30 % longer.
     """
     if config.get("bf16") and not machine.bf16:
         lower = {"fp16": True} if machine.gpus else {}
-        yield {"bf16": False, **lower}, f"no bf16 on this machine: training in {'fp16' if lower else 'fp32'}"
+        yield {"bf16": False, **lower}, f"bf16 is not supported: training in {'fp16' if lower else 'fp32'}"
     if machine.gpus:
         if machine.flash_attention and machine.bf16 and "flash_attn" not in config:
-            yield {"flash_attn": "fa2"}, "flash attention (flash_attn=auto: without)"
+            yield {"flash_attn": "fa2"}, "using flash attention (to disable: flash_attn=auto)"
         if machine.liger and "enable_liger_kernel" not in config:
-            note = "liger kernels, which need no room for logits (enable_liger_kernel=false: without)"
+            note = "using liger kernels, which store no logits (to disable: enable_liger_kernel=false)"
             yield {"enable_liger_kernel": True}, note
     else:
         apple = " (Apple's GPU is not used)" if sys.platform == "darwin" else ""
         yield {"use_cpu": True, "fp16": False}, f"no CUDA device{apple}: training on the CPU"
         if (key := "disable_gradient_checkpointing") not in config:
-            yield {key: True}, f"no gradient checkpointing, which takes time ({key}=false: with)"
+            yield {key: True}, f"no gradient checkpointing, which is slower (to enable: {key}=false)"
         per_device, accumulated = "per_device_train_batch_size", "gradient_accumulation_steps"
         size = number(config, per_device, 8)
         if size > 1 and not {per_device, accumulated} & {*given}:
             batch = int(size * number(config, accumulated, 1))
-            note = f"one sample at a time, without padding ({per_device}={size}: as on a GPU)"
+            note = f"one sample at a time, without padding (as on a GPU: {per_device}={size})"
             yield {per_device: 1, accumulated: batch}, note
         if (dropout := config.get("lora_dropout")) and "lora_dropout" not in given:
-            note = f"no dropout, whose masks take time (lora_dropout={dropout}: as on a GPU)"
+            note = f"no dropout, whose masks are slow on a CPU (as on a GPU: lora_dropout={dropout})"
             yield {"lora_dropout": 0.0}, note
         if Path(str(config.get("deepspeed"))).name == "ds_z0_config.json" and "deepspeed" not in given:
-            yield (
-                {"deepspeed": None},
-                "no DeepSpeed, of which stage 0 divides nothing (--zero 0: as on a GPU)",
-            )
+            yield {"deepspeed": None}, "no DeepSpeed, as stage 0 shards nothing (as on a GPU: --zero 0)"
     if os.name == "nt" and number(config, "preprocessing_num_workers", 1) > 1:
         yield {"preprocessing_num_workers": 1}, "one preprocessing worker, as Windows cannot fork"
     if config.get("deepspeed") and not machine.deepspeed:
@@ -98,12 +94,12 @@ def fitted(
 
 
 def too_big(model: str, machine: Machine) -> str | None:
-    """Say so where a model is too big to be trained without a GPU."""
+    """Return a message if a model is too big to be trained without a GPU."""
     count = parameters(model)
     if machine.gpus or count is None or count <= CPU_PARAMETERS:
         return None
     size = f"{model} has {count / 1e9:.1f} billion parameters"
-    return f"{size}, which without a GPU would train for weeks. See the whole way on a small model: {DEMO}"
+    return f"{size}, which would take weeks to train without a GPU. Try a small model first: {DEMO}"
 
 
 def parameters(model: str) -> float | None:
@@ -114,7 +110,7 @@ def parameters(model: str) -> float | None:
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                for name in tensors.keys():  # noqa: SIM118  # not a mapping
                     count += prod(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
             raise McpLoraError(f"{file} is damaged ({error}): copy the model again") from None

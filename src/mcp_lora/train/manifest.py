@@ -1,4 +1,4 @@
-"""What a run was made of: `manifest.json` in its folder, written at its start and again at its end.
+"""The record of a run: `manifest.json` in its folder, written at its start and again at its end.
 
     {"started": "2026-11-24T12:00:00+00:00", "ended": "2026-11-24T14:10:03+00:00", "exit": 0,
      "retries": [{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16,
@@ -11,8 +11,8 @@
      "base": {"file": "…/config.json", "sha256": "…"}, "conversion": {"read": 293, …},
      "rendered": {"samples": 236, …}, "config": {"lora_rank": 64, …}}
 
-`conversion` is the dataset's stats.json, which the next conversion replaces, `rendered` the rendered data
-set's rendered.json. `ended` and `exit` are null while it trains, and stay so where it was killed.
+`conversion` is the dataset's stats.json, which the next conversion overwrites, `rendered` the rendered data
+set's rendered.json. `ended` and `exit` are null during training, and remain so if it is killed.
 """
 
 import importlib.metadata
@@ -47,9 +47,9 @@ PACKAGES = (
 def describe(
     config: Mapping[str, Any], argv: list[str], environment: Mapping[str, str], processes: int
 ) -> dict[str, Any]:
-    """Return the manifest of a run of `config` that begins now.
+    """Return the manifest of a run of `config` that starts now.
 
-    `argv` and `environment` are the engine's command and its own variables, `processes` is how many train.
+    `argv` and `environment` are the engine's command and extra variables, `processes` their total number.
     """
     import torch
 
@@ -76,12 +76,12 @@ def describe(
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Return a run's manifest, an empty one where it has none; a McpLoraError where it is damaged."""
+    """Return a run's manifest, empty if there is none; raise a McpLoraError if it is damaged."""
     return files.load(run / NAME, f"remove it, and mcp-lora report {run}")
 
 
 def check_data(run: Path, folder: Path) -> None:
-    """Raise a McpLoraError where the data in `folder` is other than that which a run was trained on."""
+    """Raise a McpLoraError if the data in `folder` is not what a run was trained on."""
     record, file = read(run), dataset.file_of(folder, "train")
     known = (record.get("data") or {}).get("sha256")
     if known and file.is_file() and files.sha256(file) != known:
@@ -92,7 +92,7 @@ def check_data(run: Path, folder: Path) -> None:
 
 
 def write(run: Path, manifest: Mapping[str, Any]) -> None:
-    """Write a run's manifest, whole or not at all; an OSError where the folder cannot be written."""
+    """Write a run's manifest atomically; raise an OSError if the folder cannot be written."""
     new = run / f"{NAME}.new"
     new.write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     os.replace(new, run / NAME)
@@ -100,9 +100,9 @@ def write(run: Path, manifest: Mapping[str, Any]) -> None:
 
 @contextmanager
 def recorded(run: Path, record: dict[str, Any]) -> Iterator[None]:
-    """Write a manifest now, and once more with how what is done meanwhile has ended.
+    """Write a manifest now, and again at the end of the `with` block with its exit code.
 
-    Raises McpLoraError where the folder cannot be written.
+    Raises McpLoraError if the folder cannot be written.
     """
     with explained(f"{run} cannot be written", "mcp-lora train --output OTHER_FOLDER"):
         write(run, record)
@@ -119,7 +119,7 @@ def recorded(run: Path, record: dict[str, Any]) -> Iterator[None]:
 
 
 def cached(config: Mapping[str, Any], name: str) -> Path | None:
-    """Return a file of the base model: in its folder, or where the hub's cache has it; nothing is fetched."""
+    """Return a file of the base model from its folder or the hub's cache; nothing is fetched."""
     from transformers.utils import cached_file
 
     places = hub_arguments(config)

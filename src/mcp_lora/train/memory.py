@@ -1,15 +1,15 @@
-"""About how much of a GPU's memory a training takes, before any weight is read.
+"""Estimate how much GPU memory a training needs, without reading any weights.
 
-Parameters are counted on PyTorch's meta device and are exact. The rest is an estimate to choose a GPU by,
+Parameters are counted on PyTorch's meta device and are exact. The rest is an estimate for choosing a GPU,
 in bytes per GPU:
 
-    weights      2 a parameter of the base, 4 in fp32, 0.52 in 4 bits (with scales); ZeRO-3 shards them
-    adapter      16 a trained parameter: fp32 weight 4, gradient 4, AdamW's two moments 8 (2 in 8 bits);
+    weights      2 per parameter of the base, 4 in fp32, 0.52 in 4 bits (with scales); ZeRO-3 shards them
+    adapter      16 per trained parameter: fp32 weight 4, gradient 4, AdamW's two moments 8 (2 in 8 bits);
                  ZeRO-2 shards all but the weight, ZeRO-3 all
     activations  tokens × layers × (12h + 4q + 4k + 8f + c(5h + q + f)), where h is hidden_size, q and k the
                  widths of queries and keys, f intermediate_size; c is 2, or 3 with LoRA dropout (its mask).
                  With gradient checkpointing: tokens × 2h × layers, and one layer in full
-    logits       12 for each token and entry of the vocabulary: bf16, log-softmax in fp32, both gradients;
+    logits       12 per token and vocabulary entry: bf16, log-softmax in fp32, both gradients;
                  none with liger's fused loss
 
 The activations are what transformers' Llama layer keeps for the backward pass under bf16 autocast with
@@ -45,9 +45,9 @@ class Estimate:
 
 
 def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
-    """Return about what a configuration (LLaMA-Factory's keys) takes on each of `processes` GPUs.
+    """Estimate the memory of a configuration (LLaMA-Factory's keys) on each of `processes` GPUs.
 
-    None where the model's config.json is not here. A model that cannot be built raises what it likes.
+    Returns None if the model's config.json is not on this machine. Building a model may raise any exception.
     """
     from transformers import AutoConfig
 
@@ -62,23 +62,23 @@ def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
     moments = 2 if "8bit" in str(config.get("optim")) else 8
     deepspeed = Path(str(config.get("deepspeed")))
     sharding = read_config(deepspeed).get("zero_optimization", {}) if deepspeed.is_file() else {}
-    own, shared = (processes if sharding.get("stage", 0) >= stage else 1 for stage in (3, 2))
+    zero3, zero2 = (processes if sharding.get("stage", 0) >= stage else 1 for stage in (3, 2))
     text = shape.get_text_config()
     tokens = number(config, "per_device_train_batch_size", 8) * number(config, "cutoff_len", 2048)
     return Estimate(
         base=base,
         trained=trained,
-        weights=weights / own,
-        adapter=trained * (4 / own + (4 + moments) / shared),
+        weights=weights / zero3,
+        adapter=trained * (4 / zero3 + (4 + moments) / zero2),
         activations=tokens * _activations(text, config) * size / 2,
         logits=0.0 if config.get("enable_liger_kernel") else tokens * text.vocab_size * 12,
     )
 
 
 def _parameters(shape: Any, config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Count the parameters of the base, of its adapter, and of the layers that get one.
+    """Count the parameters of the base, of its adapter, and of the layers that are adapted.
 
-    For lora_target=all these are the linear layers of the language model, without its head.
+    With lora_target=all these are the linear layers of the language model, without its head.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -98,7 +98,7 @@ def _parameters(shape: Any, config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _activations(text: Any, config: Mapping[str, Any]) -> int:
-    """Return the bytes of activations of one token, in bf16; `text` is the language model's config."""
+    """Return the bytes of activations per token, in bf16; `text` is the language model's config."""
     hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
     queries, keys = head * text.num_attention_heads, head * text.num_key_value_heads

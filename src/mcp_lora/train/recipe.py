@@ -1,6 +1,6 @@
-"""From a preset, the environment, overrides and flags to the configuration that is run.
+"""From a recipe, the environment, overrides and flags to the configuration of a run.
 
-The keys are LLaMA-Factory's own (see mcp_lora.engine.api). A preset is a YAML file in train_configs/:
+The keys are LLaMA-Factory's own (see mcp_lora.engine.api). A recipe is a YAML file in train_configs/:
 
     model_name_or_path: Qwen/Qwen2.5-7B-Instruct
     lora_rank: 64
@@ -20,18 +20,18 @@ from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.train.machine import Machine, detect_machine, fitted
 
 RECIPE = Path("train_configs/lora_config.yaml")
-ZERO = Path("train_configs/ds_z0_config.json")  # its neighbours are the other stages
-# In a checkout, and in what a wheel has installed (see pyproject.toml).
+ZERO = Path("train_configs/ds_z0_config.json")  # the other stages are beside it
+# In a checkout, and in an installed wheel (see pyproject.toml).
 _SHIPPED = [Path(__file__).parents[3] / RECIPE.parent, Path(__file__).parents[1] / RECIPE.parent]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.*", "*.tiktoken")
 _PATHS = ("model_name_or_path", "dataset_dir", "output_dir", "deepspeed")
 
 
 def find(name: Path) -> Path:
-    """Return a recipe or a DeepSpeed file: a path, or one that is shipped, by its name (qlora, qlora.yaml).
+    """Return the path of a recipe or a DeepSpeed file; shipped ones have names, too (qlora, qlora.yaml).
 
-    In a folder without train_configs/ the shipped ones stand in for those in it. A path that is nowhere comes
-    back as it is.
+    The shipped files also replace train_configs/ if the current folder has none. A path that does not exist
+    is returned unchanged.
     """
     names = [f"{name.name}.yaml"] * (not name.suffix) + [name.name]
     if not name.is_file() and name.parent in (Path("."), RECIPE.parent):
@@ -42,24 +42,24 @@ def find(name: Path) -> Path:
 
 
 def resolve_here(file: Path, model: str | None) -> dict[str, Any]:
-    """Return a recipe with a model as it is resolved on this machine, nothing else set (see `resolve`)."""
+    """Resolve a recipe with a model on this machine, without other overrides (see `resolve`)."""
     api.require()
     return resolve(file, os.environ, [], {"model_name_or_path": model}, detect_machine())
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read a YAML file of LLaMA-Factory keys; a McpLoraError where it cannot be read or is no mapping."""
+    """Read a YAML file of LLaMA-Factory keys; a McpLoraError if it cannot be read or is not a mapping."""
     with explained(f"{file} cannot be read", "go to the project's folder, or mcp-lora train --config FILE"):
         content = _yaml(file.read_bytes(), f"{file} is not YAML", "fix it and run again")
     if not isinstance(content, dict):
-        raise McpLoraError(f"{file} holds no `key: value` lines: fix it and run again")
+        raise McpLoraError(f"{file} contains no `key: value` lines: fix it and run again")
     return {str(key): _from_yaml(str(key), value) for key, value in content.items()}
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read `key=value` words; a value is YAML, so `true`, `0.1`, `1e-4` and `[a, b]` are typed.
+    """Parse `key=value` words; a value is YAML, so `true`, `0.1`, `1e-4` and `[a, b]` are typed.
 
-    Raises McpLoraError with all words of another form.
+    Raises McpLoraError that lists all words of another form.
     """
     wrong = [word for word in words if not re.match(r"\w+=", word)]
     if wrong:
@@ -77,19 +77,20 @@ def resolve(
     machine: Machine,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Put the four sources of a configuration together and fit the result to the machine.
+    """Merge the four sources of a configuration and fit the result to the machine.
 
-    Later wins: `file`, MODEL_PATH in `environment`, `overrides` (key=value), `flags` (None is not set). Paths
-    come out absolute. Returns the configuration in LLaMA-Factory's keys; what was fitted is said.
+    Later ones take precedence: `file`, MODEL_PATH in `environment`, `overrides` (key=value), `flags` (None is
+    not set). Paths are made absolute. Returns the configuration in LLaMA-Factory's keys; `say` logs what was
+    fitted.
 
-    Raises McpLoraError where the file or an override cannot be read.
+    Raises McpLoraError if the file or an override cannot be read.
     """
     config = read_config(find(file))
     model = environment.get("MODEL_PATH")
     given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
     if model and "model_name_or_path" not in given:
         config["model_name_or_path"] = model
-        say(f"the model is {model}, by MODEL_PATH in the environment")
+        say(f"the model is {model}, from MODEL_PATH in the environment")
     config |= given
     for changes, note in fitted(config, machine, given.keys()):
         config |= changes
@@ -99,7 +100,7 @@ def resolve(
     if (zero := config.get("deepspeed")) and isinstance(zero, str) and not zero.lstrip().startswith("{"):
         config["deepspeed"] = str(find(Path(zero)))
     for key in _PATHS:
-        # A hub id looks like a path but is none; what does not exist stays as it was given.
+        # A hub id looks like a path; what does not exist stays unchanged.
         value = config.get(key)
         place = os.path.expanduser(value) if isinstance(value, str) else ""
         if place and (key.endswith("_dir") or os.path.exists(place)):
@@ -107,10 +108,10 @@ def resolve(
     return config
 
 
-def missing_model(model: str, shape_only: bool = False) -> str | None:
-    """Say what is wrong with a model that is a path by its looks, but no folder with a model.
+def missing_model(model: str, config_only: bool = False) -> str | None:
+    """Return what is wrong with a model that looks like a path but is not a model's folder, else None.
 
-    With `shape_only` its config.json will do.
+    With `config_only` its config.json is enough.
     """
     folder = Path(os.path.expanduser(model))
     looks_like_path = model.startswith((".", "~")) or "\\" in model or model.count("/") > 1
@@ -118,20 +119,20 @@ def missing_model(model: str, shape_only: bool = False) -> str | None:
         return None
     if not (folder / "config.json").is_file():
         return f"there is no model in {model} (no config.json)"
-    # transformers makes an empty tokenizer of a config.json alone, and says nothing.
-    if not shape_only and not any(any(folder.glob(name)) for name in _TOKENIZERS):
+    # With only a config.json, transformers silently makes an empty tokenizer.
+    if not config_only and not any(any(folder.glob(name)) for name in _TOKENIZERS):
         return f"there is no tokenizer in {model} ({', '.join(_TOKENIZERS)})"
     return None
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently take the last."""
+    """Rejects a duplicate key, of which YAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice")
-        return super().construct_mapping(node, deep)  # which adds what `<<` merges
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} is given twice")
+        return super().construct_mapping(node, deep)  # adds what `<<` merges
 
 
 def _yaml(text: str | bytes, problem: str, command: str) -> Any:
@@ -142,9 +143,9 @@ def _yaml(text: str | bytes, problem: str, command: str) -> Any:
 
 
 def _from_yaml(key: str, value: Any) -> Any:
-    """Undo what YAML 1.1 makes of two things that everybody writes.
+    """Correct how YAML 1.1 parses two common values.
 
-    It reads 1e-4 as text (it wants 1.0e-4), and `no`, the name of a strategy, as false.
+    It reads 1e-4 as a string (it requires 1.0e-4), and `no`, the name of a strategy, as false.
     """
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
         return float(value)

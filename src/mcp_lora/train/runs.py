@@ -1,13 +1,13 @@
-"""A run's folder: what is in it, whether a new run may write there, what it was made with.
+"""A run's folder: what is in it, whether a new run may write there, how it was configured.
 
 outputs/mcp_lora/
 ├── run.yaml              the resolved configuration
-├── manifest.json         what it was made of (see mcp_lora.train.manifest)
-├── checkpoint-100/ …     an adapter with the optimizer's state, every save_steps
-├── adapter_model.safetensors, adapter_config.json     the adapter at the end
+├── manifest.json         the record of the run (see mcp_lora.train.manifest)
+├── checkpoint-100/ …     adapter and optimizer state, every save_steps
+├── adapter_model.safetensors, adapter_config.json     the final adapter
 ├── trainer_state.json, training_args.bin, training_loss.png
-├── train.log             what the engine has printed
-└── eval/                 what mcp-lora eval found
+├── train.log             the engine's output
+└── eval/                 the answers and metrics of mcp-lora eval
 """
 
 import json
@@ -30,7 +30,7 @@ from mcp_lora.train.recipe import read_config
 DEFAULT = Path("outputs/mcp_lora")
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for a tokenizer's
 _ELSEWHERE = "mcp-lora train --output OTHER_FOLDER"
-# Of a resumed run they must be those of the checkpoint.
+# To resume a run these must be the same as in the checkpoint.
 _KEPT = (
     "model_name_or_path",
     "enable_thinking",
@@ -49,17 +49,17 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint can be resumed from: a run can be killed while it writes one.
+    """Tell whether a checkpoint can be resumed from: a run may be killed while it writes one.
 
-    The trainer's state is written last (transformers, Trainer._save_checkpoint), but after a power cut
-    a file may be there and not what is in it. What torch saves is a zip file, with its directory at the end.
+    The trainer's state is written last (transformers, Trainer._save_checkpoint), but after a power failure
+    a file may exist without its content. What torch saves is a zip file, with its directory at the end.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         for file in (tensors := list(checkpoint.glob("*.safetensors"))):
-            with safe_open(file, framework="np"):  # compares the file's length with its header
+            with safe_open(file, framework="np"):  # checks the file's length against its header
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
@@ -76,12 +76,12 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def put_aside_incomplete(run: Path) -> list[Path]:
-    """Rename the checkpoints that are not complete, so that no engine resumes from one; return them.
+    """Rename incomplete checkpoints, so that the engine does not resume from one; return them.
 
-    Whatever is named `checkpoint-…` transformers counts among those to keep (save_total_limit), and would
-    remove a good one for it.
+    transformers would count anything named `checkpoint-…` towards save_total_limit, and remove a complete
+    checkpoint instead.
 
-    Raises McpLoraError where one cannot be renamed.
+    Raises McpLoraError if one cannot be renamed.
     """
     aside = []
     for checkpoint in checkpoints(run):
@@ -95,76 +95,76 @@ def put_aside_incomplete(run: Path) -> list[Path]:
 
 
 def is_finished(run: Path) -> bool:
-    """Tell whether training in this folder came to its end."""
+    """Tell whether training in this folder has finished."""
     return (run / "trainer_state.json").is_file()
 
 
-def holds_a_run(run: Path) -> bool:
-    """Tell whether a folder holds anything that training has saved."""
+def contains_run(run: Path) -> bool:
+    """Tell whether a folder contains anything that training has saved."""
     return bool(checkpoints(run)) or is_finished(run) or (run / "adapter_config.json").is_file()
 
 
-def how_to_go_on(run: Path) -> str:
-    """Return the option with which a run that has failed is started again, if one is needed."""
+def restart_option(run: Path) -> str:
+    """Return the option that restarts a failed run, with a leading space, or "" if none is needed."""
     if any(map(is_complete, checkpoints(run))):
         return " --resume"
-    return " --overwrite" if holds_a_run(run) else ""
+    return " --overwrite" if contains_run(run) else ""
 
 
 def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> Path | None:
-    """See to it that a new run does not silently continue, skip or spoil an old one.
+    """Make sure that a new run does not silently continue, skip or damage an old one.
 
-    Returns the checkpoint to resume from (the newest complete one), or None to start anew.
+    Returns the checkpoint to resume from (the newest complete one), or None to start from scratch.
 
-    Raises McpLoraError where the folder has a run and neither `resume` nor `overwrite` is set, or both are,
-    holds something else, there is nothing to resume, or the checkpoint is not of `config`.
+    Raises McpLoraError if the folder contains a run and neither or both of `resume` and `overwrite` are set,
+    it contains something else, there is nothing to resume, or the checkpoint does not match `config`.
     """
     if resume and overwrite:
-        raise McpLoraError("--resume goes on with a run, and --overwrite puts it aside: give one of them")
+        raise McpLoraError("--resume continues a run, --overwrite moves it away: use only one of them")
     if run.is_dir() and any(run.iterdir()) and not (run / "run.yaml").is_file():
-        raise McpLoraError(f"{run} is not empty, and no run of mcp-lora's: {_ELSEWHERE}")
+        raise McpLoraError(f"{run} is not empty and was not created by mcp-lora: {_ELSEWHERE}")
     if resume:
         saved = [checkpoint for checkpoint in checkpoints(run) if is_complete(checkpoint)]
         if not saved:
-            again = f"mcp-lora train{how_to_go_on(run)}"
+            again = f"mcp-lora train{restart_option(run)}"
             without = read_run(run).get("save_only_model") if checkpoints(run) else False
-            why = " (save_only_model leaves out what a resume needs)" if without else ""
-            raise McpLoraError(f"{run} holds no complete checkpoint to resume from{why}: {again}")
+            why = " (save_only_model leaves out what resuming requires)" if without else ""
+            raise McpLoraError(f"{run} contains no complete checkpoint to resume from{why}: {again}")
         _check_resumable(run, config)
         return saved[-1]
-    if holds_a_run(run) and not overwrite:
+    if contains_run(run) and not overwrite:
         newest = [checkpoint.name for checkpoint in checkpoints(run)[-1:]] or ["adapter"]
         what = "a finished run" if is_finished(run) else f"a run's {newest[0]}"
-        raise McpLoraError(f"{run} holds {what}: mcp-lora train --resume, --overwrite or --output FOLDER")
+        raise McpLoraError(f"{run} contains {what}: mcp-lora train --resume, --overwrite or --output FOLDER")
     return None
 
 
 def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
-    """Refuse another model, another shape of adapter, and a run that is finished."""
+    """Raise a McpLoraError for another model, another adapter configuration, or a finished run."""
     old = read_run(run)
     changed = [
         f"{key} {old.get(key)} → {config.get(key)}" for key in _KEPT if old.get(key) != config.get(key)
     ]
     if changed:
-        what = f"{run} holds another run's checkpoint ({', '.join(changed)})"
-        raise McpLoraError(f"{what}: take that run's settings, or mcp-lora train --overwrite")
+        what = f"{run} contains another run's checkpoint ({', '.join(changed)})"
+        raise McpLoraError(f"{what}: use that run's settings, or mcp-lora train --overwrite")
     if is_done(run, config) and manifest.read(run).get("ended", "before there were manifests"):
         state = _state(run)
         more = f"max_steps={2 * config.get('max_steps', 0)}"
         if config.get("max_steps", -1) <= 0:
             more = f"num_train_epochs={state['epoch'] + 1:g}"
         what = f"a finished run ({state['global_step']} steps, {state['epoch']:g} epochs), nothing to resume"
-        raise McpLoraError(f"{run} holds {what}: mcp-lora train --resume {more}, or --overwrite")
+        raise McpLoraError(f"{run} contains {what}: mcp-lora train --resume {more}, or --overwrite")
 
 
 def is_done(run: Path, config: Mapping[str, Any]) -> bool:
-    """Tell whether training in this folder came to the end that a configuration sets.
+    """Tell whether training in this folder has reached the end that a configuration sets.
 
-    So it may have where mcp-lora was killed, and the engine was not.
+    It may have without a record of it, if mcp-lora was killed and the engine was not.
     """
     if not is_finished(run):
         return False
-    state, steps = _state(run), config.get("max_steps", -1)  # wins over the epochs where it is positive
+    state, steps = _state(run), config.get("max_steps", -1)  # takes precedence over the epochs if positive
     if steps > 0:
         return bool(state["global_step"] >= steps)
     return bool(state["epoch"] >= float(config.get("num_train_epochs", 3)) - 1e-6)
@@ -175,11 +175,11 @@ def _state(run: Path) -> dict[str, Any]:
 
 
 def put_aside(run: Path) -> Path | None:
-    """Move an old run to NAME.previous, or NAME.previous-2 and so on, and return that; nothing is deleted.
+    """Move an old run to NAME.previous, NAME.previous-2 and so on, and return that; nothing is deleted.
 
-    A folder where nothing was saved stays (None). Raises McpLoraError where the folder cannot be moved.
+    A folder where nothing was saved is not moved (None). Raises McpLoraError if the folder cannot be moved.
     """
-    if not holds_a_run(run):
+    if not contains_run(run):
         return None
     previous = run.with_name(f"{run.name}.previous")
     for number in count(2):
@@ -192,7 +192,7 @@ def put_aside(run: Path) -> Path | None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Keep other trainings out of a run's folder; a McpLoraError where one is there already."""
+    """Lock a run's folder; raise a McpLoraError if another training has locked it."""
     import filelock
 
     with explained(f"{run} cannot be written", _ELSEWHERE):
@@ -203,7 +203,7 @@ def locked(run: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             process = owner.read_text("utf-8") if owner.is_file() else "another"
-            raise McpLoraError(f"{run} is being trained in by process {process}: {_ELSEWHERE}") from None
+            raise McpLoraError(f"{run} is in use by process {process}: {_ELSEWHERE}") from None
         owner.write_text(str(os.getpid()), encoding="utf-8")
     try:
         yield
@@ -212,7 +212,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> Path:
-    """Write run.yaml and return its path; a McpLoraError where the folder cannot be written."""
+    """Write run.yaml and return its path; raise a McpLoraError if the folder cannot be written."""
     file = run / "run.yaml"
     with explained(f"{run} cannot be written", _ELSEWHERE):
         run.mkdir(parents=True, exist_ok=True)
@@ -221,17 +221,17 @@ def write_config(run: Path, config: Mapping[str, Any]) -> Path:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Return the configuration that a run was made with; a McpLoraError where the folder has no run."""
+    """Return the configuration of a run; raise a McpLoraError if the folder contains no run."""
     if not (run / "run.yaml").is_file():
         raise McpLoraError(f"{run} contains no run (no run.yaml): mcp-lora train --output {run}")
     return read_config(run / "run.yaml")
 
 
 def adapter(run: Path, checkpoint: str | None = None) -> Path:
-    """Return the folder of a run's adapter: `checkpoint` (checkpoint-300 or 300), else the newest whole one.
+    """Return the folder of a run's adapter: of `checkpoint` (checkpoint-300 or 300), else the newest one.
 
-    A run that came to its end has it in its own folder, the best one with load_best_model_at_end. Raises
-    McpLoraError where there is none.
+    A finished run has it in its own folder, the best one with load_best_model_at_end. Raises McpLoraError
+    if there is none.
     """
     if checkpoint:
         choices = [run / (f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint)]
@@ -244,15 +244,16 @@ def adapter(run: Path, checkpoint: str | None = None) -> Path:
         if (folder / "adapter_config.json").is_file():
             return folder
     there = ", ".join(path.name for path in checkpoints(run)) or "none"
-    raise McpLoraError(f"{choices[0]} holds no adapter (checkpoints: {there}): mcp-lora train --output {run}")
+    what = f"{choices[0]} contains no adapter (checkpoints: {there})"
+    raise McpLoraError(f"{what}: mcp-lora train --output {run}")
 
 
 def check_adapter(run: Path) -> None:
-    """Look at the adapter that a training has left.
+    """Check the adapter of a finished training.
 
-    LoRA begins with lora_B at 0, where the adapter changes nothing; trained, no such matrix stays there.
+    LoRA initializes lora_B to 0, so that the adapter changes nothing; after training none of them is 0.
 
-    Raises McpLoraError, with exit code 1, where there is none, all its lora_B are 0, or it has NaN or Inf.
+    Raises McpLoraError, with exit code 1, if there is none, all its lora_B are 0, or it has NaN or Inf.
     """
     import torch
     from safetensors import safe_open
@@ -260,9 +261,9 @@ def check_adapter(run: Path) -> None:
     file = run / "adapter_model.safetensors"
     if not file.is_file():
         raise McpLoraError(f"training ended without an adapter (no {file}): mcp-lora train --dry-run", 1)
-    learned = []  # whether each lora_B has
+    learned = []  # whether each lora_B is not 0
     with safe_open(file, framework="pt") as tensors:  # one tensor at a time in memory
-        for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+        for name in tensors.keys():  # noqa: SIM118  # not a mapping
             tensor = tensors.get_tensor(name)
             if not torch.isfinite(tensor).all():
                 again = "lower the learning rate, as in mcp-lora train --overwrite learning_rate=1e-5"
@@ -272,26 +273,26 @@ def check_adapter(run: Path) -> None:
     if not any(learned):
         raise McpLoraError(
             f"the run has learned nothing, all {len(learned)} lora_B matrices in {file} are 0: raise "
-            f"learning_rate, make more steps: mcp-lora train --overwrite --global-batch 8 num_train_epochs=3",
+            f"learning_rate or train longer: mcp-lora train --overwrite --global-batch 8 num_train_epochs=3",
             1,
         )
 
 
 def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
-    """Return what chat, export and prediction take over from a run: all that shapes the model, the adapter.
+    """Return the settings of a run for chat, export and prediction: the model's, and the adapter.
 
-    The run's own template is none (its data set is rendered already): these take the model's.
+    They do not include the run's `template`, which is for prerendered data.
     """
     config = read_run(run)
-    found = api.shaping(config) | {"enable_thinking": bool(config.get("enable_thinking"))}
+    found = api.model_settings(config) | {"enable_thinking": bool(config.get("enable_thinking"))}
     if adapter_folder:
         found |= {"adapter_name_or_path": str(adapter_folder.absolute()), "finetuning_type": "lora"}
     return found
 
 
-def is_quantised(run: Path) -> bool:
-    """Tell whether a run's base was quantised, by the run itself or in its own files."""
+def is_quantized(run: Path) -> bool:
+    """Tell whether a run's base was quantized, by the run itself or in its own files."""
     config = read_run(run)
     file = Path(config["model_name_or_path"]) / "config.json"
-    shape = files.load(file, "copy the model again")
-    return bool(config.get("quantization_bit") or shape.get("quantization_config"))
+    model = files.load(file, "copy the model again")
+    return bool(config.get("quantization_bit") or model.get("quantization_config"))

@@ -1,4 +1,4 @@
-"""What a run's adapter is for: chat, and a merged model that says the same as base + adapter."""
+"""Use a run's adapter: chat with it, or export a merged model equivalent to base + adapter."""
 
 import gc
 import os
@@ -16,15 +16,15 @@ from mcp_lora.prompts.chat_template import hub_arguments
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine
 
-# Largest difference of two logits that merging may cause, relative to the largest logit: the
-# merged weights are rounded to the model's dtype, where the adapter apart is not.
+# The largest difference of a logit that merging may cause, relative to the largest logit: merged weights are
+# rounded to the model's dtype, while a separate adapter is not.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 PROMPT = "Which tools can you call, and what time is it in Tokyo?"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The largest difference between logits, the difference that rounding explains, and the dtype."""
+    """The largest difference between logits, the tolerance for rounding, and the dtype."""
 
     difference: float
     tolerance: float
@@ -36,10 +36,10 @@ class Comparison:
 
 
 def chat(run: Path, checkpoint: str | None = None) -> None:
-    """Talk to a run's adapter in the terminal; a McpLoraError where it has none, or the engine fails."""
+    """Chat with a run's adapter in the terminal; raise a McpLoraError if it has none or the engine fails."""
     api.require()
     outcome = _engine("chat", runs.serving_config(run, runs.adapter(run, checkpoint)), hold_traceback=True)
-    # LLaMA-Factory's chat raises at the end of its input, and aborts on the way out on a CPU.
+    # LLaMA-Factory's chat raises at the end of its input, and aborts on exit on a CPU.
     raised = launch.real_error(outcome.stderr).startswith("EOFError")
     aborted = outcome.stderr.rstrip().endswith("terminate called without an active exception")
     if outcome.code and not raised and not aborted:
@@ -49,24 +49,24 @@ def chat(run: Path, checkpoint: str | None = None) -> None:
 def export(run: Path, output: Path, checkpoint: str | None = None) -> Comparison:
     """Merge a run's adapter into its base model, and compare the two.
 
-    `output` appears when it is whole. The model keeps the chat template that it was trained with; the
-    engine's Modelfile for Ollama is removed: it supports no tools, and has the engine's template.
+    `output` is created atomically. The model keeps the chat template that it was trained with; the engine's
+    Modelfile for Ollama is removed: it does not support tools, and uses the engine's template.
 
-    Raises McpLoraError where the run has no adapter, its base was quantised, `output` exists, or the engine
-    fails; with exit code 1 where the merged model says something else.
+    Raises McpLoraError if the run has no adapter, its base was quantized, `output` exists, or the engine
+    fails; with exit code 1 if the merged model is not equivalent.
     """
     api.require()
     adapter = runs.adapter(run, checkpoint)
     again = f"mcp-lora export {run} --output OTHER_FOLDER"
-    if runs.is_quantised(run):
-        why = "was trained on a quantised base, and merging into that loses precision"
-        raise McpLoraError(f"{run} {why}: use the adapter as it is: mcp-lora chat {run}")
+    if runs.is_quantized(run):
+        why = "was trained on a quantized base, and merging into it loses precision"
+        raise McpLoraError(f"{run} {why}: use the adapter without merging: mcp-lora chat {run}")
     if output.exists():
         raise McpLoraError(f"{output} exists: {again}")
     new = output.with_name(f".{output.name}.new")
     settings = runs.serving_config(run, adapter) | {"export_dir": str(new), "export_size": 1}
-    settings |= {"template": render.TEMPLATE}  # which leaves the tokenizer its own chat template
-    shutil.rmtree(new, ignore_errors=True)  # what an export that was killed has left
+    settings |= {"template": render.TEMPLATE}  # which keeps the tokenizer's chat template
+    shutil.rmtree(new, ignore_errors=True)  # left by an export that was killed
     try:
         outcome = _engine("export", settings)
         if outcome.code:
@@ -81,7 +81,7 @@ def export(run: Path, output: Path, checkpoint: str | None = None) -> Comparison
         shutil.rmtree(new, ignore_errors=True)
     found = compare(settings, adapter, output)
     if found.difference > found.tolerance:
-        what = f"{output} does not say what base + adapter says, do not use it ({found})"
+        what = f"{output} is not equivalent to base + adapter, do not use it ({found})"
         raise McpLoraError(f"{what}: {again}", code=1)
     return found
 
@@ -95,8 +95,8 @@ def _engine(verb: str, settings: Mapping[str, Any], hold_traceback: bool = False
 def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Comparison:
     """Compare the logits of base (named by `config`) + adapter with those of the merged model on PROMPT.
 
-    Both are loaded in the merged model's dtype, one after the other, on the CPU: that takes no more memory
-    than the export has taken, and a pass over one prompt takes seconds there.
+    Both are loaded in the merged model's dtype, one after the other, on the CPU, which needs no more memory
+    than the export and takes seconds for one prompt.
     """
     import torch
     from peft import PeftModel
@@ -111,15 +111,15 @@ def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Compariso
             return model.eval()(ids).logits.float()
 
     exported = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", trust_remote_code=trusted)
-    dtype, words = exported.dtype, exported.get_input_embeddings().weight.shape[0]
+    dtype, vocabulary = exported.dtype, exported.get_input_embeddings().weight.shape[0]
     after = logits(exported)
     del exported
     gc.collect()
     model = AutoModelForCausalLM.from_pretrained(
         str(config["model_name_or_path"]), dtype=dtype, **hub_arguments(config)
     )
-    if words != model.get_input_embeddings().weight.shape[0]:  # resize_vocab
-        model.resize_token_embeddings(words, mean_resizing=False)
+    if vocabulary != model.get_input_embeddings().weight.shape[0]:  # resize_vocab
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     before = logits(PeftModel.from_pretrained(model, adapter))
     name = str(dtype).removeprefix("torch.")
     tolerance = TOLERANCE[name] * before.abs().max().item()

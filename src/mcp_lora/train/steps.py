@@ -1,6 +1,6 @@
-"""The batch, how many optimizer steps a run makes, and what of a configuration depends on it.
+"""The batch sizes, the number of optimizer steps of a run, and the settings that depend on it.
 
-With 128 samples a step, 5 rows make 1 step and 10,000 rows 79. transformers rounds a share of warm-up up
+With 128 samples per step, 5 rows make 1 step and 10,000 rows 79. transformers rounds fractional warm-up up
 (TrainingArguments.get_warmup_steps), and step i of a warm-up of w has i / w of the learning rate, from i = 0.
 So a run of one step with `warmup_steps: 0.1` would be all warm-up, at a rate of 0, and learn nothing.
 """
@@ -12,23 +12,23 @@ from typing import Any
 from mcp_lora.engine.api import number
 from mcp_lora.errors import McpLoraError
 
-FEW = 50  # steps, below which more rows or a smaller batch help
-_POINTS = 20  # of a loss curve
-_EVALUATIONS = 5  # of a run too short for the recipe's eval_steps
+FEW = 50  # steps; for fewer a warning is logged
+_POINTS = 20  # of the loss curve
+_EVALUATIONS = 5  # of a run that is too short for the recipe's eval_steps
 
 
 def count(config: Mapping[str, Any], samples: int | None, processes: int) -> int | None:
-    """Return the optimizer steps of a run; None where neither max_steps nor `samples` is known.
+    """Return the optimizer steps of a run; None if neither max_steps nor `samples` is known.
 
-    They are max_steps where that is not negative, else, without validation samples,
+    This is max_steps if that is not negative, else, without the validation samples,
 
         batches = ceil(ceil(samples / per_device_train_batch_size) / processes)
         steps   = ceil(num_train_epochs × max(1, ceil(batches / gradient_accumulation_steps)))
 
-    and with dataloader_drop_last both divisions of the first line round down. Sources: accelerate 1.11,
+    where with dataloader_drop_last both divisions of the first line round down. Sources: accelerate 1.11,
     BatchSamplerShard.__len__; transformers 5.5, Trainer.set_initial_training_values.
 
-    Raises McpLoraError where a value is no number.
+    Raises McpLoraError if a value is not a number.
     """
     most = number(config, "max_steps", -1)
     if most >= 0:
@@ -43,24 +43,24 @@ def count(config: Mapping[str, Any], samples: int | None, processes: int) -> int
 
 
 def global_batch(config: Mapping[str, Any], processes: int) -> int:
-    """Return the samples of an optimizer step, on all processes together."""
+    """Return the global batch size: the samples of an optimizer step on all processes."""
     size = number(config, "per_device_train_batch_size", 8)
     return int(size * number(config, "gradient_accumulation_steps", 1) * processes)
 
 
-def share_batch(config: Mapping[str, Any], processes: int, wanted: int | None = None) -> dict[str, int]:
-    """Return the two keys of a configuration that divide its global batch size among processes.
+def split_batch(config: Mapping[str, Any], processes: int, wanted: int | None = None) -> dict[str, int]:
+    """Return the two keys of a configuration that split its global batch size across processes.
 
-    A recipe's per_device_train_batch_size × gradient_accumulation_steps (8 × 1 where left out, as in
-    transformers) is its global batch size, or `wanted` is. It stays the same on any number of processes, as
-    the learning rate belongs to it:
+    The global batch size is `wanted`, or a recipe's per_device_train_batch_size × gradient_accumulation_steps
+    (8 × 1 by default, as in transformers). It does not depend on the number of processes, as the learning
+    rate is tuned for it:
 
-        per device × accumulation × processes = batch
+        per-device batch size × accumulation steps × processes = global batch size
 
-    Where the processes do not divide the batch it is the nearest that they can have, with at least half the
-    batch per device.
+    If the processes do not divide it, the result is the nearest possible global batch size, with at least
+    half the per-device batch size.
 
-    Raises McpLoraError where one of the two keys is no whole number from 1.
+    Raises McpLoraError if one of the two keys is not a positive integer.
     """
     most = _size(config, "per_device_train_batch_size", 8)
     batch = wanted or most * _size(config, "gradient_accumulation_steps", 1)
@@ -71,7 +71,7 @@ def share_batch(config: Mapping[str, Any], processes: int, wanted: int | None = 
 
 
 def describe_batch(config: Mapping[str, Any], processes: int) -> str:
-    """Return, in words, what the global batch size is made of."""
+    """Return a message on the factors of the global batch size."""
     size = number(config, "per_device_train_batch_size", 8)
     steps, batch = number(config, "gradient_accumulation_steps", 1), global_batch(config, processes)
     return f"batch {batch} = {size} per device × {steps} accumulated × {processes} processes"
@@ -80,30 +80,31 @@ def describe_batch(config: Mapping[str, Any], processes: int) -> str:
 def _size(config: Mapping[str, Any], key: str, default: int) -> int:
     value = number(config, key, default)
     if value < 1 or value != int(value):
-        raise McpLoraError(f"{key}={value} is no whole number from 1: mcp-lora train {key}={default}")
+        raise McpLoraError(f"{key}={value} is not a positive integer: mcp-lora train {key}={default}")
     return int(value)
 
 
 def fit(config: Mapping[str, Any], steps: int, given: Collection[str]) -> dict[str, Any]:
-    """Return a configuration that suits a run of so many optimizer steps.
+    """Return a configuration adapted to the number of optimizer steps of a run.
 
-    - Warm-up becomes a number of steps, floor(share × steps), never all of them.
+    - Warm-up becomes a number of steps, floor(fraction × steps), and less than all of them.
     - logging_steps is lowered for a loss curve of 20 points, or as many as there are steps.
-    - eval_steps is lowered where a curve of eval_loss would have one point, the one at the end.
+    - eval_steps is lowered if the curve of eval_loss would have only one point, at the end.
 
-    Intervals among `given`, the keys that were set on the command line, stay.
+    Intervals in `given`, the keys that were set on the command line, are kept.
 
-    Raises McpLoraError where there is no step, or warm-up would be all of the run.
+    Raises McpLoraError if there is no step, or warm-up would be the whole run.
     """
     if steps < 1:
-        raise McpLoraError("this makes no optimizer step: mcp-lora train max_steps=-1 num_train_epochs=1")
-    key = "warmup_steps" if config.get("warmup_ratio") is None else "warmup_ratio"  # the ratio wins
-    share = number(config, key, 0)
+        raise McpLoraError("the run has no optimizer steps: mcp-lora train max_steps=-1 num_train_epochs=1")
+    # warmup_ratio takes precedence
+    key = "warmup_steps" if config.get("warmup_ratio") is None else "warmup_ratio"
+    value = number(config, key, 0)
     # 0.29 × 100 is 28.999999999999996
-    warmup = min(steps - 1, math.floor(share * steps + 1e-9)) if share < 1 else int(share)
+    warmup = min(steps - 1, math.floor(value * steps + 1e-9)) if value < 1 else int(value)
     if not 0 <= warmup < steps:
-        problem = f"{key}={share:g}, but the run has {steps} optimizer steps and warm-up must be fewer"
-        raise McpLoraError(f"{problem}: give a share below 1, as in mcp-lora train warmup_steps=0.1")
+        problem = f"{key}={value:g}, but the run has {steps} optimizer steps and warm-up must be fewer"
+        raise McpLoraError(f"{problem}: use a fraction below 1, as in mcp-lora train warmup_steps=0.1")
     fitted = {**config, "warmup_steps": warmup}
     fitted.pop("warmup_ratio", None)
     if "logging_steps" not in given:
@@ -120,7 +121,7 @@ def fit(config: Mapping[str, Any], steps: int, given: Collection[str]) -> dict[s
 
 
 def what_helps(config: Mapping[str, Any], processes: int) -> str:
-    """Return, in words, how a run gets more steps."""
+    """Return a message on how a run gets more steps."""
     if number(config, "max_steps", -1) >= 0:
         return "what helps: a larger max_steps, more rows"
     smaller = "--global-batch 8, " if global_batch(config, processes) > 8 >= processes else ""

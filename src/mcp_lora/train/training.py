@@ -1,4 +1,4 @@
-"""A training from its request to its record: resolve, check, convert, render, start, retry, record."""
+"""A training from request to record: resolve, check, convert, render, start, retry, record."""
 
 import math
 import os
@@ -21,16 +21,16 @@ from mcp_lora.train import manifest, memory, runs, steps
 from mcp_lora.train import recipe as configuration
 from mcp_lora.train.machine import Machine, detect_machine, too_big
 
-LOG = "train.log"  # what the engine has printed
+LOG = "train.log"  # the engine's output
 Say = Callable[[str], None]
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: a recipe, what wins over it, and how it is run.
+    """The request for a training: a recipe, what overrides it, and how it is run.
 
-    `overrides` are `key=value` words in LLaMA-Factory's names. None leaves a thing to the recipe, the
+    `overrides` are `key=value` words with LLaMA-Factory's keys. None leaves a setting to the recipe, the
     environment or the machine.
     """
 
@@ -51,7 +51,7 @@ class Request:
 
     @property
     def flags(self) -> dict[str, str | None]:
-        """The settings that have options of their own."""
+        """The settings that have command-line options of their own."""
         zero = configuration.ZERO.with_name(f"ds_z{self.zero}_config.json") if self.zero else None
         return {
             "model_name_or_path": self.model,
@@ -62,11 +62,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run: LLaMA-Factory's keys, the engine's variables, who trains.
+    """What will be run: LLaMA-Factory's keys, the engine's environment variables, the topology.
 
-    `given` are the keys that were set on the command line, `steps` says how many there are (empty until the
-    data is known). Once the data is rendered, `rendered` is what rendered.json holds, and `chat_template`
-    what has to be served with the adapter where that is not the model's own.
+    `given` are the keys that were set on the command line, `steps` is a message on the optimizer steps (empty
+    until the data is known). Once the data is rendered, `rendered` is the content of rendered.json, and
+    `chat_template` the template to serve the adapter with, if that is not the model's own.
     """
 
     config: dict[str, Any]
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def batch(self) -> str:
-        """What the global batch size is made of, in words."""
+        """A message on the factors of the global batch size."""
         return steps.describe_batch(self.config, self.topology.processes)
 
     @property
@@ -101,14 +101,15 @@ class Plan:
 def train(request: Request, say: Say, progress: Progress) -> None:
     """Resolve and check a run, convert its data if it has changed, render it, start the engine, record.
 
-    Out of memory, the per-device batch size is halved and more batches are accumulated, so that the training
-    stays the same; it goes on from the newest complete checkpoint. An old run is put aside if asked for.
+    If memory runs out, the per-device batch size is halved and gradient accumulation doubled, so that the
+    global batch size stays; training resumes from the newest complete checkpoint. With `overwrite` an old
+    run is moved away.
 
-    Raises McpLoraError where the configuration, the model, the data or the output folder will not do, the
+    Raises McpLoraError if the configuration, the model, the data or the output folder cannot be used, the
     engine fails, or the adapter has learned nothing.
     """
     plan = _plan(request, say, dry=False)
-    say = say if not plan.topology.rank else _silent  # of several ranks the first one speaks
+    say = say if not plan.topology.rank else _silent  # only the first rank logs
     with dataset.locked(plan.data):
         refreshed = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
     say(refreshed.message)
@@ -119,11 +120,11 @@ def train(request: Request, say: Say, progress: Progress) -> None:
 
 
 def preview(request: Request, say: Say) -> str:
-    """Return what would be run, and what it comes to: parameters, memory, steps.
+    """Return what would be run, and its parameters, memory and steps.
 
-    Nothing is fetched or written, no weight is read, and what this machine could not run is only remarked on.
+    Nothing is fetched or written, no weights are read, and what this machine cannot run is only a warning.
 
-    Raises McpLoraError as `train` does, or where the run would make no step, or be all warm-up.
+    Raises McpLoraError as `train` does, or if the run would have no steps, or be all warm-up.
     """
     plan = _plan(request, say, dry=True)
     plan = _fit(plan, _training_rows(plan.config), say)
@@ -152,14 +153,14 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
     config = configuration.resolve(request.recipe, os.environ, request.overrides, request.flags, machine, say)
     config["output_dir"] = config.get("output_dir") or str(runs.DEFAULT.absolute())
     wanted = request.global_batch or steps.global_batch(config, 1)
-    config |= steps.share_batch(config, topology.processes, request.global_batch)
+    config |= steps.split_batch(config, topology.processes, request.global_batch)
     plan = Plan(config, {}, topology, frozenset(configuration.parse_overrides(request.overrides)))
     is_kept = steps.global_batch(config, topology.processes) == wanted
-    say(plan.batch if is_kept else f"warning: {plan.batch}, as {topology.processes} do not divide {wanted}")
+    say(plan.batch if is_kept else f"warning: {plan.batch}, as {topology.processes} does not divide {wanted}")
     _check(config, machine, say, dry)
     model = str(config["model_name_or_path"])
     if not dry and not (os.path.exists(model) or manifest.cached(config, "tokenizer_config.json")):
-        say(f"{model} is not on this machine, it is fetched")
+        say(f"{model} is not on this machine, fetching it")
     config |= demo_model.located(config, fetch=not dry)
     if checkpoint := runs.prepare(plan.run, config, request.resume, request.overwrite):
         _check_batch(plan)
@@ -169,13 +170,13 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
 
 
 def _check(config: Mapping[str, Any], machine: Machine, say: Say, dry: bool) -> None:
-    """Refuse settings and a model that will not do; on a `dry` run a model too big for this machine may."""
+    """Raise a McpLoraError for invalid settings or models; if `dry`, a model may be too big."""
     problems = settings_problems(config)
     model = str(config.get("model_name_or_path"))
     if model != demo_model.NAME and (missing := configuration.missing_model(model, dry)):
         problems.append(missing)
     if problems:
-        raise McpLoraError(f"{'; '.join(problems)}. Fix that and run again: mcp-lora train --dry-run")
+        raise McpLoraError(f"{'; '.join(problems)}. Fix this and run again: mcp-lora train --dry-run")
     if heavy := too_big(model, machine):
         if not dry:
             raise McpLoraError(heavy)
@@ -183,44 +184,43 @@ def _check(config: Mapping[str, Any], machine: Machine, say: Say, dry: bool) -> 
 
 
 def _check_batch(plan: Plan) -> None:
-    """Refuse to resume a run with another global batch size."""
+    """Raise a McpLoraError if a run would be resumed with another global batch size."""
     processes = plan.topology.processes
     was = steps.global_batch(runs.read_run(plan.run), manifest.read(plan.run).get("processes", processes))
     if was != steps.global_batch(plan.config, processes):
         raise McpLoraError(
-            f"{plan.run} was trained in batches of {was}, not {steps.global_batch(plan.config, processes)}: "
+            f"{plan.run} has a global batch size of {was}, not {steps.global_batch(plan.config, processes)}: "
             f"mcp-lora train --resume --global-batch {was}, or --overwrite"
         )
 
 
-# What means something in the engine's own rendering alone, by what to do instead.
+# Keys that only affect the engine's own rendering, by the reason or what to do instead.
 _ELSEWHERE = {
-    "the model's own chat template is trained": ("template", "tool_format"),
+    "the model's own chat template is used": ("template", "tool_format"),
     "write a system message into the data": ("default_system",),
-    "samples are trained one by one": ("packing", "neat_packing"),
-    "the rendered data set is on disk, and read from there": ("streaming",),
+    "samples are not packed": ("packing", "neat_packing"),
+    "the rendered data set is read from disk": ("streaming",),
     "val_size holds rows out": ("eval_dataset",),
     "mcp-lora convert reads all data into one data set": ("mix_strategy", "interleave_probs"),
-    "enable_thinking decides what is trained": ("preserve_thinking",),
-    "what changes is rendered anew": ("overwrite_cache",),
+    "enable_thinking decides whether reasoning is trained on": ("preserve_thinking",),
+    "data is rendered again whenever it changes": ("overwrite_cache",),
     "prompts are tokenized as a server does": ("split_special_tokens",),
-    "mcp-lora renders the data set, with dataset_dir": ("tokenized_path",),
+    "mcp-lora renders the data set in dataset_dir": ("tokenized_path",),
 }
 
 
 def settings_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with settings, whatever the machine, the model and the data.
+    """Return what is wrong with settings, regardless of the machine, the model and the data.
 
-    These are keys that the engine does not know, settings without effect, as the data set is rendered before
-    the engine sees it, and those that make no adapter that eval, chat and export can load: of finetuning_type
-    freeze and full save a whole model, and the engine loads no adapter of oft (its hparams/parser.py,
-    _verify_model_args).
+    These are unknown keys, settings without effect because the data set is rendered before the engine reads
+    it, and those that give no adapter for eval, chat and export: with finetuning_type freeze and full save a
+    whole model, and the engine cannot load an adapter of oft (its hparams/parser.py, _verify_model_args).
     """
     problems = api.problems(config)
     if not config.get("do_train"):
-        problems.append("without do_train=true nothing is trained")
+        problems.append("nothing is trained without do_train=true")
     if (method := config.get("finetuning_type", "lora")) != "lora":
-        problems.append(f"finetuning_type={method} makes no LoRA adapter, set finetuning_type=lora")
+        problems.append(f"finetuning_type={method} does not train a LoRA adapter, set finetuning_type=lora")
     problems += [
         f"{key}={config[key]} has no effect, {instead}: leave it out"
         for instead, keys in _ELSEWHERE.items()
@@ -228,17 +228,17 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
         if config.get(key)
     ]
     if (name := config.get("dataset", dataset.TRAIN)) != dataset.TRAIN:
-        problems.append(f"dataset={name} is not converted: mcp-lora convert, and dataset={dataset.TRAIN}")
+        problems.append(f"dataset={name} is not created by mcp-lora convert, set dataset={dataset.TRAIN}")
     if not config.get("quantization_bit"):
-        quantising = [key for key in config if key in ("quantization_type", "double_quantization")]
-        problems += [f"{key} has no effect without quantization_bit: set it, to 4" for key in quantising]
+        quantizing = [key for key in config if key in ("quantization_type", "double_quantization")]
+        problems += [f"{key} has no effect without quantization_bit, set it to 4" for key in quantizing]
     if (stage := config.get("stage", "sft")) != "sft":
         problems.append(f"stage={stage} is not supervised fine-tuning, set stage=sft")
     return problems + _deepspeed_problems(config.get("deepspeed"))
 
 
 def _deepspeed_problems(given: Any) -> list[str]:
-    """Return what is wrong with DeepSpeed's configuration: a file, or the JSON itself."""
+    """Return what is wrong with DeepSpeed's configuration, a file or the JSON itself."""
     if not given or isinstance(given, dict) or str(given).lstrip().startswith("{"):
         return []
     if not os.path.isfile(str(given)):
@@ -254,16 +254,16 @@ def _needed_memory(plan: Plan) -> list[str]:
     model = plan.config.get("model_name_or_path")
     try:
         found = memory.estimate(plan.config, plan.topology.processes)
-    except Exception as error:  # models raise what they like where they are built otherwise than most
+    except Exception as error:  # building an unusual model may raise any exception
         reason = " ".join(str(error).split())
         return [f"memory: not known, {model} cannot be built without its weights: {reason}"]
     if not found:
-        return [f"memory: not known, the config of {model} is not here"]
-    share = found.trained / (found.base + found.trained)
+        return [f"memory: not known, the config of {model} is not on this machine"]
+    fraction = found.trained / (found.base + found.trained)
     parts = (found.weights, found.adapter, found.activations, found.logits, found.total)
     weights, adapter, activations, logits, total = (f"{part / 1e9:.1f}" for part in parts)
     return [
-        f"trained: {found.trained:,} parameters, {share:.1%} of the model; adapter on disk: about "
+        f"trained: {found.trained:,} parameters, {fraction:.1%} of the model; adapter on disk: about "
         f"{4 * found.trained / 1e6:,.0f} MB",
         f"memory per GPU, estimated in GB: weights {weights} + adapter {adapter} + activations "
         f"{activations} + logits {logits} = about {total}, for samples of cutoff_len",
@@ -271,26 +271,26 @@ def _needed_memory(plan: Plan) -> list[str]:
 
 
 def _training_rows(config: Mapping[str, Any]) -> int | None:
-    """Return how many rows are trained on, without those of val_size; None where nothing is converted."""
+    """Return the number of training rows without those of val_size; None if nothing is converted."""
     stats = dataset.statistics(Path(str(config.get("dataset_dir"))))
     if stats is None:
         return None
     rows = int(min(stats["samples"]["train"], number(config, "max_samples", math.inf)))
     held_out = number(config, "val_size", 0)
-    # datasets' train_test_split rounds a share up
+    # datasets' train_test_split rounds a fraction up
     return rows - (math.ceil(rows * held_out) if held_out < 1 else int(held_out))
 
 
 def _run(plan: Plan, request: Request, say: Say) -> None:
     is_main, resume = plan.topology.is_main, request.resume
-    # once more, as another training may have been in the folder meanwhile
+    # checked again, as another training may have used the folder meanwhile
     if is_main and (checkpoint := runs.prepare(plan.run, plan.config, resume, request.overwrite)):
         plan = replace(plan, config=plan.config | {"resume_from_checkpoint": str(checkpoint)})
     if resume:
         manifest.check_data(plan.run, plan.data)
     plan = _render(plan, say)
     if request.overwrite and is_main and (previous := runs.put_aside(plan.run)):
-        say(f"the run that was in {plan.run} is now in {previous}")
+        say(f"the old run in {plan.run} was moved to {previous}")
     say(f"training; the configuration is in {plan.run / 'run.yaml'}")
     retries: list[dict[str, Any]] = []
     recorded: AbstractContextManager[None] = nullcontext()
@@ -302,7 +302,7 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
     try:
         with recorded:
             if resume and runs.is_done(plan.run, plan.config):
-                say("training has come to its end already, and was not recorded")
+                say("training has already finished, recording it")
             elif plan.topology.rank is None:
                 _run_engine(plan, say, request.retry, retries)
             else:
@@ -310,7 +310,7 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
             if is_main:
                 _check_result(plan)
     except Interrupted as interruption:
-        interruption.option = runs.how_to_go_on(plan.run).strip()
+        interruption.option = runs.restart_option(plan.run).strip()
         raise
     say(f"the adapter is in {plan.run}; the next steps: mcp-lora eval, chat and export {plan.run}")
 
@@ -323,7 +323,7 @@ def _render(plan: Plan, say: Say) -> Plan:
     path, made = render.render(template, source, folder, plan.config)
     lengths = made["lengths"]
     say(
-        f"tokens of a sample: median {lengths['median']}, 95 % up to {lengths['p95']}, max {lengths['max']}, "
+        f"tokens per sample: median {lengths['median']}, 95 % up to {lengths['p95']}, max {lengths['max']}, "
         f"cutoff_len {lengths['cutoff_len']}"
     )
     if made["shortened"]:
@@ -342,31 +342,31 @@ def _render(plan: Plan, say: Say) -> Plan:
 
 
 def _fit(plan: Plan, samples: int | None, say: Say) -> Plan:
-    """Fit what depends on the number of optimizer steps (see `steps.fit`), and report that number."""
+    """Fit what depends on the number of optimizer steps (see `steps.fit`), and log that number."""
     processes = plan.topology.processes
     count = steps.count(plan.config, samples, processes)
     if count is None:
         return plan
     config = steps.fit(plan.config, count, plan.given)
     batch = steps.global_batch(config, processes)
-    words = f"{count}, of {samples} samples in batches of {batch}" if samples is not None else str(count)
+    words = f"{count} ({samples} samples, global batch size {batch})" if samples is not None else str(count)
     say(f"optimizer steps: {words}; warm-up steps: {config['warmup_steps']}")
     if count < steps.FEW:
-        say(f"warning: few steps to learn from; {steps.what_helps(config, processes)}")
+        say(f"warning: few optimizer steps; {steps.what_helps(config, processes)}")
     return replace(plan, config=config, steps=words)
 
 
 def _write(plan: Plan, say: Say) -> None:
-    """Write run.yaml, and put aside what the engine could not resume from."""
+    """Write run.yaml, and rename the checkpoints that the engine could not resume from."""
     runs.write_config(plan.run, plan.config)
     for checkpoint in runs.put_aside_incomplete(plan.run):
-        say(f"{checkpoint} was not written to its end: no run resumes from it")
+        say(f"{checkpoint} was not written completely and will not be resumed from")
 
 
 def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]) -> None:
     log = plan.run / LOG if plan.topology.is_main else None
     while (outcome := launch.run_engine("train", plan.config, plan.environment, log=log)).code:
-        # Other nodes would not learn of it.
+        # Other nodes would not restart.
         again = outcome.out_of_memory and retry and plan.topology.nodes == 1
         smaller = _smaller(plan, outcome.in_evaluation) if again else None
         if not smaller:
@@ -375,9 +375,9 @@ def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]
         retries.append({key: plan.config.get(key) for key in (*_BATCH, _EVALUATED, "resume_from_checkpoint")})
         _write(plan, say)
         checkpoint = plan.config["resume_from_checkpoint"]
-        begin = Path(checkpoint).name if checkpoint else "the start"
+        start = Path(checkpoint).name if checkpoint else "the start"
         validated = f", {plan.config[_EVALUATED]} in validation" if outcome.in_evaluation else ""
-        say(f"out of memory; again from {begin}: {plan.batch}{validated}")
+        say(f"out of memory; restarting from {start}: {plan.batch}{validated}")
 
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -385,9 +385,9 @@ _EVALUATED = "per_device_eval_batch_size"
 
 
 def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
-    """Return the plan with half the batch per device, from the newest checkpoint; None if it is 1 already.
+    """Return the plan with half the per-device batch size, from the newest checkpoint; None if it is 1.
 
-    The batch is that of training, or that of validation where memory ran out in it.
+    This is the batch size of training, or of validation if memory ran out there.
     """
     size = int(number(plan.config, _EVALUATED if in_evaluation else _BATCH[0], 8))
     if size == 1:
@@ -397,7 +397,7 @@ def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
         keys = {_EVALUATED: size // 2}
     else:
         batch = steps.global_batch(plan.config, processes)
-        keys = steps.share_batch({_BATCH[0]: size // 2}, processes, batch)
+        keys = steps.split_batch({_BATCH[0]: size // 2}, processes, batch)
     saved = [checkpoint for checkpoint in runs.checkpoints(plan.run) if runs.is_complete(checkpoint)]
     config = plan.config | keys | {"resume_from_checkpoint": str(saved[-1]) if saved else None}
     return replace(plan, config=config)
@@ -405,19 +405,19 @@ def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
 
 def _failure(plan: Plan, outcome: launch.Outcome) -> McpLoraError:
     if not outcome.out_of_memory:
-        return outcome.error(f"mcp-lora train{runs.how_to_go_on(plan.run)}")
+        return outcome.error(f"mcp-lora train{runs.restart_option(plan.run)}")
     return McpLoraError(
         f"out of memory at {plan.batch}:\n{launch.real_error(outcome.stderr)}\n"
         f"Lower cutoff_len (samples lose candidate tools to fit) or lora_rank, recompute activations "
-        f"(disable_gradient_checkpointing=false), divide the model among GPUs (--zero 3), or train on a "
+        f"(disable_gradient_checkpointing=false), shard the model across GPUs (--zero 3), or train on a "
         f"4-bit base: mcp-lora train --config train_configs/qlora.yaml",
         outcome.code,
     )
 
 
 def _check_result(plan: Plan) -> None:
-    """See to it that a run which has learned nothing does not count as a success."""
+    """Check the adapter, and save the chat template that it has to be served with."""
     runs.check_adapter(plan.run)
-    if plan.chat_template:  # the engine has saved the base model's beside the adapter
+    if plan.chat_template:  # replaces the base model's, which the engine has saved
         for folder in (plan.run, *runs.checkpoints(plan.run)):
             (folder / runs.CHAT_TEMPLATE).write_text(plan.chat_template, encoding="utf-8")

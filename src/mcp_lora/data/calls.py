@@ -333,8 +333,4 @@ def _as_json(text: str, quote: str) -> str:
 
 def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:
     """Tell whether calls are equal as JSON, in the same order: 1 is not true."""
-    return [_canonical(call) for call in one] == [_canonical(call) for call in other]
-
-
-def _canonical(call: ToolCall) -> str:
-    return json.dumps([call.name, call.arguments], sort_keys=True)
+    return json.dumps(list(one), sort_keys=True) == json.dumps(list(other), sort_keys=True)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TextIO
 
 import msgspec
 
+from mcp_lora.data.records import mapped
 from mcp_lora.errors import McpLoraError
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
@@ -236,20 +237,18 @@ def _parquet(file: Path, progress: Progress) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(file) as table:
             size, read, count = file.stat().st_size, 0, table.metadata.num_rows
             for batch in table.iter_batches(batch_size=256):
-                yield from map(_plain, batch.to_pylist())
+                yield from mapped(batch.to_pylist(), _number)
                 read += batch.num_rows
                 progress(size * read // count)
     except (pyarrow.ArrowException, ValueError, LookupError, OverflowError) as error:  # times, zones, texts
         yield _stopped(error)
 
 
-def _plain(value: Any) -> Any:
-    """Return a Parquet value as JSON has it; decimals become numbers."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    return list(map(_plain, value)) if isinstance(value, list) else value
+def _number(value: Any) -> Any:
+    """Return a decimal as the number that JSON has, and anything else unchanged."""
+    if not isinstance(value, Decimal):
+        return value
+    return int(value) if value == value.to_integral_value() else float(value)
 
 
 def _stopped(error: Exception) -> Broken:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -132,6 +133,13 @@ class Content:
     unknown: list[str] = field(default_factory=list)
     later: int = 0
     error: "RowError | None" = None
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value with everything in it changed, at any depth, that is neither an object nor a list."""
+    if isinstance(value, dict):
+        return {key: mapped(item, change) for key, item in value.items()}
+    return [mapped(item, change) for item in value] if isinstance(value, list) else change(value)
 
 
 class RowError(Exception):

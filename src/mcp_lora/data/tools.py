@@ -13,36 +13,15 @@ import msgspec
 
 from mcp_lora.data.records import RowError, Tool, literal
 
-_SCHEMAS = (
-    "parameters",
-    "inputSchema",
-    "input_schema",
-    "parametersJsonSchema",
-    "args_schema",
-    "schema",
-    "arguments",
-    "args",
-    "inputs",
-    "parameter",
-)
+_SCHEMAS: tuple[str, ...] = ("parameters", "inputSchema", "input_schema", "parametersJsonSchema")
+_SCHEMAS += ("args_schema", "schema", "arguments", "args", "inputs", "parameter")
+_SHOWING = {*_SCHEMAS, "description"}  # a key that only a tool has
 _WRAPPERS = ("result", "function", "toolSpec")  # of a reply to tools/list, OpenAI's, Bedrock's
 _LISTS = ("function_declarations", "functionDeclarations", "tools", "functions", "remote_server_response")
 # What Python and Gemini call JSON Schema's types.
-_TYPES = {
-    "str": "string",
-    "int": "integer",
-    "float": "number",
-    "double": "number",
-    "bool": "boolean",
-    "list": "array",
-    "tuple": "array",
-    "set": "array",
-    "dict": "object",
-    "map": "object",
-    "none": "null",
-    "nonetype": "null",
-}
-_PLAIN = ("string", "integer", "number", "boolean", "array", "object", "null")
+_TYPES = {"str": "string", "int": "integer", "float": "number", "double": "number", "bool": "boolean"}
+_TYPES |= {"list": "array", "tuple": "array", "set": "array", "dict": "object", "map": "object"}
+_TYPES |= {"none": "null", "nonetype": "null"}
 _META = {"type", "title", "required", "description"}  # keywords of a schema, not parameters
 _VALUES = ("enum", "const", "default", "examples", "example")  # keywords with data, not schemas
 
@@ -81,18 +60,14 @@ def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) ->
         yield from tools_in(wrapped, server, cleaned)
     elif "name" in value or "tool_name" in value:
         yield _tool(value, server, cleaned)
-    elif (
-        value
-        and not {*_SCHEMAS, "description"} & value.keys()
-        and all(isinstance(item, dict | list) for item in value.values())
-    ):
-        for name, item in value.items():
-            is_tool = isinstance(item, dict) and any(key in item for key in (*_SCHEMAS, "description"))
-            yield from (
-                tools_in({"name": name} | item, server, cleaned) if is_tool else tools_in(item, name, cleaned)
-            )
-    elif value:
+    elif _SHOWING & value.keys() or not all(isinstance(item, dict | list) for item in value.values()):
         raise RowError("no-tool", f"a tool has no name, only {', '.join(value)}")
+    else:  # by name, or by server
+        for name, item in value.items():
+            if isinstance(item, dict) and _SHOWING & item.keys():
+                yield from tools_in({"name": name} | item, server, cleaned)
+            else:
+                yield from tools_in(item, name, cleaned)
 
 
 def _tool(item: dict[str, Any], server: str, cleaned: list[str] | None) -> Tool:
@@ -150,21 +125,18 @@ def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:
         flat = {key: {"description": item} for key, item in flat.items()}
     is_schema = parameters.get("type") == "object" or isinstance(parameters.get("properties"), dict)
     if flat and not is_schema and all(isinstance(item, dict) for item in flat.values()):
-        required = [
-            key
-            for key, item in flat.items()
-            if item.get("required") is True
-            or (
-                "optional" not in str(item.get("type")).lower()
-                and "default" not in item
-                and item.get("required") is not False
-            )
-        ]
+        required = [key for key, item in flat.items() if _is_required(item)]
         parameters = {"type": "object", "properties": flat, "required": required}
     schema: dict[str, Any] = _schema(parameters)
     if not isinstance(schema.get("properties", {}), dict):
         raise RowError("no-schema", f"the properties of {name} are not an object")
     return {"type": "object", "properties": {}} | schema
+
+
+def _is_required(parameter: dict[str, Any]) -> bool:
+    if isinstance(stated := parameter.get("required"), bool):
+        return stated
+    return "default" not in parameter and "optional" not in str(parameter.get("type")).lower()
 
 
 def _schema(value: Any) -> Any:
@@ -203,8 +175,7 @@ def _schema(value: Any) -> Any:
 def _type(kind: Any) -> Any:
     word = str(kind).split(",")[0].strip().lower()
     word = word.removeprefix("optional[").split("[")[0].split("(")[0].rstrip("] ").strip()
-    plain = _TYPES.get(word, word)
-    return plain if plain in _PLAIN else None
+    return word if word in _TYPES.values() else _TYPES.get(word)
 
 
 def takes_null(schema: Any) -> bool:

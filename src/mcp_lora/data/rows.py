@@ -189,13 +189,7 @@ def _bare(question: str) -> str:
 
 
 def _rejection(file: str, number: int, error: RowError, record: Any) -> bytes:
-    line = {
-        "file": file,
-        "row": number,
-        "reason": error.reason,
-        "sentence": str(error),
-        "record": record,
-    }
+    line = {"file": file, "row": number, "reason": error.reason, "sentence": str(error), "record": record}
     try:
         text = json.dumps(line, ensure_ascii=False, default=str)
     except (RecursionError, ValueError, TypeError):  # too deeply nested, or keys that JSON does not allow

@@ -19,15 +19,27 @@ from mcp_lora.data import dataset, files, formats
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError
 from mcp_lora.data.records import Settings as Settings
-from mcp_lora.data.rows import Progress as Progress
-from mcp_lora.data.rows import Rows
-from mcp_lora.data.samples import SPLITS as SPLITS
-from mcp_lora.data.samples import Samples, engine_file
+from mcp_lora.data.rows import Progress, Rows
+from mcp_lora.data.samples import SPLITS, Samples, engine_file
 from mcp_lora.errors import McpLoraError
 
 FILTERED_FOLDER = Path("data/filtered")
 FILTERED = "filtered_*.json"
 SAMPLE = "filtered_sample.json"
+# How LLaMA-Factory reads a file of samples.
+_COLUMNS = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
+    "tags": {
+        "role_tag": "from",
+        "content_tag": "value",
+        "user_tag": "human",
+        "assistant_tag": "gpt",
+        "observation_tag": "observation",
+        "function_tag": "function_call",
+        "system_tag": "system",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,8 @@ def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
             return max(found, key=age)
     if (folder / SAMPLE).is_file():
         return folder / SAMPLE
-    raise McpLoraError(
-        f"no filtered_*.json in {folder}: put your data there, or name it: mcp-lora convert FILE"
-    )
+    what = f"no filtered_*.json in {folder}: put your data there, or name it"
+    raise McpLoraError(f"{what}: mcp-lora convert FILE")
 
 
 def _find(settings: Settings, left_out: list[Path] | None = None) -> tuple[list[Path], list[Path]]:
@@ -93,10 +104,9 @@ def convert(
         )
     left_out: list[Path] = []
     inputs, tools = _find(settings, left_out)
-    if own := [
-        file for file in inputs if file.resolve().parent == out.resolve() and file.name in dataset.FILES
-    ]:
-        raise McpLoraError(f"{own[0]} would be overwritten: mcp-lora convert --output OTHER_FOLDER")
+    for file in inputs:
+        if file.name in dataset.FILES and file.resolve().parent == out.resolve():
+            raise McpLoraError(f"{file} would be overwritten: mcp-lora convert --output OTHER_FOLDER")
     new = out / ".new"
     with dataset.writing(out):
         shutil.rmtree(new, ignore_errors=True)  # left by a conversion that was killed
@@ -106,16 +116,13 @@ def convert(
             if left_out:
                 what = f"{left_out[0]}{' …' * (len(left_out) > 1)}: hidden, links, or written by mcp-lora"
                 stats["notes"].append(f"{len(left_out)} files were skipped ({what})")
-            others = {
-                key: entry
-                for key, entry in dataset.load(out / dataset.INFO).items()
-                if key not in SPLITS.values()
-            }
-            dataset.dump(others | stats.pop("info"), new / dataset.INFO)
-            stats["files"] = {
-                file.name: files.sha256(file) for file in new.iterdir() if file.name != dataset.INFO
-            }
+            stats["files"] = {file.name: files.sha256(file) for file in new.iterdir()}
             dataset.dump(stats, new / dataset.STATS)
+            old = dataset.load(out / dataset.INFO)
+            info = {name: entry for name, entry in old.items() if name not in SPLITS.values()}
+            for split in stats["samples"]:
+                info[SPLITS[split]] = {"file_name": engine_file(split)} | _COLUMNS
+            dataset.dump(info, new / dataset.INFO)
             dataset.put_in_place(new, out, settings)
         finally:
             shutil.rmtree(new)
@@ -151,13 +158,12 @@ def _convert(
         if fraction and not samples.count[name]
     ]
     (new / "rows").unlink()
-    written = _in_order(samples.count)
     return {
         "read": sum(source.read for source in rows.statistics.values()),
         "written": _in_order(rows.total("written")),
         "rejected": rows.total("rejected"),
         "cleaned": rows.total("cleaned"),
-        "samples": written,
+        "samples": _in_order(samples.count),
         "later_calls": rows.later_calls,
         "synonyms": samples.pool.synonyms,
         "unknown_parameters": dict(rows.unknown.most_common()),
@@ -172,7 +178,6 @@ def _convert(
         "notes": notes,
         "settings": asdict(settings),
         "inputs": _hashes(inputs + tools),
-        "info": {SPLITS[name]: {"file_name": engine_file(name)} | dataset.COLUMNS for name in written},
     }
 
 
@@ -244,13 +249,14 @@ def refresh(
     """
     old = dataset.load(out / dataset.STATS)
     settings = settings_of(old)
-    if keep and "inputs" in old and dataset.file_of(out, "train").is_file():
+    is_complete = "inputs" in old and dataset.file_of(out, "train").is_file()
+    if keep and is_complete:
         if data:
             raise McpLoraError("a run is resumed on its own data, omit --data: mcp-lora train --resume")
         return Refreshed(f"the data in {out} is used as it is, to resume")
     if data:
         settings = replace(settings, inputs=[str(one) for one in data])
-    if "inputs" in old and dataset.file_of(out, "train").is_file():
+    if is_complete:
         changed = _have_changed(settings, old["inputs"])
         if changed is None and not data:
             return Refreshed(f"the data in {out} is used; its inputs are not on this machine")

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from mcp_lora.data import languages, text_calls
+from mcp_lora.data import text_calls
 from mcp_lora.data.calls import THOUGHTS
 from mcp_lora.data.records import (
     ANSWER,
@@ -104,6 +104,14 @@ _KINDS = {
     "call": re.compile(r".*(tooluse|toolcall|functioncall)"),
     "text": re.compile(r".*text|markdown|refusal"),
 }
+# The answer if no tool fits, by the question's script; kana before Han, as Japanese is written in both.
+_REFUSAL = "None of the available tools can do this."
+_REFUSALS = {
+    r"[\u3040-\u30ff]": "利用できるツールでは、この依頼に対応できません。",
+    r"[\uac00-\ud7af]": "사용할 수 있는 도구로는 이 요청을 처리할 수 없습니다.",
+    r"[\u4e00-\u9fff]": "现有的工具都无法完成这个请求。",
+    r"[\u0400-\u04ff]": "Ни один из доступных инструментов не может этого сделать.",
+}
 _REASONING = _names("reasoning_content reasoning thinking thought")
 _NAMES = _names("name toolName tool_name")
 _ARGUMENTS = _names("arguments args parameters input kwargs")
@@ -178,12 +186,16 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
     return content
 
 
+def refusal(question: str) -> str:
+    """Return the answer that no candidate tool fits, in the question's language or else in English."""
+    return next((answer for script, answer in _REFUSALS.items() if re.search(script, question)), _REFUSAL)
+
+
 def _unwrapped(record: Any) -> Any:
     """Return a record with the keys of the objects that wrap its request."""
     if not isinstance(record, dict):
-        raise RowError(
-            "unknown-format", f"a row is an object or a list of messages, not {type(record).__name__}"
-        )
+        what = f"a row is an object or a list of messages, not {type(record).__name__}"
+        raise RowError("unknown-format", what)
     for name in _WRAPPERS:
         inner = record.get(name) if name == "input" else _parsed(record.get(name), quietly=True)
         if name == "attributes" and isinstance(inner, list):  # OpenTelemetry's protocol
@@ -223,7 +235,7 @@ def _all_messages(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     history = list(_messages(turns, USER))
     yield from history
     if gold == []:  # no tool fits
-        yield {"role": "assistant", "content": languages.refusal(str(question or ""))}
+        yield {"role": "assistant", "content": refusal(str(question or ""))}
     elif gold is not None:
         gold = gold if isinstance(gold, list) else [gold]
         if all(isinstance(one, str) and one.rstrip().endswith(")") for one in gold):  # add(a=1)
@@ -253,10 +265,7 @@ def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
             yield from _messages(item, role)
     elif isinstance(value, dict):
         inner = None if _role(value) else _inner(value)
-        if inner is None:
-            yield value
-        else:
-            yield from _messages(inner, role)
+        yield from [value] if inner is None else _messages(inner, role)
     elif value is not None:
         raise RowError("bad-message", f"a message is not an object but {type(value).__name__}")
 

@@ -13,6 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from decimal import Decimal
 from glob import glob
 from pathlib import Path
@@ -48,8 +49,7 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
 
     Raises McpLoraError if a place contains no readable file, or a file name is not valid UTF-8.
     """
-    found: list[Path] = []
-    missing = []
+    found, missing = list[Path](), list[str]()
     left_out = [] if left_out is None else left_out
     for place in places:
         if os.path.isdir(place):
@@ -80,21 +80,17 @@ def _is_output(marker: Path) -> bool:
     """Tell whether mcp-lora wrote a marker file; other programs write a stats.json, too."""
     if marker.name != "stats.json":
         return True
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads(marker.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "settings" in content
+        return isinstance(content, dict) and "settings" in content
+    return False
 
 
 def _is_skipped(file: Path, place: Path, outputs: set[Path]) -> bool:
     """Tell whether a file in the folder `place` is hidden, a link, or in one of the folders `outputs`."""
-    return (
-        any(part.startswith(".") for part in file.parts)
-        or (place / file).is_symlink()
-        or file.name.endswith(".rejected.jsonl")
-        or any(place / folder in outputs for folder in file.parents)
-    )
+    is_hidden = any(part.startswith(".") for part in file.parts)
+    is_output = file.name.endswith(".rejected.jsonl") or any(place / one in outputs for one in file.parents)
+    return is_hidden or is_output or (place / file).is_symlink()
 
 
 def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
@@ -153,10 +149,8 @@ def _lines(file: Path, progress: Progress) -> Iterator[Any]:
 
 
 def _decoded(line: bytes) -> Any:
-    try:
+    with suppress(ValueError, RecursionError):
         return msgspec.json.decode(line)
-    except (ValueError, RecursionError):
-        pass
     # Python's json accepts more: NaN, control characters, lone surrogates.
     text = line.decode("utf-8", "surrogateescape")
     try:

@@ -170,7 +170,10 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
     """
     record = {"messages": record} if isinstance(record, list) else _unwrapped(record)
     content = Content([])
-    content.tools += tools_in(_first(record, _TOOLS), _server(record), content.cleaned)
+    info = record.get("server_info")
+    server = _first(info, ("server_name", "name")) if isinstance(info, dict) else record.get("server_name")
+    server = server if isinstance(server, str) else ""
+    content.tools += tools_in(_first(record, _TOOLS), server, content.cleaned)
     try:
         for message in _all_messages(record):
             content.turns += _turns(message, content)
@@ -212,12 +215,6 @@ def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
         if (value := record.get(name)) not in (None, ""):
             return value
     return None
-
-
-def _server(record: Mapping[str, Any]) -> str:
-    info = record.get("server_info")
-    name = info.get("server_name", info.get("name")) if isinstance(info, dict) else record.get("server_name")
-    return name if isinstance(name, str) else ""
 
 
 def _all_messages(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

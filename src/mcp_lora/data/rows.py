@@ -171,7 +171,9 @@ class Rows:
             if turn.calls and turn.trained:
                 break
             asked = turn.text if turn.role == USER else asked
-        digest = hashlib.blake2b(f"{settings.seed}\n{_bare(asked)}".encode(), digest_size=16).digest()
+        # without case, spaces and punctuation, so that near copies count as the same
+        bare = re.sub(r"[\W_]+", "", asked.casefold()) or asked
+        digest = hashlib.blake2b(f"{settings.seed}\n{bare}".encode(), digest_size=16).digest()
         split_hash, no_call_hash = int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
         called = list({call.name: None for turn in turns for call in turn.calls})
         for tool in content.tools:
@@ -181,11 +183,6 @@ class Rows:
         source = statistics.file, statistics.format
         row = Row(*source, split_hash, no_call_hash, own, called, messages_of(turns))
         return row, int.from_bytes(same, signed=True)
-
-
-def _bare(question: str) -> str:
-    """Return a question without case, spaces and punctuation, so that near copies count as the same."""
-    return re.sub(r"[\W_]+", "", question.casefold()) or question
 
 
 def _rejection(file: str, number: int, error: RowError, record: Any) -> bytes:

@@ -123,7 +123,8 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
 
     Raises RowError if it contains a call in an unknown format, or of a tool that is not in the row.
     """
-    if any(name in text for name in schemas):  # most answers name no tool
+    names_a_tool = any(name in text for name in schemas)
+    if names_a_tool:  # most answers do not
         for variant in dict.fromkeys(_variants(text, schemas)):
             for form in _formats():
                 reading = form.read(variant, schemas)
@@ -134,11 +135,9 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
                     while tag := _TAG.search(content):
                         content = content[: tag.start()].rstrip()
                     return replace(reading, content=content)
-        names = "|".join(map(re.escape, schemas))
-        if re.search(_NAMED.format(names=names), text):
-            raise _unread(text)
-    if re.search(_MARKS, text, _FLAGS):
-        raise _unread(text)
+    named = _NAMED.format(names="|".join(map(re.escape, schemas)))
+    if (names_a_tool and re.search(named, text)) or re.search(_MARKS, text, _FLAGS):
+        raise RowError("call-as-text", f"a call in the text cannot be parsed: {text.strip()[:80]}")
     return None
 
 
@@ -157,14 +156,9 @@ def _variants(text: str, schemas: Mapping[str, Any]) -> Iterator[str]:
                 yield from (json.dumps(value[holder]) for holder in _HOLDERS if holder in value)
 
 
-def _unread(text: str) -> RowError:
-    return RowError("call-as-text", f"a call in the text cannot be parsed: {text.strip()[:80]}")
-
-
 def as_json(found: re.Match[str]) -> str:
     """Return a Python literal of an object or list as JSON, anything else unchanged."""
-    try:
-        value = literal(found.group())
-        return json.dumps(value) if isinstance(value, dict | list) else found.group()
-    except (ValueError, TypeError):  # a Python value without a JSON equivalent
-        return found.group()
+    with suppress(ValueError, TypeError):  # a Python value without a JSON equivalent
+        if isinstance(value := literal(found.group()), dict | list):
+            return json.dumps(value)
+    return found.group()

@@ -98,10 +98,9 @@ def convert(
     Raises McpLoraError if there is no usable row, or `out` cannot be written; nothing is overwritten then.
     """
     if foreign := dataset.foreign(out):
-        raise McpLoraError(
-            f"{out} contains {', '.join(foreign)}, not created by mcp-lora or modified since: "
-            f"mcp-lora convert --output OTHER_FOLDER, and mcp-lora train dataset_dir=OTHER_FOLDER"
-        )
+        what = f"{out} contains {', '.join(foreign)}, not created by mcp-lora or modified since"
+        commands = "mcp-lora convert --output OTHER_FOLDER, and mcp-lora train dataset_dir=OTHER_FOLDER"
+        raise McpLoraError(f"{what}: {commands}")
     left_out: list[Path] = []
     inputs, tools = _find(settings, left_out)
     for file in inputs:
@@ -147,16 +146,13 @@ def _convert(
     samples = Samples(new, catalogue, rows, settings)
     samples.write(progress)
     if not samples.count["train"]:
-        raise McpLoraError(
-            f"none of {rows.count} usable rows is left to train on: hold out less, with mcp-lora "
-            f"convert --test, --holdout-tools and --holdout-servers"
-        )
-    fractions = (settings.test, settings.holdout_tools, settings.holdout_servers)
-    notes += [
-        f"too little data for split {name}, it was not created"
-        for name, fraction in zip(("seen", "unseen_tool", "unseen_server"), fractions, strict=True)
-        if fraction and not samples.count[name]
-    ]
+        options = "mcp-lora convert --test, --holdout-tools and --holdout-servers"
+        what = f"none of {rows.count} usable rows is left to train on: hold out less, with {options}"
+        raise McpLoraError(what)
+    held_out = {"seen": settings.test, "unseen_tool": settings.holdout_tools}
+    for split, fraction in (held_out | {"unseen_server": settings.holdout_servers}).items():
+        if fraction and not samples.count[split]:
+            notes.append(f"too little data for split {split}, it was not created")
     (new / "rows").unlink()
     return {
         "read": sum(source.read for source in rows.statistics.values()),
@@ -199,9 +195,8 @@ def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
         details.append(f"all of them are in {kept}")
     names = ", ".join(map(str, inputs[:3])) + " …" * (len(inputs) > 3)
     advice = "--tools CATALOGUE" if "not-in-catalogue" in rejected else "OTHER_FILE"
-    return McpLoraError(
-        f"no usable row in {names} ({'; '.join(details) or 'it is empty'}): mcp-lora convert {advice}"
-    )
+    what = f"no usable row in {names} ({'; '.join(details) or 'it is empty'})"
+    return McpLoraError(f"{what}: mcp-lora convert {advice}")
 
 
 def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:

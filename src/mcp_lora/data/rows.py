@@ -114,9 +114,8 @@ class Rows:
                     is_log = formats.is_session(record)
                     if self._settings.redact or (self._settings.redact is None and is_log):
                         record, replaced = redact(record)
-                        statistics.cleaned.update(
-                            {f"redacted {kind}": count for kind, count in replaced.items()}
-                        )
+                        for kind, count in replaced.items():
+                            statistics.cleaned[f"redacted {kind}"] += count
                     try:
                         if broken:
                             raise RowError("not-json", record.message)
@@ -130,8 +129,7 @@ class Rows:
                         numbers += [number] * (len(numbers) < 3)
                         rejected.write(_rejection(name, number, error, record.text if broken else record))
                         continue
-                    for what in content.cleaned:
-                        statistics.cleaned[what] += 1
+                    statistics.cleaned.update(content.cleaned)
                     self.unknown.update(content.unknown)
                     self.later_calls += content.later
                     spool.write(msgspec.json.encode(row) + b"\n")

@@ -86,8 +86,8 @@ class Samples:
                 split = self._split_of(row, gold, row.split_hash in held_out)
                 if split != "train" and not _calls(row.messages):
                     split = "no_call"  # its calls are context, the gold answer is not to call
-                count = self._settings.candidates
-                sampled = self.pool.sample(own, row.called, count, row.split_hash, split == "unseen_server")
+                count, hard = self._settings.candidates, split == "unseen_server"
+                sampled = self.pool.sample(own, row.called, count, row.split_hash, hard)
                 server = gold[0].server if gold else ""
                 # A test sample ends with the gold call.
                 if split != "train":
@@ -100,11 +100,10 @@ class Samples:
                 rows.statistics[row.file, row.format].written[split] += 1
                 if gold and row.no_call_hash < self._settings.no_call * 2**64:
                     # As many candidates as with the gold tool, or their number would give it away.
-                    more = self.pool.sample(
-                        own, row.called, len(sampled) + len(gold), row.split_hash, split == "unseen_server"
-                    )
-                    distractors = [tool for tool in more if tool.name not in row.called]
-                    self._write_no_call(split, row, distractors[: len(sampled)])
+                    count = len(sampled) + len(gold)
+                    more = self.pool.sample(own, row.called, count, row.split_hash, hard)
+                    distractors = [tool for tool in more if tool.name not in row.called][: len(sampled)]
+                    self._write_no_call(split, row, distractors)
                 if place % 1000 == 0:
                     progress("writing", place / rows.count)
             for _, array in self._files.values():
@@ -176,10 +175,8 @@ def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 turns.append({"from": "observation", "value": content})
         elif made := message.get("tool_calls"):
-            calls = [
-                {"name": call["function"]["name"], "arguments": msgspec.Raw(call["function"]["arguments"])}
-                for call in made
-            ]
+            functions = [call["function"] for call in made]
+            calls = [one | {"arguments": msgspec.Raw(one["arguments"])} for one in functions]
             value = msgspec.json.encode(calls if len(calls) > 1 else calls[0]).decode()
             turns.append({"from": "function_call", "value": value})
         elif message["role"] == "assistant":

@@ -67,10 +67,6 @@ def _names(names: str) -> tuple[str, ...]:
     return tuple(names.split())
 
 
-def _by_name(groups: dict[str, str]) -> dict[str, str]:
-    return {name: group for group, names in groups.items() for name in names.split()}
-
-
 # The names of a record's parts in all formats; the first name that is present counts.
 _WRAPPERS = _names(
     "attributes request body input inputs data extra invocation_params optional_params toolConfig "
@@ -87,16 +83,15 @@ _SYSTEMS = _names("system system_prompt systemInstruction system_instruction ins
 _SYSTEMS += ("gen_ai.system_instructions",)
 _EVENT = {"sessionId", "leafUuid", "payload"}  # keys of a line in a session log of Claude Code or Codex
 # The names in a message and its parts.
-_ROLE_OF = _by_name(
-    {
-        SYSTEM: "system developer systemmessage systemprompt",
-        USER: "user human humanmessage question",
-        ANSWER: "answer assistant gpt ai aimessage aimessagechunk model bot chatbot agent chatgpt reasoning",
-        CALL: "toolcall toolcalls functioncall",
-        RESULT: "tool function observation toolresponse toolresult ipython toolmessage functionmessage "
-        "environment functioncalloutput functionresponse",
-    }
-)
+_ROLES = {
+    SYSTEM: "system developer systemmessage systemprompt",
+    USER: "user human humanmessage question",
+    ANSWER: "answer assistant gpt ai aimessage aimessagechunk model bot chatbot agent chatgpt reasoning",
+    CALL: "toolcall toolcalls functioncall",
+    RESULT: "tool function observation toolresponse toolresult ipython toolmessage functionmessage "
+    "environment functioncalloutput functionresponse",
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split()}
 # The kind of a part by its plain name (see `_plain`): mcp_tool_use, tool-call, toolResult.
 _KINDS = {
     "thought": re.compile(r"thinking|reasoning(text)?|summarytext|thought"),
@@ -104,6 +99,8 @@ _KINDS = {
     "call": re.compile(r".*(tooluse|toolcall|functioncall)"),
     "text": re.compile(r".*text|markdown|refusal"),
 }
+_GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+_TOOL_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 # The answer if no tool fits, by the question's script; kana before Han, as Japanese is written in both.
 _REFUSAL = "None of the available tools can do this."
 _REFUSALS = {
@@ -272,9 +269,6 @@ def _inner(value: Mapping[str, Any]) -> Any:
     return _first(value, ("messages", *_ANSWERS, "generations", "candidates"))
 
 
-_GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
-
-
 def _role(message: Mapping[str, Any]) -> str | None:
     """Return the role of a message, or None if it is unknown."""
     named = message.get("role") or message.get("from") or message.get("type")
@@ -303,11 +297,9 @@ def _opened(message: dict[str, Any]) -> dict[str, Any] | None:
 
 def _turns(message: dict[str, Any], content: Content) -> Iterator[Turn]:
     """Yield the turns of a message; the tools that a system message lists are added to `content`."""
-    opened = _opened(message)
-    if opened is None:
+    if (opened := _opened(message)) is None:
         return
-    role = _role(opened)
-    if role is None:
+    if (role := _role(opened)) is None:
         raise RowError("bad-message", f"a message has the keys {', '.join(opened)}, and no known role")
     parts = list(_parts(opened, role))
     texts, thoughts = ([text for kind, text in parts if kind == wanted] for wanted in ("text", "thought"))
@@ -400,9 +392,6 @@ def _results(item: Mapping[str, Any]) -> Iterator[Turn]:
         yield Turn(RESULT, part, ids=(given,) if given else (), failed=bool(failed))
 
 
-_TOOL_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
-
-
 def _result_text(value: Any) -> str:
     """Return the text of a result: MCP's {"content": [{"type": "text", "text": "5888"}]}, or any value.
 
@@ -412,12 +401,8 @@ def _result_text(value: Any) -> str:
         return str(value["result"])
     known = _parsed(value, quietly=True)
     parts = known.get("content") if isinstance(known, dict) else known
-    if (
-        isinstance(parts, list)
-        and parts
-        and all(isinstance(part, dict) for part in parts)
-        and all({"type", "text"} & part.keys() for part in parts)
-    ):
+    parts = parts if isinstance(parts, list) else []
+    if parts and all(isinstance(part, dict) and {"type", "text"} & part.keys() for part in parts):
         texts = [_first(part, ("text", "value", "content")) for part in parts]
         return "\n".join(text for text in texts if isinstance(text, str))
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)

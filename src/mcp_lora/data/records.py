@@ -14,6 +14,7 @@ import msgspec
 
 # The roles of a turn.
 SYSTEM, USER, CALL, RESULT, ANSWER = "system", "user", "call", "result", "answer"
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,6 @@ def as_json(value: Any) -> bytes:
         return _encode(value).encode() if b"null" in text else text
     except (ValueError, TypeError, RecursionError):
         raise RowError("not-json-value", "it contains a string or a number that is not valid JSON") from None
-
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class _Constants(ast.NodeTransformer):

@@ -10,6 +10,8 @@ from rapidfuzz import fuzz
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import Tool
 
+_ALIKE = 90  # of 100: similarity of names or descriptions from which two tools count as synonyms
+
 
 @dataclass(frozen=True)
 class Split:
@@ -53,9 +55,6 @@ class Split:
             return False
         key = "\0".join((str(self.seed), *words)).encode(errors="surrogatepass")
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < fraction * 2**64
-
-
-_ALIKE = 90  # of 100: similarity of names or descriptions from which two tools count as synonyms
 
 
 class Pool:

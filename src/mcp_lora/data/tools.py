@@ -59,7 +59,13 @@ def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) ->
     elif wrapped := next((value[name] for name in _WRAPPERS if isinstance(value.get(name), dict)), None):
         yield from tools_in(wrapped, server, cleaned)
     elif "name" in value or "tool_name" in value:
-        yield _tool(value, server, cleaned)
+        try:
+            tool, changed = _known(msgspec.json.encode(value), server)
+        except (ValueError, TypeError, RecursionError):
+            raise RowError("not-json-value", "a tool is not valid JSON, or nested too deeply") from None
+        if changed and cleaned is not None:
+            cleaned.append("schema")
+        yield tool
     elif _SHOWING & value.keys() or not all(isinstance(item, dict | list) for item in value.values()):
         raise RowError("no-tool", f"a tool has no name, only {', '.join(value)}")
     else:  # by name, or by server
@@ -68,16 +74,6 @@ def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) ->
                 yield from tools_in({"name": name} | item, server, cleaned)
             else:
                 yield from tools_in(item, name, cleaned)
-
-
-def _tool(item: dict[str, Any], server: str, cleaned: list[str] | None) -> Tool:
-    try:
-        tool, changed = _known(msgspec.json.encode(item), server)
-    except (ValueError, TypeError, RecursionError):
-        raise RowError("not-json-value", "a tool is not valid JSON, or nested too deeply") from None
-    if changed and cleaned is not None:
-        cleaned.append("schema")
-    return tool
 
 
 @lru_cache(maxsize=1 << 12)  # many rows define the same tools
@@ -151,17 +147,13 @@ def _schema(value: Any) -> Any:
         if item is not None or (key == "default" and takes_null(value))
     }
     if isinstance(properties := schema.get("properties"), dict):
-        required = [
-            key for key, item in properties.items() if isinstance(item, dict) and item.get("required") is True
-        ]
+        required: list[str] = []
+        for key, item in properties.items():
+            if isinstance(item, dict) and isinstance(item.get("required"), bool):
+                required += [key] * item["required"]
+                properties[key] = {k: v for k, v in item.items() if k != "required"}
         if required and not isinstance(schema.get("required"), list):
             schema["required"] = required
-        schema["properties"] = {
-            key: {k: v for k, v in item.items() if k != "required" or not isinstance(v, bool)}
-            if isinstance(item, dict)
-            else item
-            for key, item in properties.items()
-        }
     kind = schema.get("type")
     if isinstance(kind, list):
         schema["type"] = [_type(item) for item in kind]

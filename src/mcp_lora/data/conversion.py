@@ -24,7 +24,6 @@ from mcp_lora.data.samples import SPLITS, Samples, engine_file
 from mcp_lora.errors import McpLoraError
 
 FILTERED_FOLDER = Path("data/filtered")
-FILTERED = "filtered_*.json"
 SAMPLE = "filtered_sample.json"
 # How LLaMA-Factory reads a file of samples.
 _COLUMNS = {
@@ -57,12 +56,12 @@ def shipped_sample() -> Path:
     return next((file for file in here if file.is_file()), place)
 
 
-def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
-    """Return the newest `filtered_*.json` of `folder`; raise a McpLoraError if there is none.
+def newest_filtered() -> Path:
+    """Return the newest `filtered_*.json` of data/filtered; raise a McpLoraError if there is none.
 
     The date in the name (`filtered_20251113_175326.json`) counts, else the file's modification time, which
-    copying and cloning change. If `folder` contains only the shipped sample, data in ../data/filtered, where
-    the user guide puts it, takes precedence.
+    copying and cloning change. If there is only the shipped sample, data in ../data/filtered, where the user
+    guide puts it, takes precedence.
     """
 
     def age(file: Path) -> tuple[str, str]:
@@ -70,13 +69,12 @@ def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
         written = datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y%m%d_%H%M%S")
         return named.group() if named else written, file.name
 
-    for place in (folder, Path("..") / folder):
-        found = [file for file in place.glob(FILTERED) if file.name != SAMPLE]
-        if found:
+    for place in (FILTERED_FOLDER, Path("..") / FILTERED_FOLDER):
+        if found := [file for file in place.glob("filtered_*.json") if file.name != SAMPLE]:
             return max(found, key=age)
-    if (folder / SAMPLE).is_file():
-        return folder / SAMPLE
-    what = f"no filtered_*.json in {folder}: put your data there, or name it"
+    if (sample := FILTERED_FOLDER / SAMPLE).is_file():
+        return sample
+    what = f"no filtered_*.json in {FILTERED_FOLDER}: put your data there, or name it"
     raise McpLoraError(f"{what}: mcp-lora convert FILE")
 
 

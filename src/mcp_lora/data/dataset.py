@@ -54,12 +54,10 @@ def statistics(folder: Path) -> dict[str, Any] | None:
 
 def summary(statistics: dict[str, Any], out: Path) -> Iterator[str]:
     """Yield messages on what a conversion into `out` has read and written, and its warnings."""
-    written, rejected = statistics["written"], sum(statistics["rejected"].values())
-    parts = [f"{count} in {name}" for name, count in written.items()]
-    yield (
-        f"read {statistics['read']} rows = {' + '.join(parts)} + {rejected} rejected; "
-        f"{statistics['tools']} tools of {statistics['servers']} servers → {out}"
-    )
+    rejected = sum(statistics["rejected"].values())
+    parts = [f"{count} in {name}" for name, count in statistics["written"].items()]
+    tools = f"{statistics['tools']} tools of {statistics['servers']} servers"
+    yield f"read {statistics['read']} rows = {' + '.join(parts)} + {rejected} rejected; {tools} → {out}"
     if rejected:
         yield f"the rejected rows, and why, are in {out / 'rejected.jsonl'}"
     for name, count in statistics["no_call_samples"].items():

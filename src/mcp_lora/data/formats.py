@@ -288,8 +288,9 @@ def _opened(message: dict[str, Any]) -> dict[str, Any] | None:
         return None
     for name in ("message", "payload", "data", "kwargs"):  # Claude Code, Codex, LangChain twice
         if isinstance(inner := message.get(name), dict):
-            kind: dict[str, Any] = {key: message[key] for key in ("type", "lc", "id") if key in message}
-            return kind | inner if name in ("data", "kwargs") or _role(inner) or name == "message" else None
+            if name == "payload" and not _role(inner):
+                return None
+            return {key: value for key, value in message.items() if key in ("type", "lc", "id")} | inner
     if isinstance(inner := message.get("content"), dict) and "parts" in inner:  # Gemini's candidates
         return inner
     return message if _role(message) or not {"timestamp", "sessionId"} & set(message) else None
@@ -345,11 +346,11 @@ def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
         if role == RESULT and not (isinstance(part, dict) and _kind(part)[0] == "result"):
             continue  # the whole content is the result
         if isinstance(part, dict):
-            yield from _part(part)
-        elif part is not None:
-            if not isinstance(part, str):
-                raise RowError("bad-message", f"a message's content is not text but {type(part).__name__}")
+            yield _part(part)
+        elif isinstance(part, str):
             yield "text", part
+        elif part is not None:
+            raise RowError("bad-message", f"a message's content is not text but {type(part).__name__}")
     more = message.get("additional_kwargs")  # LangChain's
     for name in ("tool_calls", "function_call"):
         calls = message.get(name) or (more.get(name) if isinstance(more, dict) else None)
@@ -367,19 +368,17 @@ def _kind(part: dict[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
-def _part(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield one part of a message's content, as (kind, value)."""
+def _part(part: dict[str, Any]) -> tuple[str, Any]:
+    """Return the kind and the value of one part of a message's content."""
     kind, name = _kind(part)
     if not kind:
         kind = part.get("type") or ", ".join(part)
         raise RowError("bad-message", f"content has blocks of type {kind}, which are neither text nor calls")
-    kind = "thought" if part.get("thought") is True else kind
+    if part.get("thought") is True or kind in ("text", "thought"):
+        text = _first(part, (*_REASONING, "text", "content", "value", "refusal"))
+        return "thought" if part.get("thought") is True else kind, str(text or "")
     inner = part.get(name, part)
-    if kind in ("call", "result"):
-        value = _parsed(part["value"]) if "value" in part else inner if isinstance(inner, dict) else part
-        yield kind, value
-    else:
-        yield kind, str(_first(part, (*_REASONING, "text", "content", "value", "refusal")) or "")
+    return kind, _parsed(part["value"]) if "value" in part else inner if isinstance(inner, dict) else part
 
 
 def _results(item: Mapping[str, Any]) -> Iterator[Turn]:

@@ -53,21 +53,18 @@ def redact(record: Any) -> tuple[Any, Counter[str]]:
 
 def _secrets(text: str) -> Iterator[tuple[str, str]]:
     """Yield the secrets in a text, each with its kind."""
-    yield from ((match.group(), "home folder") for match in _HOME.finditer(text))
-    yield from ((address, "mail address") for address in _MAIL.findall(text))
-    yield from ((match.group(1) or match.group(2), "key") for match in _NAMED.finditer(text))
-    yield from ((secret, "key") for secret in _known_keys(text))
-
-
-def _known_keys(text: str) -> list[str]:
     from detect_secrets.core.scan import scan_line
     from detect_secrets.settings import transient_settings
 
+    yield from ((match.group(), "home folder") for match in _HOME.finditer(text))
+    yield from ((address, "mail address") for address in _MAIL.findall(text))
+    yield from ((match.group(1) or match.group(2), "key") for match in _NAMED.finditer(text))
     with transient_settings({"plugins_used": [{"name": name} for name in _PLUGINS.split()]}):
         parts = [secret.secret_value for line in text.splitlines() for secret in scan_line(line)]
-    # for some kinds of token it returns only a prefix
-    whole = (re.search(rf"{re.escape(part)}{_TOKEN}*", text) for part in parts if part)
-    return [match.group() for match in whole if match]
+    for part in filter(None, parts):
+        # for some kinds of token it returns only a prefix
+        if whole := re.search(rf"{re.escape(part)}{_TOKEN}*", text):
+            yield whole.group(), "key"
 
 
 def _replacement(secret: str, kind: str) -> str:

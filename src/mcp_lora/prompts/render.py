@@ -168,8 +168,9 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the worker processes are the parallelism
     types = {name: datasets.Value(kind) for name, kind in _REPORTED.items()}
     types |= {name: datasets.Sequence(datasets.Value(kind)) for name, kind in _COLUMNS.items()}
-    rendered = {
-        name: split.map(
+    rendered, good = {}, {}
+    for name, split in splits.items():
+        rendered[name] = split.map(
             _encode,
             batched=True,
             batch_size=_BATCH,
@@ -180,19 +181,16 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
             new_fingerprint=f"{out.name}{name}",
             desc="rendering",
         )
-        for name, split in splits.items()
-    }
-    good = {
-        name: split.filter(lambda reason: reason is None, input_columns="reason").select_columns([*_COLUMNS])
-        for name, split in rendered.items()
-    }
+        kept = rendered[name].filter(lambda reason: reason is None, input_columns="reason")
+        if len(kept):
+            good[name] = kept.select_columns([*_COLUMNS])
     summary = _summary(rendered, chosen["cutoff_len"])
     summary["validation"] = len(good.get("validation", ()))
     if not summary["samples"]:
         shutil.rmtree(new)
         what = f"no row of {file} is left to train on ({'; '.join(summary['reasons'])})"
         raise McpLoraError(f"{what}: see one with mcp-lora inspect 1, or raise cutoff_len")
-    datasets.DatasetDict({name: split for name, split in good.items() if len(split)}).save_to_disk(str(new))
+    datasets.DatasetDict(good).save_to_disk(str(new))
     shutil.rmtree(new / "cache")
     (new / "rendered.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)

@@ -152,6 +152,7 @@ def _convert(
         if fraction and not samples.count[split]:
             notes.append(f"too little data for split {split}, it was not created")
     (new / "rows").unlink()
+    broken = catalogue.broken.items()
     return {
         "read": sum(source.read for source in rows.statistics.values()),
         "written": _in_order(rows.total("written")),
@@ -165,10 +166,7 @@ def _convert(
         "tools": len(rows.kept),
         "servers": len({server for server, _ in rows.kept if server}),
         "sources": [vars(source) for source in rows.statistics.values()],
-        "broken_schemas": [
-            {"server": server, "tool": tool, "problem": problem}
-            for (server, tool), problem in catalogue.broken.items()
-        ],
+        "broken_schemas": [{"server": s, "tool": t, "problem": why} for (s, t), why in broken],
         "notes": notes,
         "settings": asdict(settings),
         "inputs": _hashes(inputs + tools),
@@ -297,5 +295,4 @@ def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
 
 
 def _hashes(found: list[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file, by its absolute path."""
     return {str(file.absolute()): files.sha256(file) for file in found}

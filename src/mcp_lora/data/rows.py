@@ -150,9 +150,7 @@ class Rows:
         """Return a row, and the hash of its conversation and tools, by which duplicates are found."""
         settings, known = self._settings, self._catalogue.tools
         numbers = [self._catalogue.number(tool) for tool in content.tools]
-        own = [
-            tool if number is None else number for tool, number in zip(content.tools, numbers, strict=True)
-        ]
+        own = [tool if n is None else n for tool, n in zip(content.tools, numbers, strict=True)]
         content.tools = [known[tool] if isinstance(tool, int) else tool for tool in own]  # with validators
         turns = check(content, self._catalogue, settings)
         if settings.turns == "call":

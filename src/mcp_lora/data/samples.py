@@ -199,7 +199,6 @@ def _calls(messages: list[Any]) -> list[int]:
 
 
 def _up_to_the_call(messages: list[Any]) -> list[Any]:
-    """Return the messages up to and including the first call, or all if there is no call."""
     calls = _calls(messages)
     return messages[: calls[0] + 1] if calls else messages
 

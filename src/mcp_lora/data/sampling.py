@@ -69,11 +69,8 @@ class Pool:
         self._random = random.Random()
         self._by_server = catalogue.by_server
         # A row's own definition of a tool has the same (server, name).
-        self._held_out = {
-            (tool.server, tool.name)
-            for tool in catalogue.tools
-            if split.server(tool.server) or split.tool(tool.server, tool.name)
-        }
+        every = ((tool.server, tool.name) for tool in catalogue.tools)
+        self._held_out = {key for key in every if split.server(key[0]) or split.tool(*key)}
         self._seen = [tool for tool in catalogue.tools if (tool.server, tool.name) not in self._held_out]
 
     def sample(

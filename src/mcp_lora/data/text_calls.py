@@ -39,12 +39,10 @@ def _each(form: str, between: str = "\n", opening: str = "", closing: str = "") 
 
 
 def _list(opening: str = "", closing: str = "", call: str = "{call}") -> _Writer:
-    """Write all calls as one JSON array."""
     return _each(call, ", ", f"{opening}[", f"]{closing}")
 
 
 def _python(opening: str, closing: str) -> _Writer:
-    """Write calls in Python's syntax."""
     return _each("{name}({python})", ", ", opening, closing)
 
 

@@ -6,6 +6,7 @@ r"""Read tool definitions of any format: MCP's, OpenAI's, Anthropic's, Gemini's,
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -85,10 +86,8 @@ def _known(text: bytes, server: str) -> tuple[Tool, bool]:
         raise RowError("no-tool", "a tool has no name")
     schema: Any = next((item[key] for key in _SCHEMAS if item.get(key) is not None), {})
     if isinstance(schema, str):
-        try:
+        with suppress(ValueError, RecursionError):
             schema = json.loads(schema or "{}")
-        except (ValueError, RecursionError):
-            schema = None
     if "required_parameters" in item:  # ToolBench's
         optional = [part | {"required": False} for part in item.get("optional_parameters") or []]
         schema = [*(part | {"required": True} for part in item["required_parameters"]), *optional]
@@ -174,12 +173,9 @@ def takes_null(schema: Any) -> bool:
     """Tell whether a parameter may be null; one that the schema does not define may not."""
     found, kinds = list(parts_of(schema)), types_of(schema)
     enums = [part["enum"] for part in found if isinstance(part.get("enum"), list)]
-    return (
-        "null" in kinds
-        or any(None in enum for enum in enums)
-        or any(part.get("nullable") is True for part in found)
-        or (len(found) == 1 and kinds == {None} and not enums and "$ref" not in schema)
-    )
+    is_nullable = "null" in kinds or any(part.get("nullable") is True for part in found)
+    is_open = len(found) == 1 and kinds == {None} and not enums and "$ref" not in schema
+    return is_nullable or is_open or any(None in enum for enum in enums)
 
 
 def types_of(schema: Any, root: Mapping[str, Any] | None = None) -> set[Any]:

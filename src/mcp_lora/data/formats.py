@@ -120,7 +120,7 @@ def recognise(record: Any) -> str:
     """Return the name of a record's format by its keys, or `?` if it is unknown."""
     if isinstance(record, list):
         return "messages"
-    keys = set(record) if isinstance(record, dict) else set()
+    keys = record.keys() if isinstance(record, dict) else set()
     return next((name for name, shown in FORMATS.items() if shown <= keys), "?")
 
 
@@ -332,8 +332,8 @@ def _turns(message: dict[str, Any], content: Content) -> Iterator[Turn]:
             if reading := text_calls.read(text, schemas):
                 turn = Turn(CALL, calls=tuple(reading.calls), ids=("",) * len(reading.calls))
                 text = reading.content
-        weight = opened.get("weight")
-        yield turn._replace(text=text.strip(), reasoning="\n".join(thoughts), trained=weight != 0)
+        trained = opened.get("weight") != 0
+        yield turn._replace(text=text.strip(), reasoning="\n".join(thoughts), trained=trained)
 
 
 def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
@@ -407,9 +407,9 @@ def _result_text(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _id(item: Any) -> str:
+def _id(item: Mapping[str, Any]) -> str:
     """Return the id of a call, or of the call that a result belongs to; "" if there is none."""
-    given = (item.get(key) for key in _IDS) if isinstance(item, dict) else ()
+    given = (item.get(key) for key in _IDS)
     return next((name for name in given if isinstance(name, str) and name.isprintable()), "")
 
 
@@ -418,8 +418,8 @@ def _call(items: list[Any]) -> Turn:
     calls, ids = [], []
     for item in items:
         item = _literal(item) if isinstance(item, str) else item
-        ids.append(_id(item))
         item = item if isinstance(item, dict) else {}
+        ids.append(_id(item))
         if isinstance(item.get("custom"), dict):
             raise RowError("custom-call", "a custom tool call contains free text, not arguments")
         if isinstance(item.get("function"), dict):
@@ -447,9 +447,9 @@ def _call(items: list[Any]) -> Turn:
 def _without_thought(text: str) -> tuple[str, str]:
     """Return a text without the thought at its start, and the thought."""
     for opening, closing in THOUGHTS:
-        before, found, after = text.partition(closing)
-        if found and before.lstrip().startswith(opening):
-            return after.lstrip(), before.lstrip().removeprefix(opening).strip()
+        before, found, after = text.lstrip().partition(closing)
+        if found and before.startswith(opening):
+            return after.lstrip(), before.removeprefix(opening).strip()
     return text, ""
 
 

@@ -178,23 +178,20 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
                 return
             try:
                 value, end = decode(text, at)
+                if not (ended or end < len(text) or text[end - 1] in '}]"'):
+                    end = 0  # a number may continue
             except (ValueError, RecursionError) as error:
                 problem = getattr(error, "msg", None) or _one_line(error)
                 # An error near the end of the text may only mean that the value continues in the next chunk.
                 near = getattr(error, "pos", -1) > len(text) - 16
                 broken = not (near or problem.startswith("Unterminated string"))
                 end = _end_of_element(text, at) if array and (broken or ended) else 0
-                if end:
-                    yield Broken(f"it is not JSON: {problem}", text[at:end])
-                    count += 1
-                    at, size = end, CHUNK
-                    continue
-            else:
-                if ended or end < len(text) or text[end - 1] in '}]"':  # a number may continue
-                    yield value
-                    count += 1
-                    at, size = end, CHUNK
-                    continue
+                value = Broken(f"it is not JSON: {problem}", text[at:end])
+            if end:
+                yield value
+                count += 1
+                at, size = end, CHUNK
+                continue
         if ended or (broken and (not array or len(text) - at > _LOOKAHEAD * CHUNK)):
             if problem:
                 yield Broken(f"not JSON after {count} records, the rest is not read: {problem}")

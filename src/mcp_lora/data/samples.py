@@ -86,8 +86,8 @@ class Samples:
                 split = self._split_of(row, gold, row.split_hash in held_out)
                 if split != "train" and not _calls(row.messages):
                     split = "no_call"  # its calls are context, the gold answer is not to call
-                count, hard = self._settings.candidates, split == "unseen_server"
-                sampled = self.pool.sample(own, row.called, count, row.split_hash, hard)
+                count, unseen = self._settings.candidates, split == "unseen_server"
+                sampled = self.pool.sample(own, row.called, count, row.split_hash, unseen)
                 server = gold[0].server if gold else ""
                 # A test sample ends with the gold call.
                 if split != "train":
@@ -101,7 +101,7 @@ class Samples:
                 if gold and row.no_call_hash < self._settings.no_call * 2**64:
                     # As many candidates as with the gold tool, or their number would give it away.
                     count = len(sampled) + len(gold)
-                    more = self.pool.sample(own, row.called, count, row.split_hash, hard)
+                    more = self.pool.sample(own, row.called, count, row.split_hash, unseen)
                     distractors = [tool for tool in more if tool.name not in row.called][: len(sampled)]
                     self._write_no_call(split, row, distractors)
                 if place % 1000 == 0:

@@ -120,7 +120,7 @@ class ChatTemplate:
                 raise McpLoraError(f"{what}: mcp-lora train --model OTHER")
         # If nothing differs, thinking cannot be switched off, and the answers' reasoning is trained on.
         prompts = set()
-        for self.thinking in (not thinking, thinking):
+        for self.thinking in (not thinking, thinking):  # the last one stays
             prompts.add(self._apply([_QUESTION], [_TOOL]))
         self.switches_thinking = len(prompts) > 1
         self.is_thinking_off = self.switches_thinking and not thinking

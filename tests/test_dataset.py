@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora.data import conversion, dataset, languages
+from mcp_lora.data import conversion, dataset, formats
 from mcp_lora.data.conversion import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import questions
@@ -305,7 +305,7 @@ def test_no_call_samples_lack_the_gold_tool_and_say_so(tmp_path: Path) -> None:
 def test_a_refusal_is_in_the_questions_language_where_its_script_tells() -> None:
     said = {"把3和4加": "工具", "足して": "ツール", "3과 4": "도구", "Сложи": "инструмент", "Añade": "tools"}
     for asked, word in said.items():
-        assert word in languages.refusal(asked)
+        assert word in formats.refusal(asked)
 
 
 def test_a_row_of_its_own_without_a_call_is_tested_apart(tmp_path: Path) -> None:

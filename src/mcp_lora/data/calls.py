@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,10 +211,12 @@ class CallFormat:
         return (call, end) if call else None
 
     def _named(self, text: str, place: int, schemas: Schemas) -> tuple[ToolCall, int] | None:
-        brace = text.find("{", place)
-        name = _name_at(text[place : max(brace, place)], schemas, self._middle)
-        if brace < 0 or not name:
+        if (brace := text.find("{", place)) < 0:
             return None
+        start = text[place:brace].strip()
+        candidates = [name for name in schemas if start.startswith(name)]
+        # else all up to what follows a name
+        name = max(candidates, key=len, default=re.split(rf"[\s<\[{re.escape(self._middle[:1])}]", start)[0])
         value, end = _decoded(text, brace)
         call = call_of(name, value) if isinstance(value, dict) else None
         return (call, end) if call else None
@@ -226,9 +229,14 @@ class CallFormat:
         properties = schemas.get(name, {}).get("properties", {})
         arguments: dict[str, Any] = {}
         while found := self._parameter.match(text, place):
-            key, value = found["key"].strip(), found["value"]
-            is_text = _takes_text(properties.get(key), value) if self._is_typed else found["text"] is not None
-            arguments[key] = value if is_text else _typed(value)
+            key, value, is_text = found["key"].strip(), found["value"], found["text"] is not None
+            if self._is_typed:  # as its schema has it
+                kinds = types_of(properties.get(key))
+                is_text = "string" in kinds and not ("null" in kinds and value in ("null", "None"))
+            arguments[key] = value
+            if not is_text:
+                with suppress(ValueError):  # some templates write Python literals
+                    arguments[key] = literal(value)
             place = found.end()
         closed = self._after_call.match(text, place)
         return (ToolCall(name, arguments), closed.end()) if closed else None
@@ -268,9 +276,8 @@ def call_of(name: Any, arguments: Any) -> ToolCall | None:
     except (ValueError, RecursionError):  # NaN, a lone surrogate, not JSON
         return None
     arguments = {} if arguments is None else arguments
-    return (
-        ToolCall(name, arguments) if isinstance(name, str) and name and isinstance(arguments, dict) else None
-    )
+    is_valid = isinstance(name, str) and name and isinstance(arguments, dict)
+    return ToolCall(name, arguments) if is_valid else None
 
 
 def without_thought(text: str) -> str:
@@ -293,31 +300,10 @@ def _keys(value: Any) -> tuple[str, str]:
     return name, next((key for key, item in inner.items() if KEYS[0] in json.dumps(item)), "arguments")
 
 
-def _name_at(text: str, schemas: Schemas, middle: str) -> str:
-    """Return the tool name at the start of a text: a candidate's, else all up to what follows a name."""
-    text = text.strip()
-    candidates = [name for name in schemas if text.startswith(name)]
-    return max(candidates, key=len, default=re.split(rf"[\s<\[{re.escape(middle[:1])}]", text)[0])
-
-
-def _takes_text(schema: Any, value: str) -> bool:
-    """Tell whether a bare value is a string, because its schema allows one."""
-    kinds = types_of(schema)
-    return "string" in kinds and not ("null" in kinds and value in ("null", "None"))
-
-
 def _loose(literal: str) -> str:
     """Return a pattern for a literal that ignores white space between tags."""
     words = r"\s*".join(map(re.escape, literal.split()))
     return r"\n?" * literal[:1].isspace() + words + r"\n?" * literal[-1:].isspace()
-
-
-def _typed(value: str) -> Any:
-    """Return the value of bare text; some templates write Python literals."""
-    try:
-        return literal(value)
-    except ValueError:
-        return value
 
 
 def _as_json(text: str, quote: str) -> str:
@@ -333,8 +319,4 @@ def _as_json(text: str, quote: str) -> str:
 
 def same_calls(one: Sequence[ToolCall], other: Sequence[ToolCall]) -> bool:
     """Tell whether calls are equal as JSON, in the same order: 1 is not true."""
-    return [_canonical(call) for call in one] == [_canonical(call) for call in other]
-
-
-def _canonical(call: ToolCall) -> str:
-    return json.dumps([call.name, call.arguments], sort_keys=True)
+    return json.dumps(list(one), sort_keys=True) == json.dumps(list(other), sort_keys=True)

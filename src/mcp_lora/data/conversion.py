@@ -19,15 +19,26 @@ from mcp_lora.data import dataset, files, formats
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError
 from mcp_lora.data.records import Settings as Settings
-from mcp_lora.data.rows import Progress as Progress
-from mcp_lora.data.rows import Rows
-from mcp_lora.data.samples import SPLITS as SPLITS
-from mcp_lora.data.samples import Samples, engine_file
+from mcp_lora.data.rows import Progress, Rows
+from mcp_lora.data.samples import SPLITS, Samples, engine_file
 from mcp_lora.errors import McpLoraError
 
 FILTERED_FOLDER = Path("data/filtered")
-FILTERED = "filtered_*.json"
 SAMPLE = "filtered_sample.json"
+# How LLaMA-Factory reads a file of samples.
+_COLUMNS = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
+    "tags": {
+        "role_tag": "from",
+        "content_tag": "value",
+        "user_tag": "human",
+        "assistant_tag": "gpt",
+        "observation_tag": "observation",
+        "function_tag": "function_call",
+        "system_tag": "system",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,12 @@ def shipped_sample() -> Path:
     return next((file for file in here if file.is_file()), place)
 
 
-def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
-    """Return the newest `filtered_*.json` of `folder`; raise a McpLoraError if there is none.
+def newest_filtered() -> Path:
+    """Return the newest `filtered_*.json` of data/filtered; raise a McpLoraError if there is none.
 
     The date in the name (`filtered_20251113_175326.json`) counts, else the file's modification time, which
-    copying and cloning change. If `folder` contains only the shipped sample, data in ../data/filtered, where
-    the user guide puts it, takes precedence.
+    copying and cloning change. If there is only the shipped sample, data in ../data/filtered, where the user
+    guide puts it, takes precedence.
     """
 
     def age(file: Path) -> tuple[str, str]:
@@ -58,15 +69,13 @@ def newest_filtered(folder: Path = FILTERED_FOLDER) -> Path:
         written = datetime.fromtimestamp(file.stat().st_mtime).strftime("%Y%m%d_%H%M%S")
         return named.group() if named else written, file.name
 
-    for place in (folder, Path("..") / folder):
-        found = [file for file in place.glob(FILTERED) if file.name != SAMPLE]
-        if found:
+    for place in (FILTERED_FOLDER, Path("..") / FILTERED_FOLDER):
+        if found := [file for file in place.glob("filtered_*.json") if file.name != SAMPLE]:
             return max(found, key=age)
-    if (folder / SAMPLE).is_file():
-        return folder / SAMPLE
-    raise McpLoraError(
-        f"no filtered_*.json in {folder}: put your data there, or name it: mcp-lora convert FILE"
-    )
+    if (sample := FILTERED_FOLDER / SAMPLE).is_file():
+        return sample
+    what = f"no filtered_*.json in {FILTERED_FOLDER}: put your data there, or name it"
+    raise McpLoraError(f"{what}: mcp-lora convert FILE")
 
 
 def _find(settings: Settings, left_out: list[Path] | None = None) -> tuple[list[Path], list[Path]]:
@@ -87,16 +96,14 @@ def convert(
     Raises McpLoraError if there is no usable row, or `out` cannot be written; nothing is overwritten then.
     """
     if foreign := dataset.foreign(out):
-        raise McpLoraError(
-            f"{out} contains {', '.join(foreign)}, not created by mcp-lora or modified since: "
-            f"mcp-lora convert --output OTHER_FOLDER, and mcp-lora train dataset_dir=OTHER_FOLDER"
-        )
+        what = f"{out} contains {', '.join(foreign)}, not created by mcp-lora or modified since"
+        commands = "mcp-lora convert --output OTHER_FOLDER, and mcp-lora train dataset_dir=OTHER_FOLDER"
+        raise McpLoraError(f"{what}: {commands}")
     left_out: list[Path] = []
     inputs, tools = _find(settings, left_out)
-    if own := [
-        file for file in inputs if file.resolve().parent == out.resolve() and file.name in dataset.FILES
-    ]:
-        raise McpLoraError(f"{own[0]} would be overwritten: mcp-lora convert --output OTHER_FOLDER")
+    for file in inputs:
+        if file.name in dataset.FILES and file.resolve().parent == out.resolve():
+            raise McpLoraError(f"{file} would be overwritten: mcp-lora convert --output OTHER_FOLDER")
     new = out / ".new"
     with dataset.writing(out):
         shutil.rmtree(new, ignore_errors=True)  # left by a conversion that was killed
@@ -106,16 +113,13 @@ def convert(
             if left_out:
                 what = f"{left_out[0]}{' …' * (len(left_out) > 1)}: hidden, links, or written by mcp-lora"
                 stats["notes"].append(f"{len(left_out)} files were skipped ({what})")
-            others = {
-                key: entry
-                for key, entry in dataset.load(out / dataset.INFO).items()
-                if key not in SPLITS.values()
-            }
-            dataset.dump(others | stats.pop("info"), new / dataset.INFO)
-            stats["files"] = {
-                file.name: files.sha256(file) for file in new.iterdir() if file.name != dataset.INFO
-            }
+            stats["files"] = {file.name: files.sha256(file) for file in new.iterdir()}
             dataset.dump(stats, new / dataset.STATS)
+            old = dataset.load(out / dataset.INFO)
+            info = {name: entry for name, entry in old.items() if name not in SPLITS.values()}
+            for split in stats["samples"]:
+                info[SPLITS[split]] = {"file_name": engine_file(split)} | _COLUMNS
+            dataset.dump(info, new / dataset.INFO)
             dataset.put_in_place(new, out, settings)
         finally:
             shutil.rmtree(new)
@@ -140,24 +144,21 @@ def _convert(
     samples = Samples(new, catalogue, rows, settings)
     samples.write(progress)
     if not samples.count["train"]:
-        raise McpLoraError(
-            f"none of {rows.count} usable rows is left to train on: hold out less, with mcp-lora "
-            f"convert --test, --holdout-tools and --holdout-servers"
-        )
-    fractions = (settings.test, settings.holdout_tools, settings.holdout_servers)
-    notes += [
-        f"too little data for split {name}, it was not created"
-        for name, fraction in zip(("seen", "unseen_tool", "unseen_server"), fractions, strict=True)
-        if fraction and not samples.count[name]
-    ]
+        options = "mcp-lora convert --test, --holdout-tools and --holdout-servers"
+        what = f"none of {rows.count} usable rows is left to train on: hold out less, with {options}"
+        raise McpLoraError(what)
+    held_out = {"seen": settings.test, "unseen_tool": settings.holdout_tools}
+    for split, fraction in (held_out | {"unseen_server": settings.holdout_servers}).items():
+        if fraction and not samples.count[split]:
+            notes.append(f"too little data for split {split}, it was not created")
     (new / "rows").unlink()
-    written = _in_order(samples.count)
+    broken = catalogue.broken.items()
     return {
         "read": sum(source.read for source in rows.statistics.values()),
         "written": _in_order(rows.total("written")),
         "rejected": rows.total("rejected"),
         "cleaned": rows.total("cleaned"),
-        "samples": written,
+        "samples": _in_order(samples.count),
         "later_calls": rows.later_calls,
         "synonyms": samples.pool.synonyms,
         "unknown_parameters": dict(rows.unknown.most_common()),
@@ -165,14 +166,10 @@ def _convert(
         "tools": len(rows.kept),
         "servers": len({server for server, _ in rows.kept if server}),
         "sources": [vars(source) for source in rows.statistics.values()],
-        "broken_schemas": [
-            {"server": server, "tool": tool, "problem": problem}
-            for (server, tool), problem in catalogue.broken.items()
-        ],
+        "broken_schemas": [{"server": s, "tool": t, "problem": why} for (s, t), why in broken],
         "notes": notes,
         "settings": asdict(settings),
         "inputs": _hashes(inputs + tools),
-        "info": {SPLITS[name]: {"file_name": engine_file(name)} | dataset.COLUMNS for name in written},
     }
 
 
@@ -194,9 +191,8 @@ def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
         details.append(f"all of them are in {kept}")
     names = ", ".join(map(str, inputs[:3])) + " …" * (len(inputs) > 3)
     advice = "--tools CATALOGUE" if "not-in-catalogue" in rejected else "OTHER_FILE"
-    return McpLoraError(
-        f"no usable row in {names} ({'; '.join(details) or 'it is empty'}): mcp-lora convert {advice}"
-    )
+    what = f"no usable row in {names} ({'; '.join(details) or 'it is empty'})"
+    return McpLoraError(f"{what}: mcp-lora convert {advice}")
 
 
 def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
@@ -244,13 +240,14 @@ def refresh(
     """
     old = dataset.load(out / dataset.STATS)
     settings = settings_of(old)
-    if keep and "inputs" in old and dataset.file_of(out, "train").is_file():
+    is_complete = "inputs" in old and dataset.file_of(out, "train").is_file()
+    if keep and is_complete:
         if data:
             raise McpLoraError("a run is resumed on its own data, omit --data: mcp-lora train --resume")
         return Refreshed(f"the data in {out} is used as it is, to resume")
     if data:
         settings = replace(settings, inputs=[str(one) for one in data])
-    if "inputs" in old and dataset.file_of(out, "train").is_file():
+    if is_complete:
         changed = _have_changed(settings, old["inputs"])
         if changed is None and not data:
             return Refreshed(f"the data in {out} is used; its inputs are not on this machine")
@@ -298,5 +295,4 @@ def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
 
 
 def _hashes(found: list[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file, by its absolute path."""
     return {str(file.absolute()): files.sha256(file) for file in found}

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
-from mcp_lora.data.records import Settings as Settings
-from mcp_lora.data.rows import Progress as Progress
+from mcp_lora.data.records import Settings
 from mcp_lora.data.samples import SPLITS as SPLITS
 from mcp_lora.data.samples import engine_file
 from mcp_lora.errors import McpLoraError, explained
@@ -55,12 +54,10 @@ def statistics(folder: Path) -> dict[str, Any] | None:
 
 def summary(statistics: dict[str, Any], out: Path) -> Iterator[str]:
     """Yield messages on what a conversion into `out` has read and written, and its warnings."""
-    written, rejected = statistics["written"], sum(statistics["rejected"].values())
-    parts = [f"{count} in {name}" for name, count in written.items()]
-    yield (
-        f"read {statistics['read']} rows = {' + '.join(parts)} + {rejected} rejected; "
-        f"{statistics['tools']} tools of {statistics['servers']} servers → {out}"
-    )
+    rejected = sum(statistics["rejected"].values())
+    parts = [f"{count} in {name}" for name, count in statistics["written"].items()]
+    tools = f"{statistics['tools']} tools of {statistics['servers']} servers"
+    yield f"read {statistics['read']} rows = {' + '.join(parts)} + {rejected} rejected; {tools} → {out}"
     if rejected:
         yield f"the rejected rows, and why, are in {out / 'rejected.jsonl'}"
     for name, count in statistics["no_call_samples"].items():
@@ -71,15 +68,12 @@ def summary(statistics: dict[str, Any], out: Path) -> Iterator[str]:
         yield f"{statistics['later_calls']} later calls are in no sample: --turns each, or all"
     if unknown := statistics["unknown_parameters"]:
         worst = ", ".join(f"{count} of {tool}" for tool, count in list(unknown.items())[:3])
-        total = sum(unknown.values())
-        yield (
-            f"warning: {total} calls have parameters that are not in the schema ({worst}): --strict-schema"
-        )
+        what = f"{sum(unknown.values())} calls have parameters that are not in the schema ({worst})"
+        yield f"warning: {what}: --strict-schema"
     if broken := statistics["broken_schemas"]:
         worst = "; ".join(f"{one['tool']}: {one['problem']}" for one in broken[:3])
-        yield (
-            f"warning: {len(broken)} tools have an invalid schema, their calls are not validated ({worst})"
-        )
+        what = f"{len(broken)} tools have an invalid schema, their calls are not validated"
+        yield f"warning: {what} ({worst})"
     for note in (notes := statistics["notes"])[:3]:
         yield f"warning: {note}"
     if len(notes) > 3:
@@ -104,14 +98,11 @@ def samples(folder: Path, split: str) -> Iterator[dict[str, Any]]:
     if split not in (there := names(folder)):
         what = ", ".join(name for name in SPLITS if name in there) or "no data"
         raise McpLoraError(f"{folder} contains {what}, not {split}: mcp-lora convert --output {folder}")
-    file = file_of(folder, split)
-    for sample in files.read(file):
+    for sample in files.read(file := file_of(folder, split)):
         if not isinstance(sample, dict) or not {"messages", "tools"} <= set(sample):
-            broken = isinstance(sample, files.Broken)
-            what = sample.message if broken else "a row has no messages, or no tools"
-            raise McpLoraError(
-                f"{file} cannot be used ({what}): mcp-lora convert --output {folder}, after removing it"
-            )
+            what = getattr(sample, "message", "a row has no messages, or no tools")
+            command = f"mcp-lora convert --output {folder}, after removing it"
+            raise McpLoraError(f"{file} cannot be used ({what}): {command}")
         yield sample
 
 
@@ -131,20 +122,6 @@ def writing(out: Path) -> contextlib.AbstractContextManager[None]:
     return explained(f"{out} cannot be written", "mcp-lora convert --output OTHER_FOLDER")
 
 
-# LLaMA-Factory has no defaults for these names.
-COLUMNS = {
-    "formatting": "sharegpt",
-    "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
-    "tags": {
-        "role_tag": "from",
-        "content_tag": "value",
-        "user_tag": "human",
-        "assistant_tag": "gpt",
-        "observation_tag": "observation",
-        "function_tag": "function_call",
-        "system_tag": "system",
-    },
-}
 # The files that a conversion may write, except stats.json.
 FILES = {INFO, "rejected.jsonl", *(name for one in SPLITS for name in (f"{one}.jsonl", engine_file(one)))}
 

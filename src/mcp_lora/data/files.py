@@ -13,6 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from decimal import Decimal
 from glob import glob
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, TextIO
 
 import msgspec
 
+from mcp_lora.data.records import mapped
 from mcp_lora.errors import McpLoraError
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
@@ -47,8 +49,7 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
 
     Raises McpLoraError if a place contains no readable file, or a file name is not valid UTF-8.
     """
-    found: list[Path] = []
-    missing = []
+    found, missing = list[Path](), list[str]()
     left_out = [] if left_out is None else left_out
     for place in places:
         if os.path.isdir(place):
@@ -79,21 +80,17 @@ def _is_output(marker: Path) -> bool:
     """Tell whether mcp-lora wrote a marker file; other programs write a stats.json, too."""
     if marker.name != "stats.json":
         return True
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads(marker.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "settings" in content
+        return isinstance(content, dict) and "settings" in content
+    return False
 
 
 def _is_skipped(file: Path, place: Path, outputs: set[Path]) -> bool:
     """Tell whether a file in the folder `place` is hidden, a link, or in one of the folders `outputs`."""
-    return (
-        any(part.startswith(".") for part in file.parts)
-        or (place / file).is_symlink()
-        or file.name.endswith(".rejected.jsonl")
-        or any(place / folder in outputs for folder in file.parents)
-    )
+    is_hidden = any(part.startswith(".") for part in file.parts)
+    is_output = file.name.endswith(".rejected.jsonl") or any(place / one in outputs for one in file.parents)
+    return is_hidden or is_output or (place / file).is_symlink()
 
 
 def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
@@ -152,10 +149,8 @@ def _lines(file: Path, progress: Progress) -> Iterator[Any]:
 
 
 def _decoded(line: bytes) -> Any:
-    try:
+    with suppress(ValueError, RecursionError):
         return msgspec.json.decode(line)
-    except (ValueError, RecursionError):
-        pass
     # Python's json accepts more: NaN, control characters, lone surrogates.
     text = line.decode("utf-8", "surrogateescape")
     try:
@@ -183,23 +178,20 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
                 return
             try:
                 value, end = decode(text, at)
+                if not (ended or end < len(text) or text[end - 1] in '}]"'):
+                    end = 0  # a number may continue
             except (ValueError, RecursionError) as error:
                 problem = getattr(error, "msg", None) or _one_line(error)
                 # An error near the end of the text may only mean that the value continues in the next chunk.
                 near = getattr(error, "pos", -1) > len(text) - 16
                 broken = not (near or problem.startswith("Unterminated string"))
                 end = _end_of_element(text, at) if array and (broken or ended) else 0
-                if end:
-                    yield Broken(f"it is not JSON: {problem}", text[at:end])
-                    count += 1
-                    at, size = end, CHUNK
-                    continue
-            else:
-                if ended or end < len(text) or text[end - 1] in '}]"':  # a number may continue
-                    yield value
-                    count += 1
-                    at, size = end, CHUNK
-                    continue
+                value = Broken(f"it is not JSON: {problem}", text[at:end])
+            if end:
+                yield value
+                count += 1
+                at, size = end, CHUNK
+                continue
         if ended or (broken and (not array or len(text) - at > _LOOKAHEAD * CHUNK)):
             if problem:
                 yield Broken(f"not JSON after {count} records, the rest is not read: {problem}")
@@ -236,20 +228,18 @@ def _parquet(file: Path, progress: Progress) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(file) as table:
             size, read, count = file.stat().st_size, 0, table.metadata.num_rows
             for batch in table.iter_batches(batch_size=256):
-                yield from map(_plain, batch.to_pylist())
+                yield from mapped(batch.to_pylist(), _number)
                 read += batch.num_rows
                 progress(size * read // count)
     except (pyarrow.ArrowException, ValueError, LookupError, OverflowError) as error:  # times, zones, texts
         yield _stopped(error)
 
 
-def _plain(value: Any) -> Any:
-    """Return a Parquet value as JSON has it; decimals become numbers."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    return list(map(_plain, value)) if isinstance(value, list) else value
+def _number(value: Any) -> Any:
+    """Return a decimal as the number that JSON has, and anything else unchanged."""
+    if not isinstance(value, Decimal):
+        return value
+    return int(value) if value == value.to_integral_value() else float(value)
 
 
 def _stopped(error: Exception) -> Broken:

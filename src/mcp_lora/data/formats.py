@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from mcp_lora.data import languages, text_calls
+from mcp_lora.data import text_calls
 from mcp_lora.data.calls import THOUGHTS
 from mcp_lora.data.records import (
     ANSWER,
@@ -67,10 +67,6 @@ def _names(names: str) -> tuple[str, ...]:
     return tuple(names.split())
 
 
-def _by_name(groups: dict[str, str]) -> dict[str, str]:
-    return {name: group for group, names in groups.items() for name in names.split()}
-
-
 # The names of a record's parts in all formats; the first name that is present counts.
 _WRAPPERS = _names(
     "attributes request body input inputs data extra invocation_params optional_params toolConfig "
@@ -87,22 +83,31 @@ _SYSTEMS = _names("system system_prompt systemInstruction system_instruction ins
 _SYSTEMS += ("gen_ai.system_instructions",)
 _EVENT = {"sessionId", "leafUuid", "payload"}  # keys of a line in a session log of Claude Code or Codex
 # The names in a message and its parts.
-_ROLE_OF = _by_name(
-    {
-        SYSTEM: "system developer systemmessage systemprompt",
-        USER: "user human humanmessage question",
-        ANSWER: "answer assistant gpt ai aimessage aimessagechunk model bot chatbot agent chatgpt reasoning",
-        CALL: "toolcall toolcalls functioncall",
-        RESULT: "tool function observation toolresponse toolresult ipython toolmessage functionmessage "
-        "environment functioncalloutput functionresponse",
-    }
-)
+_ROLES = {
+    SYSTEM: "system developer systemmessage systemprompt",
+    USER: "user human humanmessage question",
+    ANSWER: "answer assistant gpt ai aimessage aimessagechunk model bot chatbot agent chatgpt reasoning",
+    CALL: "toolcall toolcalls functioncall",
+    RESULT: "tool function observation toolresponse toolresult ipython toolmessage functionmessage "
+    "environment functioncalloutput functionresponse",
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split()}
 # The kind of a part by its plain name (see `_plain`): mcp_tool_use, tool-call, toolResult.
 _KINDS = {
     "thought": re.compile(r"thinking|reasoning(text)?|summarytext|thought"),
     "result": re.compile(r".*(tool|function)(call)?(result|response|output)"),
     "call": re.compile(r".*(tooluse|toolcall|functioncall)"),
     "text": re.compile(r".*text|markdown|refusal"),
+}
+_GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+_TOOL_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
+# The answer if no tool fits, by the question's script; kana before Han, as Japanese is written in both.
+_REFUSAL = "None of the available tools can do this."
+_REFUSALS = {
+    r"[\u3040-\u30ff]": "利用できるツールでは、この依頼に対応できません。",
+    r"[\uac00-\ud7af]": "사용할 수 있는 도구로는 이 요청을 처리할 수 없습니다.",
+    r"[\u4e00-\u9fff]": "现有的工具都无法完成这个请求。",
+    r"[\u0400-\u04ff]": "Ни один из доступных инструментов не может этого сделать.",
 }
 _REASONING = _names("reasoning_content reasoning thinking thought")
 _NAMES = _names("name toolName tool_name")
@@ -115,7 +120,7 @@ def recognise(record: Any) -> str:
     """Return the name of a record's format by its keys, or `?` if it is unknown."""
     if isinstance(record, list):
         return "messages"
-    keys = set(record) if isinstance(record, dict) else set()
+    keys = record.keys() if isinstance(record, dict) else set()
     return next((name for name, shown in FORMATS.items() if shown <= keys), "?")
 
 
@@ -162,7 +167,10 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
     """
     record = {"messages": record} if isinstance(record, list) else _unwrapped(record)
     content = Content([])
-    content.tools += tools_in(_first(record, _TOOLS), _server(record), content.cleaned)
+    info = record.get("server_info")
+    server = _first(info, ("server_name", "name")) if isinstance(info, dict) else record.get("server_name")
+    server = server if isinstance(server, str) else ""
+    content.tools += tools_in(_first(record, _TOOLS), server, content.cleaned)
     try:
         for message in _all_messages(record):
             content.turns += _turns(message, content)
@@ -178,12 +186,16 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
     return content
 
 
+def refusal(question: str) -> str:
+    """Return the answer that no candidate tool fits, in the question's language or else in English."""
+    return next((answer for script, answer in _REFUSALS.items() if re.search(script, question)), _REFUSAL)
+
+
 def _unwrapped(record: Any) -> Any:
     """Return a record with the keys of the objects that wrap its request."""
     if not isinstance(record, dict):
-        raise RowError(
-            "unknown-format", f"a row is an object or a list of messages, not {type(record).__name__}"
-        )
+        what = f"a row is an object or a list of messages, not {type(record).__name__}"
+        raise RowError("unknown-format", what)
     for name in _WRAPPERS:
         inner = record.get(name) if name == "input" else _parsed(record.get(name), quietly=True)
         if name == "attributes" and isinstance(inner, list):  # OpenTelemetry's protocol
@@ -202,12 +214,6 @@ def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
     return None
 
 
-def _server(record: Mapping[str, Any]) -> str:
-    info = record.get("server_info")
-    name = info.get("server_name", info.get("name")) if isinstance(info, dict) else record.get("server_name")
-    return name if isinstance(name, str) else ""
-
-
 def _all_messages(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a record's messages: system, history, and the answer or the gold call."""
     if system := _first(record, _SYSTEMS):
@@ -223,7 +229,7 @@ def _all_messages(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     history = list(_messages(turns, USER))
     yield from history
     if gold == []:  # no tool fits
-        yield {"role": "assistant", "content": languages.refusal(str(question or ""))}
+        yield {"role": "assistant", "content": refusal(str(question or ""))}
     elif gold is not None:
         gold = gold if isinstance(gold, list) else [gold]
         if all(isinstance(one, str) and one.rstrip().endswith(")") for one in gold):  # add(a=1)
@@ -253,10 +259,7 @@ def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
             yield from _messages(item, role)
     elif isinstance(value, dict):
         inner = None if _role(value) else _inner(value)
-        if inner is None:
-            yield value
-        else:
-            yield from _messages(inner, role)
+        yield from [value] if inner is None else _messages(inner, role)
     elif value is not None:
         raise RowError("bad-message", f"a message is not an object but {type(value).__name__}")
 
@@ -264,9 +267,6 @@ def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
 def _inner(value: Mapping[str, Any]) -> Any:
     """Return the messages in a server's response or a trace."""
     return _first(value, ("messages", *_ANSWERS, "generations", "candidates"))
-
-
-_GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
 
 
 def _role(message: Mapping[str, Any]) -> str | None:
@@ -288,8 +288,9 @@ def _opened(message: dict[str, Any]) -> dict[str, Any] | None:
         return None
     for name in ("message", "payload", "data", "kwargs"):  # Claude Code, Codex, LangChain twice
         if isinstance(inner := message.get(name), dict):
-            kind: dict[str, Any] = {key: message[key] for key in ("type", "lc", "id") if key in message}
-            return kind | inner if name in ("data", "kwargs") or _role(inner) or name == "message" else None
+            if name == "payload" and not _role(inner):
+                return None
+            return {key: value for key, value in message.items() if key in ("type", "lc", "id")} | inner
     if isinstance(inner := message.get("content"), dict) and "parts" in inner:  # Gemini's candidates
         return inner
     return message if _role(message) or not {"timestamp", "sessionId"} & set(message) else None
@@ -297,11 +298,9 @@ def _opened(message: dict[str, Any]) -> dict[str, Any] | None:
 
 def _turns(message: dict[str, Any], content: Content) -> Iterator[Turn]:
     """Yield the turns of a message; the tools that a system message lists are added to `content`."""
-    opened = _opened(message)
-    if opened is None:
+    if (opened := _opened(message)) is None:
         return
-    role = _role(opened)
-    if role is None:
+    if (role := _role(opened)) is None:
         raise RowError("bad-message", f"a message has the keys {', '.join(opened)}, and no known role")
     parts = list(_parts(opened, role))
     texts, thoughts = ([text for kind, text in parts if kind == wanted] for wanted in ("text", "thought"))
@@ -333,8 +332,8 @@ def _turns(message: dict[str, Any], content: Content) -> Iterator[Turn]:
             if reading := text_calls.read(text, schemas):
                 turn = Turn(CALL, calls=tuple(reading.calls), ids=("",) * len(reading.calls))
                 text = reading.content
-        weight = opened.get("weight")
-        yield turn._replace(text=text.strip(), reasoning="\n".join(thoughts), trained=weight != 0)
+        trained = opened.get("weight") != 0
+        yield turn._replace(text=text.strip(), reasoning="\n".join(thoughts), trained=trained)
 
 
 def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
@@ -347,11 +346,11 @@ def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
         if role == RESULT and not (isinstance(part, dict) and _kind(part)[0] == "result"):
             continue  # the whole content is the result
         if isinstance(part, dict):
-            yield from _part(part)
-        elif part is not None:
-            if not isinstance(part, str):
-                raise RowError("bad-message", f"a message's content is not text but {type(part).__name__}")
+            yield _part(part)
+        elif isinstance(part, str):
             yield "text", part
+        elif part is not None:
+            raise RowError("bad-message", f"a message's content is not text but {type(part).__name__}")
     more = message.get("additional_kwargs")  # LangChain's
     for name in ("tool_calls", "function_call"):
         calls = message.get(name) or (more.get(name) if isinstance(more, dict) else None)
@@ -369,19 +368,17 @@ def _kind(part: dict[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
-def _part(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield one part of a message's content, as (kind, value)."""
+def _part(part: dict[str, Any]) -> tuple[str, Any]:
+    """Return the kind and the value of one part of a message's content."""
     kind, name = _kind(part)
     if not kind:
         kind = part.get("type") or ", ".join(part)
         raise RowError("bad-message", f"content has blocks of type {kind}, which are neither text nor calls")
-    kind = "thought" if part.get("thought") is True else kind
+    if part.get("thought") is True or kind in ("text", "thought"):
+        text = _first(part, (*_REASONING, "text", "content", "value", "refusal"))
+        return "thought" if part.get("thought") is True else kind, str(text or "")
     inner = part.get(name, part)
-    if kind in ("call", "result"):
-        value = _parsed(part["value"]) if "value" in part else inner if isinstance(inner, dict) else part
-        yield kind, value
-    else:
-        yield kind, str(_first(part, (*_REASONING, "text", "content", "value", "refusal")) or "")
+    return kind, _parsed(part["value"]) if "value" in part else inner if isinstance(inner, dict) else part
 
 
 def _results(item: Mapping[str, Any]) -> Iterator[Turn]:
@@ -394,9 +391,6 @@ def _results(item: Mapping[str, Any]) -> Iterator[Turn]:
         yield Turn(RESULT, part, ids=(given,) if given else (), failed=bool(failed))
 
 
-_TOOL_RESPONSE = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
-
-
 def _result_text(value: Any) -> str:
     """Return the text of a result: MCP's {"content": [{"type": "text", "text": "5888"}]}, or any value.
 
@@ -406,20 +400,16 @@ def _result_text(value: Any) -> str:
         return str(value["result"])
     known = _parsed(value, quietly=True)
     parts = known.get("content") if isinstance(known, dict) else known
-    if (
-        isinstance(parts, list)
-        and parts
-        and all(isinstance(part, dict) for part in parts)
-        and all({"type", "text"} & part.keys() for part in parts)
-    ):
+    parts = parts if isinstance(parts, list) else []
+    if parts and all(isinstance(part, dict) and {"type", "text"} & part.keys() for part in parts):
         texts = [_first(part, ("text", "value", "content")) for part in parts]
         return "\n".join(text for text in texts if isinstance(text, str))
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _id(item: Any) -> str:
+def _id(item: Mapping[str, Any]) -> str:
     """Return the id of a call, or of the call that a result belongs to; "" if there is none."""
-    given = (item.get(key) for key in _IDS) if isinstance(item, dict) else ()
+    given = (item.get(key) for key in _IDS)
     return next((name for name in given if isinstance(name, str) and name.isprintable()), "")
 
 
@@ -428,8 +418,8 @@ def _call(items: list[Any]) -> Turn:
     calls, ids = [], []
     for item in items:
         item = _literal(item) if isinstance(item, str) else item
-        ids.append(_id(item))
         item = item if isinstance(item, dict) else {}
+        ids.append(_id(item))
         if isinstance(item.get("custom"), dict):
             raise RowError("custom-call", "a custom tool call contains free text, not arguments")
         if isinstance(item.get("function"), dict):
@@ -457,9 +447,9 @@ def _call(items: list[Any]) -> Turn:
 def _without_thought(text: str) -> tuple[str, str]:
     """Return a text without the thought at its start, and the thought."""
     for opening, closing in THOUGHTS:
-        before, found, after = text.partition(closing)
-        if found and before.lstrip().startswith(opening):
-            return after.lstrip(), before.lstrip().removeprefix(opening).strip()
+        before, found, after = text.lstrip().partition(closing)
+        if found and before.startswith(opening):
+            return after.lstrip(), before.removeprefix(opening).strip()
     return text, ""
 
 

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ import msgspec
 
 # The roles of a turn.
 SYSTEM, USER, CALL, RESULT, ANSWER = "system", "user", "call", "result", "answer"
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,13 @@ class Content:
     error: "RowError | None" = None
 
 
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a value with everything in it changed, at any depth, that is neither an object nor a list."""
+    if isinstance(value, dict):
+        return {key: mapped(item, change) for key, item in value.items()}
+    return [mapped(item, change) for item in value] if isinstance(value, list) else change(value)
+
+
 class RowError(Exception):
     """Why a row cannot be used: a reason code, and a message about this row."""
 
@@ -156,9 +166,6 @@ def as_json(value: Any) -> bytes:
         raise RowError("not-json-value", "it contains a string or a number that is not valid JSON") from None
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-
-
 class _Constants(ast.NodeTransformer):
     """Replaces true, false and null by Python's constants."""
 
@@ -177,10 +184,8 @@ def literal(text: str) -> Any:
 
     Raises ValueError if it is neither.
     """
-    try:
+    with suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
     try:
         return value_of(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, TypeError, RecursionError, MemoryError) as error:

@@ -9,8 +9,11 @@ import random
 import re
 import string
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
+
+from mcp_lora.data.records import mapped
 
 # The detect-secrets plugins except those based on entropy: a hash or an id in a log is not a secret.
 _PLUGINS = """
@@ -31,43 +34,37 @@ _HOME = re.compile(r"((?:/home/|/Users/|[A-Z]:\\{1,2}Users\\{1,2}))[\w.-]+")
 
 def redact(record: Any) -> tuple[Any, Counter[str]]:
     """Return a redacted record, and the number of distinct secrets that were replaced, by kind."""
-    found: dict[str, str] = {}
-    _find(record, found)
-    kinds = Counter(found.values())
+    found: dict[str, str] = {}  # the secrets, with their kinds
+
+    def find(value: Any) -> None:
+        for secret, kind in _secrets(value) if isinstance(value, str) else ():
+            found.setdefault(secret, kind)
+
+    mapped(record, find)
+    if not found:
+        return record, Counter()
     # longest first: /home/ann is a prefix of /home/anna
-    ordered = sorted(found, key=len, reverse=True)
-    replacements = {secret: _replacement(secret, found[secret]) for secret in ordered}
-    if not replacements:
-        return record, kinds
-    pattern = re.compile("|".join(map(re.escape, ordered)))
-    return _mapped(record, partial(pattern.sub, lambda match: replacements[match.group()])), kinds
+    pattern = re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))))
+    stand_ins = {secret: _replacement(secret, kind) for secret, kind in found.items()}
+    replace = partial(pattern.sub, lambda match: stand_ins[match.group()])
+    redacted = mapped(record, lambda value: replace(value) if isinstance(value, str) else value)
+    return redacted, Counter(found.values())
 
 
-def _find(value: Any, found: dict[str, str]) -> None:
-    """Add the secrets in a value to `found`, with their kinds."""
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            _find(item, found)
-    elif isinstance(value, str):
-        for match in _HOME.finditer(value):
-            found.setdefault(match.group(), "home folder")
-        for address in _MAIL.findall(value):
-            found.setdefault(address, "mail address")
-        for named in _NAMED.finditer(value):
-            found.setdefault(named.group(1) or named.group(2), "key")
-        for secret in _known_keys(value):
-            found.setdefault(secret, "key")
-
-
-def _known_keys(text: str) -> list[str]:
+def _secrets(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the secrets in a text, each with its kind."""
     from detect_secrets.core.scan import scan_line
     from detect_secrets.settings import transient_settings
 
+    yield from ((match.group(), "home folder") for match in _HOME.finditer(text))
+    yield from ((address, "mail address") for address in _MAIL.findall(text))
+    yield from ((match.group(1) or match.group(2), "key") for match in _NAMED.finditer(text))
     with transient_settings({"plugins_used": [{"name": name} for name in _PLUGINS.split()]}):
         parts = [secret.secret_value for line in text.splitlines() for secret in scan_line(line)]
-    # for some kinds of token it returns only a prefix
-    whole = (re.search(rf"{re.escape(part)}{_TOKEN}*", text) for part in parts if part)
-    return [match.group() for match in whole if match]
+    for part in filter(None, parts):
+        # for some kinds of token it returns only a prefix
+        if whole := re.search(rf"{re.escape(part)}{_TOKEN}*", text):
+            yield whole.group(), "key"
 
 
 def _replacement(secret: str, kind: str) -> str:
@@ -75,18 +72,7 @@ def _replacement(secret: str, kind: str) -> str:
     if kind == "home folder":
         return str(_HOME.sub(lambda match: f"{match.group(1)}user", secret))
     chosen = random.Random(secret)
-    kept = len(secret) - len(secret.split("@")[0]) if kind == "mail address" else 0
-    name = secret[: len(secret) - kept]
-    letters = {**dict.fromkeys(string.ascii_lowercase, string.ascii_lowercase)}
-    letters |= dict.fromkeys(string.ascii_uppercase, string.ascii_uppercase)
-    letters |= dict.fromkeys(string.digits, string.digits)
-    made = "".join(chosen.choice(letters.get(letter, letter)) for letter in name)
-    return f"{made}@example.com" if kept else made
-
-
-def _mapped(value: Any, change: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_mapped(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
+    name = secret.split("@")[0] if kind == "mail address" else secret
+    alphabets = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+    kinds = (next((alphabet for alphabet in alphabets if letter in alphabet), letter) for letter in name)
+    return "".join(map(chosen.choice, kinds)) + "@example.com" * (kind == "mail address")

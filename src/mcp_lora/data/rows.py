@@ -114,9 +114,8 @@ class Rows:
                     is_log = formats.is_session(record)
                     if self._settings.redact or (self._settings.redact is None and is_log):
                         record, replaced = redact(record)
-                        statistics.cleaned.update(
-                            {f"redacted {kind}": count for kind, count in replaced.items()}
-                        )
+                        for kind, count in replaced.items():
+                            statistics.cleaned[f"redacted {kind}"] += count
                     try:
                         if broken:
                             raise RowError("not-json", record.message)
@@ -130,8 +129,7 @@ class Rows:
                         numbers += [number] * (len(numbers) < 3)
                         rejected.write(_rejection(name, number, error, record.text if broken else record))
                         continue
-                    for what in content.cleaned:
-                        statistics.cleaned[what] += 1
+                    statistics.cleaned.update(content.cleaned)
                     self.unknown.update(content.unknown)
                     self.later_calls += content.later
                     spool.write(msgspec.json.encode(row) + b"\n")
@@ -152,9 +150,7 @@ class Rows:
         """Return a row, and the hash of its conversation and tools, by which duplicates are found."""
         settings, known = self._settings, self._catalogue.tools
         numbers = [self._catalogue.number(tool) for tool in content.tools]
-        own = [
-            tool if number is None else number for tool, number in zip(content.tools, numbers, strict=True)
-        ]
+        own = [tool if n is None else n for tool, n in zip(content.tools, numbers, strict=True)]
         content.tools = [known[tool] if isinstance(tool, int) else tool for tool in own]  # with validators
         turns = check(content, self._catalogue, settings)
         if settings.turns == "call":
@@ -171,7 +167,9 @@ class Rows:
             if turn.calls and turn.trained:
                 break
             asked = turn.text if turn.role == USER else asked
-        digest = hashlib.blake2b(f"{settings.seed}\n{_bare(asked)}".encode(), digest_size=16).digest()
+        # without case, spaces and punctuation, so that near copies count as the same
+        bare = re.sub(r"[\W_]+", "", asked.casefold()) or asked
+        digest = hashlib.blake2b(f"{settings.seed}\n{bare}".encode(), digest_size=16).digest()
         split_hash, no_call_hash = int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
         called = list({call.name: None for turn in turns for call in turn.calls})
         for tool in content.tools:
@@ -183,19 +181,8 @@ class Rows:
         return row, int.from_bytes(same, signed=True)
 
 
-def _bare(question: str) -> str:
-    """Return a question without case, spaces and punctuation, so that near copies count as the same."""
-    return re.sub(r"[\W_]+", "", question.casefold()) or question
-
-
 def _rejection(file: str, number: int, error: RowError, record: Any) -> bytes:
-    line = {
-        "file": file,
-        "row": number,
-        "reason": error.reason,
-        "sentence": str(error),
-        "record": record,
-    }
+    line = {"file": file, "row": number, "reason": error.reason, "sentence": str(error), "record": record}
     try:
         text = json.dumps(line, ensure_ascii=False, default=str)
     except (RecursionError, ValueError, TypeError):  # too deeply nested, or keys that JSON does not allow

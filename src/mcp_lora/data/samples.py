@@ -27,9 +27,9 @@ from typing import IO, Any
 
 import msgspec
 
-from mcp_lora.data import languages
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.files import BUFFER
+from mcp_lora.data.formats import refusal
 from mcp_lora.data.records import Settings, Tool
 from mcp_lora.data.rows import Progress, Row, Rows
 from mcp_lora.data.sampling import Pool, Split
@@ -79,15 +79,15 @@ class Samples:
         """Write the samples of every row, and extra no-call samples of some."""
         rows = self._rows
         some = self._split.servers or self._split.tools
-        held_out = {row.split_hash for row in rows if self._held_out(self._gold(row))} if some else set()
+        held_out = {row.split_hash for row in rows if self._held_out(self._tools_of(row)[1])} if some else ()
         with self._open:
             for place, row in enumerate(rows):
-                own, gold = self._own(row), self._gold(row)
+                own, gold = self._tools_of(row)
                 split = self._split_of(row, gold, row.split_hash in held_out)
                 if split != "train" and not _calls(row.messages):
                     split = "no_call"  # its calls are context, the gold answer is not to call
-                count = self._settings.candidates
-                sampled = self.pool.sample(own, row.called, count, row.split_hash, split == "unseen_server")
+                count, unseen = self._settings.candidates, split == "unseen_server"
+                sampled = self.pool.sample(own, row.called, count, row.split_hash, unseen)
                 server = gold[0].server if gold else ""
                 # A test sample ends with the gold call.
                 if split != "train":
@@ -100,21 +100,19 @@ class Samples:
                 rows.statistics[row.file, row.format].written[split] += 1
                 if gold and row.no_call_hash < self._settings.no_call * 2**64:
                     # As many candidates as with the gold tool, or their number would give it away.
-                    more = self.pool.sample(
-                        own, row.called, len(sampled) + len(gold), row.split_hash, split == "unseen_server"
-                    )
-                    distractors = [tool for tool in more if tool.name not in row.called]
-                    self._write_no_call(split, row, distractors[: len(sampled)])
+                    count = len(sampled) + len(gold)
+                    more = self.pool.sample(own, row.called, count, row.split_hash, unseen)
+                    distractors = [tool for tool in more if tool.name not in row.called][: len(sampled)]
+                    self._write_no_call(split, row, distractors)
                 if place % 1000 == 0:
                     progress("writing", place / rows.count)
             for _, array in self._files.values():
                 array.write(b"\n]\n")
 
-    def _own(self, row: Row) -> list[Tool]:
-        return [self._tools[tool] if isinstance(tool, int) else tool for tool in row.own]
-
-    def _gold(self, row: Row) -> list[Tool]:
-        return [tool for tool in self._own(row) if tool.name in row.called]
+    def _tools_of(self, row: Row) -> tuple[list[Tool], list[Tool]]:
+        """Return the tools of a row, and the gold tools among them."""
+        own = [self._tools[tool] if isinstance(tool, int) else tool for tool in row.own]
+        return own, [tool for tool in own if tool.name in row.called]
 
     def _held_out(self, gold: list[Tool]) -> str | None:
         """Return the split of held-out servers or tools that a question belongs to, if any."""
@@ -154,7 +152,7 @@ class Samples:
             return
         asked = _up_to_the_call(row.messages)[:-1]
         question = next(message["content"] for message in reversed(asked) if message["role"] == "user")
-        answer = {"role": "assistant", "content": languages.refusal(question)}
+        answer = {"role": "assistant", "content": refusal(question)}
         split = "train" if split == "train" else "no_call"
         self._write(split, [*asked, answer], distractors, "")
         self.extra[split] += 1
@@ -177,10 +175,8 @@ def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 turns.append({"from": "observation", "value": content})
         elif made := message.get("tool_calls"):
-            calls = [
-                {"name": call["function"]["name"], "arguments": msgspec.Raw(call["function"]["arguments"])}
-                for call in made
-            ]
+            functions = [call["function"] for call in made]
+            calls = [one | {"arguments": msgspec.Raw(one["arguments"])} for one in functions]
             value = msgspec.json.encode(calls if len(calls) > 1 else calls[0]).decode()
             turns.append({"from": "function_call", "value": value})
         elif message["role"] == "assistant":
@@ -203,7 +199,6 @@ def _calls(messages: list[Any]) -> list[int]:
 
 
 def _up_to_the_call(messages: list[Any]) -> list[Any]:
-    """Return the messages up to and including the first call, or all if there is no call."""
     calls = _calls(messages)
     return messages[: calls[0] + 1] if calls else messages
 

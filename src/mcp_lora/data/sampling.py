@@ -10,6 +10,8 @@ from rapidfuzz import fuzz
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import Tool
 
+_ALIKE = 90  # of 100: similarity of names or descriptions from which two tools count as synonyms
+
 
 @dataclass(frozen=True)
 class Split:
@@ -55,9 +57,6 @@ class Split:
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) < fraction * 2**64
 
 
-_ALIKE = 90  # of 100: similarity of names or descriptions from which two tools count as synonyms
-
-
 class Pool:
     """The tools of a catalogue, to sample candidates from.
 
@@ -70,11 +69,8 @@ class Pool:
         self._random = random.Random()
         self._by_server = catalogue.by_server
         # A row's own definition of a tool has the same (server, name).
-        self._held_out = {
-            (tool.server, tool.name)
-            for tool in catalogue.tools
-            if split.server(tool.server) or split.tool(tool.server, tool.name)
-        }
+        every = ((tool.server, tool.name) for tool in catalogue.tools)
+        self._held_out = {key for key in every if split.server(key[0]) or split.tool(*key)}
         self._seen = [tool for tool in catalogue.tools if (tool.server, tool.name) not in self._held_out]
 
     def sample(

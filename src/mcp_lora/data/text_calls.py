@@ -18,50 +18,35 @@ from mcp_lora.data.records import RowError, ToolCall, literal
 _Writer = Callable[[list[ToolCall]], str]
 
 
-def _each(form: str, between: str = "\n") -> _Writer:
+def _each(form: str, between: str = "\n", opening: str = "", closing: str = "") -> _Writer:
     """Write each call by a format string with fields for its name, arguments, or both as JSON."""
 
-    def write(calls: list[ToolCall]) -> str:
-        return between.join(
-            form.format(
-                name=name,
-                arguments=json.dumps(arguments),
-                call=json.dumps({"name": name, "arguments": arguments}),
-                parameters=_pairs("<parameter={}>\n{}\n</parameter>\n", arguments),
-                attributes=_pairs('<parameter name="{}">{}</parameter>\n', arguments),
-                keys=_pairs("<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n", arguments),
-            )
-            for name, arguments in calls
+    def written(call: ToolCall) -> str:
+        def pairs(form: str) -> str:
+            return "".join(form.format(key, value) for key, value in call.arguments.items())
+
+        return form.format(
+            name=call.name,
+            arguments=json.dumps(call.arguments),
+            call=json.dumps(call._asdict()),
+            parameters=pairs("<parameter={}>\n{}\n</parameter>\n"),
+            attributes=pairs('<parameter name="{}">{}</parameter>\n'),
+            keys=pairs("<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n"),
+            python=", ".join(f"{key}={value!r}" for key, value in call.arguments.items()),
         )
 
-    return write
+    return lambda calls: opening + between.join(map(written, calls)) + closing
 
 
-def _pairs(form: str, arguments: Mapping[str, Any]) -> str:
-    return "".join(form.format(key, value) for key, value in arguments.items())
-
-
-def _list(opening: str = "", closing: str = "", name: str = "name", arguments: str = "arguments") -> _Writer:
-    """Write all calls as one JSON array."""
-    return lambda calls: (
-        opening + json.dumps([{name: call.name, arguments: call.arguments} for call in calls]) + closing
-    )
-
-
-def _object(name: str, arguments: str) -> _Writer:
-    """Write each call as an object with other keys than OpenAI's."""
-    return lambda calls: "\n".join(json.dumps({name: call.name, arguments: call.arguments}) for call in calls)
+def _list(opening: str = "", closing: str = "", call: str = "{call}") -> _Writer:
+    return _each(call, ", ", f"{opening}[", f"]{closing}")
 
 
 def _python(opening: str, closing: str) -> _Writer:
-    """Write calls in Python's syntax."""
-    return lambda calls: opening + ", ".join(map(_in_python, calls)) + closing
+    return _each("{name}({python})", ", ", opening, closing)
 
 
-def _in_python(call: ToolCall) -> str:
-    return f"{call.name}({', '.join(f'{key}={value!r}' for key, value in call.arguments.items())})"
-
-
+_COHERE = '{{"tool_name": "{name}", "parameters": {arguments}}}'
 _FORMS = (
     _each("<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"),  # Qwen3-Coder
     _each("<tool_call>{name}\n{keys}</tool_call>"),  # GLM-4.5
@@ -88,8 +73,8 @@ _FORMS = (
     _each("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"),
     _each(">>>{name}\n{arguments}"),  # Functionary
     _list("functools"),  # Firefunction
-    _list("Action: ```json\n", "\n```", "tool_name", "parameters"),  # Command R
-    _list("<|START_ACTION|>", "<|END_ACTION|>", "tool_name", "parameters"),
+    _list("Action: ```json\n", "\n```", _COHERE),  # Command R
+    _list("<|START_ACTION|>", "<|END_ACTION|>", _COHERE),
     _each("Action: {name}\nAction Input: {arguments}"),  # ReAct
     _each("```json\n{call}\n```"),
     _list("```json\n", "\n```"),
@@ -102,11 +87,11 @@ _FORMS = (
     _python("", ""),
     _list(),
     _each("{call}"),
-    *map(
-        _object,
-        ("tool", "tool", "tool_name", "action", "function"),
-        ("args", "arguments", "arguments", "action_input", "parameters"),
-    ),
+    _each('{{"tool": "{name}", "args": {arguments}}}'),
+    _each('{{"tool": "{name}", "arguments": {arguments}}}'),
+    _each('{{"tool_name": "{name}", "arguments": {arguments}}}'),
+    _each('{{"action": "{name}", "action_input": {arguments}}}'),
+    _each('{{"function": "{name}", "parameters": {arguments}}}'),
 )
 # Signs of a call that cannot be parsed: literals, and a tool's name where a call would have it.
 _MARKS = (
@@ -136,7 +121,8 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
 
     Raises RowError if it contains a call in an unknown format, or of a tool that is not in the row.
     """
-    if any(name in text for name in schemas):  # most answers name no tool
+    names_a_tool = any(name in text for name in schemas)
+    if names_a_tool:  # most answers do not
         for variant in dict.fromkeys(_variants(text, schemas)):
             for form in _formats():
                 reading = form.read(variant, schemas)
@@ -147,11 +133,9 @@ def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:
                     while tag := _TAG.search(content):
                         content = content[: tag.start()].rstrip()
                     return replace(reading, content=content)
-        names = "|".join(map(re.escape, schemas))
-        if re.search(_NAMED.format(names=names), text):
-            raise _unread(text)
-    if re.search(_MARKS, text, _FLAGS):
-        raise _unread(text)
+    named = _NAMED.format(names="|".join(map(re.escape, schemas)))
+    if (names_a_tool and re.search(named, text)) or re.search(_MARKS, text, _FLAGS):
+        raise RowError("call-as-text", f"a call in the text cannot be parsed: {text.strip()[:80]}")
     return None
 
 
@@ -170,14 +154,9 @@ def _variants(text: str, schemas: Mapping[str, Any]) -> Iterator[str]:
                 yield from (json.dumps(value[holder]) for holder in _HOLDERS if holder in value)
 
 
-def _unread(text: str) -> RowError:
-    return RowError("call-as-text", f"a call in the text cannot be parsed: {text.strip()[:80]}")
-
-
 def as_json(found: re.Match[str]) -> str:
     """Return a Python literal of an object or list as JSON, anything else unchanged."""
-    try:
-        value = literal(found.group())
-        return json.dumps(value) if isinstance(value, dict | list) else found.group()
-    except (ValueError, TypeError):  # a Python value without a JSON equivalent
-        return found.group()
+    with suppress(ValueError, TypeError):  # a Python value without a JSON equivalent
+        if isinstance(value := literal(found.group()), dict | list):
+            return json.dumps(value)
+    return found.group()

@@ -6,6 +6,7 @@ r"""Read tool definitions of any format: MCP's, OpenAI's, Anthropic's, Gemini's,
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -13,36 +14,15 @@ import msgspec
 
 from mcp_lora.data.records import RowError, Tool, literal
 
-_SCHEMAS = (
-    "parameters",
-    "inputSchema",
-    "input_schema",
-    "parametersJsonSchema",
-    "args_schema",
-    "schema",
-    "arguments",
-    "args",
-    "inputs",
-    "parameter",
-)
+_SCHEMAS: tuple[str, ...] = ("parameters", "inputSchema", "input_schema", "parametersJsonSchema")
+_SCHEMAS += ("args_schema", "schema", "arguments", "args", "inputs", "parameter")
+_SHOWING = {*_SCHEMAS, "description"}  # a key that only a tool has
 _WRAPPERS = ("result", "function", "toolSpec")  # of a reply to tools/list, OpenAI's, Bedrock's
 _LISTS = ("function_declarations", "functionDeclarations", "tools", "functions", "remote_server_response")
 # What Python and Gemini call JSON Schema's types.
-_TYPES = {
-    "str": "string",
-    "int": "integer",
-    "float": "number",
-    "double": "number",
-    "bool": "boolean",
-    "list": "array",
-    "tuple": "array",
-    "set": "array",
-    "dict": "object",
-    "map": "object",
-    "none": "null",
-    "nonetype": "null",
-}
-_PLAIN = ("string", "integer", "number", "boolean", "array", "object", "null")
+_TYPES = {"str": "string", "int": "integer", "float": "number", "double": "number", "bool": "boolean"}
+_TYPES |= {"list": "array", "tuple": "array", "set": "array", "dict": "object", "map": "object"}
+_TYPES |= {"none": "null", "nonetype": "null"}
 _META = {"type", "title", "required", "description"}  # keywords of a schema, not parameters
 _VALUES = ("enum", "const", "default", "examples", "example")  # keywords with data, not schemas
 
@@ -80,29 +60,21 @@ def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) ->
     elif wrapped := next((value[name] for name in _WRAPPERS if isinstance(value.get(name), dict)), None):
         yield from tools_in(wrapped, server, cleaned)
     elif "name" in value or "tool_name" in value:
-        yield _tool(value, server, cleaned)
-    elif (
-        value
-        and not {*_SCHEMAS, "description"} & value.keys()
-        and all(isinstance(item, dict | list) for item in value.values())
-    ):
-        for name, item in value.items():
-            is_tool = isinstance(item, dict) and any(key in item for key in (*_SCHEMAS, "description"))
-            yield from (
-                tools_in({"name": name} | item, server, cleaned) if is_tool else tools_in(item, name, cleaned)
-            )
-    elif value:
+        try:
+            tool, changed = _known(msgspec.json.encode(value), server)
+        except (ValueError, TypeError, RecursionError):
+            raise RowError("not-json-value", "a tool is not valid JSON, or nested too deeply") from None
+        if changed and cleaned is not None:
+            cleaned.append("schema")
+        yield tool
+    elif _SHOWING & value.keys() or not all(isinstance(item, dict | list) for item in value.values()):
         raise RowError("no-tool", f"a tool has no name, only {', '.join(value)}")
-
-
-def _tool(item: dict[str, Any], server: str, cleaned: list[str] | None) -> Tool:
-    try:
-        tool, changed = _known(msgspec.json.encode(item), server)
-    except (ValueError, TypeError, RecursionError):
-        raise RowError("not-json-value", "a tool is not valid JSON, or nested too deeply") from None
-    if changed and cleaned is not None:
-        cleaned.append("schema")
-    return tool
+    else:  # by name, or by server
+        for name, item in value.items():
+            if isinstance(item, dict) and _SHOWING & item.keys():
+                yield from tools_in({"name": name} | item, server, cleaned)
+            else:
+                yield from tools_in(item, name, cleaned)
 
 
 @lru_cache(maxsize=1 << 12)  # many rows define the same tools
@@ -114,10 +86,8 @@ def _known(text: bytes, server: str) -> tuple[Tool, bool]:
         raise RowError("no-tool", "a tool has no name")
     schema: Any = next((item[key] for key in _SCHEMAS if item.get(key) is not None), {})
     if isinstance(schema, str):
-        try:
+        with suppress(ValueError, RecursionError):
             schema = json.loads(schema or "{}")
-        except (ValueError, RecursionError):
-            schema = None
     if "required_parameters" in item:  # ToolBench's
         optional = [part | {"required": False} for part in item.get("optional_parameters") or []]
         schema = [*(part | {"required": True} for part in item["required_parameters"]), *optional]
@@ -150,21 +120,18 @@ def schema_of(parameters: dict[str, Any], name: str = "") -> dict[str, Any]:
         flat = {key: {"description": item} for key, item in flat.items()}
     is_schema = parameters.get("type") == "object" or isinstance(parameters.get("properties"), dict)
     if flat and not is_schema and all(isinstance(item, dict) for item in flat.values()):
-        required = [
-            key
-            for key, item in flat.items()
-            if item.get("required") is True
-            or (
-                "optional" not in str(item.get("type")).lower()
-                and "default" not in item
-                and item.get("required") is not False
-            )
-        ]
+        required = [key for key, item in flat.items() if _is_required(item)]
         parameters = {"type": "object", "properties": flat, "required": required}
     schema: dict[str, Any] = _schema(parameters)
     if not isinstance(schema.get("properties", {}), dict):
         raise RowError("no-schema", f"the properties of {name} are not an object")
     return {"type": "object", "properties": {}} | schema
+
+
+def _is_required(parameter: dict[str, Any]) -> bool:
+    if isinstance(stated := parameter.get("required"), bool):
+        return stated
+    return "default" not in parameter and "optional" not in str(parameter.get("type")).lower()
 
 
 def _schema(value: Any) -> Any:
@@ -179,17 +146,13 @@ def _schema(value: Any) -> Any:
         if item is not None or (key == "default" and takes_null(value))
     }
     if isinstance(properties := schema.get("properties"), dict):
-        required = [
-            key for key, item in properties.items() if isinstance(item, dict) and item.get("required") is True
-        ]
+        required: list[str] = []
+        for key, item in properties.items():
+            if isinstance(item, dict) and isinstance(item.get("required"), bool):
+                required += [key] * item["required"]
+                properties[key] = {k: v for k, v in item.items() if k != "required"}
         if required and not isinstance(schema.get("required"), list):
             schema["required"] = required
-        schema["properties"] = {
-            key: {k: v for k, v in item.items() if k != "required" or not isinstance(v, bool)}
-            if isinstance(item, dict)
-            else item
-            for key, item in properties.items()
-        }
     kind = schema.get("type")
     if isinstance(kind, list):
         schema["type"] = [_type(item) for item in kind]
@@ -203,20 +166,16 @@ def _schema(value: Any) -> Any:
 def _type(kind: Any) -> Any:
     word = str(kind).split(",")[0].strip().lower()
     word = word.removeprefix("optional[").split("[")[0].split("(")[0].rstrip("] ").strip()
-    plain = _TYPES.get(word, word)
-    return plain if plain in _PLAIN else None
+    return word if word in _TYPES.values() else _TYPES.get(word)
 
 
 def takes_null(schema: Any) -> bool:
     """Tell whether a parameter may be null; one that the schema does not define may not."""
     found, kinds = list(parts_of(schema)), types_of(schema)
     enums = [part["enum"] for part in found if isinstance(part.get("enum"), list)]
-    return (
-        "null" in kinds
-        or any(None in enum for enum in enums)
-        or any(part.get("nullable") is True for part in found)
-        or (len(found) == 1 and kinds == {None} and not enums and "$ref" not in schema)
-    )
+    is_nullable = "null" in kinds or any(part.get("nullable") is True for part in found)
+    is_open = len(found) == 1 and kinds == {None} and not enums and "$ref" not in schema
+    return is_nullable or is_open or any(None in enum for enum in enums)
 
 
 def types_of(schema: Any, root: Mapping[str, Any] | None = None) -> set[Any]:

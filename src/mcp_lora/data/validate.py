@@ -6,19 +6,7 @@ from itertools import groupby, takewhile
 from typing import Any
 
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.records import (
-    ANSWER,
-    CALL,
-    RESULT,
-    SYSTEM,
-    USER,
-    Content,
-    RowError,
-    Settings,
-    Tool,
-    ToolCall,
-    Turn,
-)
+from mcp_lora.data.records import ANSWER, CALL, RESULT, SYSTEM, USER, Content, RowError, Settings, Turn
 from mcp_lora.data.tools import takes_null
 
 # The roles that each role may follow.
@@ -50,11 +38,15 @@ def check(content: Content, catalogue: Catalogue, settings: Settings) -> list[Tu
     first = next((turn for turn in turns if turn.role != SYSTEM), Turn(USER))
     if first.role == USER and not first.text:
         raise RowError("no-instruction", "there is no question")
-    place, error = _out_of_order(turns)
-    if error and whole:
-        content.error, turns = error, turns[:place]
-    elif error:
-        raise error
+    before = ""
+    for place, turn in enumerate(turns):
+        if turn.role != SYSTEM and before not in _FOLLOWS[turn.role]:
+            error = RowError("bad-order", f"a {turn.role} comes after {before or 'nothing'}")
+            if not whole:
+                raise error
+            content.error, turns = error, turns[:place]
+            break
+        before = before if turn.role == SYSTEM else turn.role
     while turns and turns[-1].role in (SYSTEM, USER, RESULT):
         cleaned.append(f"trailing-{turns.pop().role}")
     trained = [turn for turn in turns if turn.role in (CALL, ANSWER) and turn.trained]
@@ -66,48 +58,30 @@ def check(content: Content, catalogue: Catalogue, settings: Settings) -> list[Tu
         raise RowError("no-instruction", "there is no question with an answer")
     if not trained:
         raise RowError("failed-call", "every call failed, and there is nothing else to train on")
-    tools = {tool.name: tool for tool in content.tools}
-    if not tools:
+    if not content.tools:
         raise RowError("no-tool", "there is no candidate tool")
-    return [
-        turn._replace(
-            calls=tuple(
-                _checked(call, tools, catalogue, settings.strict_schema, content) for call in turn.calls
-            )
-        )
-        for turn in turns
-    ]
+    return [_checked(turn, content, catalogue, settings.strict_schema) for turn in turns]
 
 
-def _out_of_order(turns: list[Turn]) -> tuple[int, RowError | None]:
-    """Return the position of the first turn that is out of order, and the error, or the end and None."""
-    before = ""
-    for place, turn in enumerate(turns):
-        if turn.role != SYSTEM:
-            if before not in _FOLLOWS[turn.role]:
-                return place, RowError("bad-order", f"a {turn.role} comes after {before or 'nothing'}")
-            before = turn.role
-    return len(turns), None
-
-
-def _checked(
-    call: ToolCall, tools: dict[str, Tool], catalogue: Catalogue, strict: bool, content: Content
-) -> ToolCall:
-    """Return a valid call without the nulls that tabular formats add."""
-    if call.name not in tools:
-        raise RowError("unknown-tool", f"{call.name} is called, but not among the tools")
-    tool = tools[call.name]
-    arguments = _without_nulls(call.arguments, tool.parameters)
-    if arguments != call.arguments:
-        content.cleaned.append("null-argument")
-    if problem := catalogue.problem(tool, arguments):
-        raise RowError("schema", f"the arguments of {call.name} do not match its schema: {problem}")
-    unknown = [key for key in arguments if key not in tool.parameters["properties"]]
-    if unknown and "additionalProperties" not in tool.parameters:
-        if strict:
-            raise RowError("schema", f"the schema of {call.name} has no {', '.join(unknown)}")
-        content.unknown.append(call.name)
-    return ToolCall(call.name, arguments)
+def _checked(turn: Turn, content: Content, catalogue: Catalogue, strict: bool) -> Turn:
+    """Return a turn with valid calls, without the nulls that tabular formats add."""
+    checked = []
+    for call in turn.calls:
+        tool = next((tool for tool in content.tools if tool.name == call.name), None)
+        if tool is None:
+            raise RowError("unknown-tool", f"{call.name} is called, but not among the tools")
+        arguments = _without_nulls(call.arguments, tool.parameters)
+        if arguments != call.arguments:
+            content.cleaned.append("null-argument")
+        if problem := catalogue.problem(tool, arguments):
+            raise RowError("schema", f"the arguments of {call.name} do not match its schema: {problem}")
+        unknown = [key for key in arguments if key not in tool.parameters["properties"]]
+        if unknown and "additionalProperties" not in tool.parameters:
+            if strict:
+                raise RowError("schema", f"the schema of {call.name} has no {', '.join(unknown)}")
+            content.unknown.append(call.name)
+        checked.append(call._replace(arguments=arguments))
+    return turn._replace(calls=tuple(checked))
 
 
 def _without_nulls(value: Any, schema: Any) -> Any:
@@ -181,14 +155,10 @@ def _joined(turns: list[Turn]) -> list[Turn]:
         last = joined[-1] if joined else Turn("")
         beside = last.role == ANSWER and turn.role == CALL and last.trained == turn.trained
         if beside or (last.role == turn.role and turn.role != RESULT and last.trained == turn.trained):
-            joined[-1] = Turn(
-                turn.role,
-                "\n\n".join(filter(None, (last.text, turn.text))),
-                last.calls + turn.calls,
-                last.ids + turn.ids,
-                "\n\n".join(filter(None, (last.reasoning, turn.reasoning))),
-                trained=turn.trained,
-            )
+            text = "\n\n".join(filter(None, (last.text, turn.text)))
+            reasoning = "\n\n".join(filter(None, (last.reasoning, turn.reasoning)))
+            calls, ids = last.calls + turn.calls, last.ids + turn.ids
+            joined[-1] = turn._replace(text=text, calls=calls, ids=ids, reasoning=reasoning)
         else:
             joined.append(turn)
     joined = [turn for turn in joined if turn.role != ANSWER or turn.text.strip()]

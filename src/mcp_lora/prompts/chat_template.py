@@ -28,6 +28,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
@@ -53,18 +54,13 @@ Message = dict[str, Any]
 _SYSTEM: Message = {"role": "system", "content": "Be good."}
 _QUESTION: Message = {"role": "user", "content": "What is probe question?"}
 _ANSWER: Message = {"role": "assistant", "content": "probe answer"}
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": calls.NAME,
-        "description": "Adds.",
-        "parameters": {
-            "type": "object",
-            "properties": {key: {"type": "string", "description": "A number."} for key in calls.KEYS},
-            "required": list(calls.KEYS),
-        },
-    },
+_PARAMETERS = {
+    "type": "object",
+    "properties": {key: {"type": "string", "description": "A number."} for key in calls.KEYS},
+    "required": list(calls.KEYS),
 }
+_FUNCTION = {"name": calls.NAME, "description": "Adds.", "parameters": _PARAMETERS}
+_TOOL = {"type": "function", "function": _FUNCTION}
 
 
 @dataclass(frozen=True)
@@ -117,17 +113,16 @@ class ChatTemplate:
         self.is_own = why is None
         self.note = "the model's own chat template"
         if why is not None:
-            self.note += (
-                f" cannot be used, {why}: tools and calls are written in Hermes format (chat_template.jinja)"
-            )
+            hermes = "tools and calls are written in Hermes format (chat_template.jinja)"
+            self.note += f" cannot be used, {why}: {hermes}"
             if failed := self._try(self._fallback(own)):
-                raise McpLoraError(
-                    f"this model has no usable chat template: {why}; and in Hermes format {failed}: "
-                    f"mcp-lora train --model OTHER"
-                )
+                what = f"this model has no usable chat template: {why}; and in Hermes format {failed}"
+                raise McpLoraError(f"{what}: mcp-lora train --model OTHER")
         # If nothing differs, thinking cannot be switched off, and the answers' reasoning is trained on.
-        prompts = [self._apply([_QUESTION], [_TOOL], thinking=on) for on in (False, True)]
-        self.switches_thinking = prompts[0] != prompts[1]
+        prompts = set()
+        for self.thinking in (not thinking, thinking):  # the last one stays
+            prompts.add(self._apply([_QUESTION], [_TOOL]))
+        self.switches_thinking = len(prompts) > 1
         self.is_thinking_off = self.switches_thinking and not thinking
         self._keeps_thoughts = not self.is_thinking_off
 
@@ -162,13 +157,12 @@ class ChatTemplate:
     def _fallback(self, own: str | None) -> str:
         """Return the model's own template after fallback.jinja, which hides tools and calls from it."""
         preamble = files("mcp_lora.prompts").joinpath("fallback.jinja").read_text(encoding="utf-8").strip()
-        body = own or PLAIN
-        self.tokenizer.chat_template = body
-        try:
-            takes_system = _SYSTEM["content"] in self._apply([_SYSTEM, _QUESTION], [])
-        except Exception:
-            takes_system = False
-        return f"{{%- set system_role = {str(takes_system).lower()} -%}}\n{preamble}\n{body}"
+        self.tokenizer.chat_template = body = own or PLAIN
+        takes_system = "false"
+        with suppress(Exception):  # templates reject with any exception
+            if _SYSTEM["content"] in self._apply([_SYSTEM, _QUESTION], []):
+                takes_system = "true"
+        return f"{{%- set system_role = {takes_system} -%}}\n{preamble}\n{body}"
 
     def turn(self, messages: Sequence[Message], answer: Message, tools: Sequence[Any]) -> tuple[str, str]:
         """Return the prompt that a server sends to the model, and `answer` as the model has to write it.
@@ -259,26 +253,21 @@ class ChatTemplate:
             prompt, target = self.ids(turn[0]), self.ids(turn[1])
             said = (messages[place].get("content") or "").strip()
             lost = int(bool(messages[place].get("tool_calls")) and said not in turn[1])
-            before = found[-1].input_ids if found else []
-            if found and prompt[: len(before)] == before:
-                last = found.pop()
-                labels, lost = last.labels, lost + last.lost
-            else:
-                before, labels = [], []
-            ignored = [IGNORED] * (len(prompt) - len(before))
-            found.append(Encoded(prompt + target, labels + ignored + target, *turn, lost))
+            before = Encoded([], [], "", "")
+            if found and prompt[: len(found[-1].input_ids)] == found[-1].input_ids:
+                before = found.pop()
+            labels = before.labels + [IGNORED] * (len(prompt) - len(before.input_ids)) + target
+            found.append(Encoded(prompt + target, labels, *turn, before.lost + lost))
         return found
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of a rendered text; the template has written all special tokens."""
-        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _turn(self, messages: Sequence[Message], answer: Message, tools: Sequence[Any]) -> tuple[str, str]:
         prompt = self._apply(messages, tools)
         whole = self._apply([*messages, answer], tools, prompting=False)
-        text = self._behind(prompt, whole, messages, answer, tools)
-        bare = text.rstrip()
+        bare = self._behind(prompt, whole, messages, answer, tools).rstrip()
         before, eos, after = bare.rpartition(self.tokenizer.eos_token)
         if eos and self._only_special.fullmatch(after):  # some continue with the start of the next turn
             return prompt, before + eos
@@ -289,10 +278,7 @@ class ChatTemplate:
     def _behind(
         self, prompt: str, whole: str, messages: Sequence[Message], answer: Message, tools: Sequence[Any]
     ) -> str:
-        """Return what follows the prompt in the rendering of prompt and answer.
-
-        Raises RowError if the rendering does not contain the prompt.
-        """
+        """Return what follows the prompt in the rendering of both; RowError if the prompt is not in it."""
         if whole.startswith(prompt):
             return whole.removeprefix(prompt)
         same = len(os.path.commonprefix([prompt, whole]))
@@ -320,9 +306,8 @@ class ChatTemplate:
         asks = prompt[len(history) :] if prompt.startswith(history) else ""
         if asks.strip() and whole.count(asks) == prompt.count(asks):
             return whole[whole.rindex(asks) + len(asks) :]
-        raise RowError(
-            "not-renderable", "the chat template's prompt is not part of the conversation with its answer"
-        )
+        what = "the chat template's prompt is not part of the conversation with its answer"
+        raise RowError("not-renderable", what)
 
     def _end(self, answer: Message) -> str:
         """Return the token that ends a turn: its last, or the first of the next turn."""
@@ -337,26 +322,18 @@ class ChatTemplate:
             return end
         raise ValueError("no token ends a turn")
 
-    def _apply(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Any],
-        prompting: bool = True,
-        thinking: bool | None = None,
-    ) -> str:
-        on = self.thinking if thinking is None else thinking
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(self._served(messages)),
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=prompting,
-                enable_thinking=on,
-                thinking=on,
-                date_string=DATE.strftime("%d %b %Y"),
-                strftime_now=DATE.strftime,
-            )
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Any], prompting: bool = True) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            list(self._served(messages)),
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=prompting,
+            enable_thinking=self.thinking,
+            thinking=self.thinking,
+            date_string=DATE.strftime("%d %b %Y"),
+            strftime_now=DATE.strftime,
         )
+        return str(rendered)
 
     def _served(self, messages: Sequence[Message]) -> Iterator[Message]:
         """Yield messages as a server passes them to a template, with numbered call ids."""
@@ -408,13 +385,11 @@ def load(config: Mapping[str, Any], local_files_only: bool = False) -> ChatTempl
 
     model = str(config["model_name_or_path"])
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model, **hub_arguments(config), local_files_only=local_files_only
-        )
+        hub = hub_arguments(config)
+        tokenizer = AutoTokenizer.from_pretrained(model, **hub, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
-        raise McpLoraError(
-            f"the tokenizer of {model} cannot be read ({_line(error)}): mcp-lora train --model FOLDER"
-        ) from None
+        what = f"the tokenizer of {model} cannot be read ({_line(error)})"
+        raise McpLoraError(f"{what}: mcp-lora train --model FOLDER") from None
     for key, special in (("add_tokens", False), ("add_special_tokens", True)):
         if words := config.get(key):
             tokenizer.add_tokens([word.strip() for word in words.split(",")], special_tokens=special)
@@ -437,14 +412,11 @@ def called(message: Mapping[str, Any]) -> list[ToolCall]:
 
 
 def _calling(made: Sequence[ToolCall]) -> Message:
-    functions = [
-        {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)} for call in made
-    ]
-    each = [
-        {"id": f"call_{number}", "type": "function", "function": function}
-        for number, function in enumerate(functions, 1)
-    ]
-    return {"role": "assistant", "content": None, "tool_calls": each}
+    message: Message = {"role": "assistant", "content": None, "tool_calls": []}
+    for number, (name, arguments) in enumerate(made, 1):
+        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        message["tool_calls"].append({"id": f"call_{number}", "type": "function", "function": function})
+    return message
 
 
 def _line(error: BaseException) -> str:

@@ -112,13 +112,11 @@ def render(
             if not (out / "rendered.json").is_file():
                 _render(template, file, out, chosen, int(settings.get("preprocessing_num_workers") or 1))
     except DatasetGenerationError as error:  # wraps what reading or writing has raised
-        raise McpLoraError(
-            f"{file} cannot be read, or copied into {folder} ({error.__cause__}): mcp-lora convert"
-        ) from None
+        what = f"{file} cannot be read, or copied into {folder} ({error.__cause__})"
+        raise McpLoraError(f"{what}: mcp-lora convert") from None
     except OSError as error:
-        raise McpLoraError(
-            f"{folder} cannot be written ({error.strerror}): mcp-lora train dataset_dir=OTHER_FOLDER"
-        ) from None
+        what = f"{folder} cannot be written ({error.strerror})"
+        raise McpLoraError(f"{what}: mcp-lora train dataset_dir=OTHER_FOLDER") from None
     return out, json.loads((out / "rendered.json").read_text(encoding="utf-8"))
 
 
@@ -164,16 +162,15 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
         try:
             halves = rows.train_test_split(test_size=chosen["val_size"], seed=chosen["seed"])
         except ValueError:
-            raise McpLoraError(
-                f"val_size={chosen['val_size']} of {len(rows)} rows leaves nothing to train on: "
-                f"mcp-lora train val_size=0.1"
-            ) from None
+            what = f"val_size={chosen['val_size']} of {len(rows)} rows leaves nothing to train on"
+            raise McpLoraError(f"{what}: mcp-lora train val_size=0.1") from None
         splits = {"train": halves["train"], "validation": halves["test"]}
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the worker processes are the parallelism
     types = {name: datasets.Value(kind) for name, kind in _REPORTED.items()}
     types |= {name: datasets.Sequence(datasets.Value(kind)) for name, kind in _COLUMNS.items()}
-    rendered = {
-        name: split.map(
+    rendered, good = {}, {}
+    for name, split in splits.items():
+        rendered[name] = split.map(
             _encode,
             batched=True,
             batch_size=_BATCH,
@@ -184,21 +181,16 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
             new_fingerprint=f"{out.name}{name}",
             desc="rendering",
         )
-        for name, split in splits.items()
-    }
-    good = {
-        name: split.filter(lambda reason: reason is None, input_columns="reason").select_columns([*_COLUMNS])
-        for name, split in rendered.items()
-    }
+        kept = rendered[name].filter(lambda reason: reason is None, input_columns="reason")
+        if len(kept):
+            good[name] = kept.select_columns([*_COLUMNS])
     summary = _summary(rendered, chosen["cutoff_len"])
     summary["validation"] = len(good.get("validation", ()))
     if not summary["samples"]:
         shutil.rmtree(new)
-        raise McpLoraError(
-            f"no row of {file} is left to train on ({'; '.join(summary['reasons'])}): see one with "
-            f"mcp-lora inspect 1, or raise cutoff_len"
-        )
-    datasets.DatasetDict({name: split for name, split in good.items() if len(split)}).save_to_disk(str(new))
+        what = f"no row of {file} is left to train on ({'; '.join(summary['reasons'])})"
+        raise McpLoraError(f"{what}: see one with mcp-lora inspect 1, or raise cutoff_len")
+    datasets.DatasetDict(good).save_to_disk(str(new))
     shutil.rmtree(new / "cache")
     (new / "rendered.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)

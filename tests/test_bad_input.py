@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import record
+from conftest import record, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -126,3 +126,16 @@ def test_keys_that_are_there_twice(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(text)
     stats = sum_rule(tmp_path / "rows.json")
     assert stats and stats["written"] == {"train": 1}
+
+
+def test_tools_with_numbers_as_keys_and_required_flags_are_no_traceback(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "number"}}, "required": True}
+    rows = [record(), record("Two?") | {"tools": "{1: 2}"}]
+    rows[0]["tool_info"]["input_schema"] = schema
+    rows[0]["function_call"]["arguments"] = {"a": None}
+    messages = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"}]
+    rows.append({"messages": messages, "tools": "{1: 2}"})
+    source = write_json(tmp_path / "rows.json", [*rows, record("Good?")])
+    statistics = convert(Settings([str(source)], test=0.0), tmp_path / "out")
+    assert statistics["read"] == 4
+    assert sum(statistics["written"].values()) + sum(statistics["rejected"].values()) == 4

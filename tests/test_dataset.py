@@ -655,3 +655,29 @@ def test_real_data_of_every_kind(tmp_path: Path) -> None:
         "schema": 7,
         "failed-call": 5,
     }
+
+
+def test_a_row_is_explained_as_it_is_converted(tmp_path: Path) -> None:
+    tools = [
+        write_json(tmp_path / f"tools/{name}.json", [{"name": "add", "parameters": schema}])
+        for name, schema in (("one", {"a": {"type": "number"}}), ("two", {"b": {"type": "string"}}))
+    ]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    source = write_json(tmp_path / "one.json", [{"messages": [{"role": "user", "content": "1?"}, call]}])
+    settings = Settings([str(source)], [str(file) for file in tools], test=0.0)
+    assert conversion.convert(settings, tmp_path / "out")["written"] == {"train": 1}
+    assert "as written" in dict(conversion.explain(settings, 1))
+
+
+def test_a_row_of_failed_calls_counts_as_a_sample_only_if_there_is_one(tmp_path: Path) -> None:
+    def row(question: str, failed: bool) -> dict[str, Any]:
+        call = {"id": "1", "function": {"name": "add", "arguments": "{}"}}
+        result = {"role": "tool", "tool_call_id": "1", "content": "Error: no", "is_error": failed}
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "tool_calls": [call]}]
+        messages += [result, {"role": "assistant", "content": "It failed."}]
+        return {"messages": messages, "tools": [{"name": "add", "parameters": {}}]}
+
+    source = write_json(tmp_path / "rows.json", [row("One?", False), row("Two?", True)])
+    stats = converted(tmp_path / "out", source, turns="each", test=0.0)
+    assert sum(stats["written"].values()) + sum(stats["rejected"].values()) == 2
+    assert stats["samples"].get("train", 0) >= stats["written"].get("train", 0), stats["rejected"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +201,8 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
     Raises McpLoraError if there are fewer rows, or the inputs cannot be read.
     """
     inputs, tools = _find(settings)
-    every = chain.from_iterable(formats.records(files.read(file)) for file in inputs)
-    record = next(islice(every, number - 1, None), None)
+    every = ((file, record) for file in inputs for record in formats.records(files.read(file)))
+    file, record = next(islice(every, number - 1, None), (Path(), None))
     if record is None:
         raise McpLoraError(f"there are fewer than {number} rows: mcp-lora convert --explain 1")
     if isinstance(record, files.Broken):
@@ -210,20 +210,25 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
         yield "rejected", record.message
         return
     yield f"as read ({formats.recognise(record)})", record
+    catalogue = Catalogue()
+    catalogues.load(tools, catalogue)
+    with contextlib.suppress(RowError):  # which the conversion reports
+        turns = formats.read(record, partial(catalogue.find, server=file.stem)).turns
+        yield "as understood", [turn._asdict() for turn in turns]
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
-        source, out = Path(folder, "row.jsonl"), Path(folder, "out")
+        # of the same name, by which a catalogue is chosen
+        source, out = Path(folder, f"{file.stem}.jsonl"), Path(folder, "out")
         source.write_text(json.dumps(record, default=str) + "\n", encoding="utf-8")
-        alone = replace(settings, inputs=[str(source)], test=0.0, holdout_tools=0.0, holdout_servers=0.0)
-        catalogue = Catalogue()
-        catalogues.load(tools, catalogue)
+        rejected = out.with_name(f"{out.name}.rejected.jsonl")
         try:
-            content = formats.read(record, partial(catalogue.find, server=""))
-            yield "as understood", [turn._asdict() for turn in content.turns]
-            convert(alone, out)
-        except (RowError, McpLoraError) as error:
-            yield "rejected", str(error).split(";")[0]
-            return
-        yield "as written", list(dataset.samples(out, "train"))
+            convert(
+                replace(settings, inputs=[str(source)], test=0.0, holdout_tools=0.0, holdout_servers=0.0), out
+            )
+            yield "as written", list(dataset.samples(out, "train"))
+        except McpLoraError:
+            if not rejected.is_file():
+                raise
+            yield "rejected", next(iter(files.read(rejected)))["sentence"]
 
 
 def refresh(

@@ -92,7 +92,7 @@ class Samples:
                 # A test sample ends with the gold call.
                 if split != "train":
                     self._write(split, _up_to_the_call(row.messages), sampled, server)
-                elif self._settings.turns == "each" and gold:
+                elif self._settings.turns == "each" and _calls(row.messages):
                     for messages in _each_call(row.messages):
                         self._write(split, messages, sampled, server)
                 else:

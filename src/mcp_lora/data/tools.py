@@ -68,7 +68,7 @@ def _of_object(value: dict[str, Any], server: str, cleaned: list[str] | None) ->
             cleaned.append("schema")
         yield tool
     elif _SHOWING & value.keys() or not all(isinstance(item, dict | list) for item in value.values()):
-        raise RowError("no-tool", f"a tool has no name, only {', '.join(value)}")
+        raise RowError("no-tool", f"a tool has no name, only {', '.join(map(str, value))}")
     else:  # by name, or by server
         for name, item in value.items():
             if isinstance(item, dict) and _SHOWING & item.keys():

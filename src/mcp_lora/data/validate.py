@@ -88,9 +88,10 @@ def _without_nulls(value: Any, schema: Any) -> Any:
     """Return arguments without the nulls that the schema neither allows nor requires."""
     if not isinstance(value, dict) or not isinstance(schema, dict):
         return value
-    properties, required = schema.get("properties"), schema.get("required") or ()
+    properties, required = schema.get("properties"), schema.get("required")
     if not isinstance(properties, dict):
         return value
+    required = required if isinstance(required, list) else ()
     return {
         key: _without_nulls(item, properties.get(key))
         for key, item in value.items()

@@ -76,7 +76,9 @@ def by_engine(
             }
             environment = launch.engine_environment(settings, topology, machine.gpus, os.environ)
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are the output that matters
-            while (outcome := launch.run_engine("train", config, environment)).code:
+            # a log also takes the engine's stdout, which would be between our results
+            log = folder / "engine.log"
+            while (outcome := launch.run_engine("train", config, environment, log=log)).code:
                 if not outcome.out_of_memory or (size := config[_BATCH]) == 1:
                     raise outcome.error(command)
                 config[_BATCH] = settings[_BATCH] = size // 2

@@ -18,7 +18,6 @@ from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
 from mcp_lora.cli.app import main
 from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.engine import launch
-from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import predict, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Response
@@ -36,9 +35,7 @@ from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train import manifest, runs
-from mcp_lora.train.machine import Machine
 
-CPU = Machine(0, False, True)
 JUDGE = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
 
 
@@ -298,7 +295,7 @@ def test_the_batch_is_halved_where_memory_runs_out(
     monkeypatch.setattr(launch, "run_engine", run_engine)
     template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
     settings = {"model_name_or_path": str(tiny_model), "per_device_eval_batch_size": 16, "max_new_tokens": 9}
-    found = predict.by_engine(asked, template, settings, CPU, Topology(), "mcp-lora eval")
+    found = predict.by_engine(asked, template, settings, None, "mcp-lora eval")
     assert {reply.text for _, reply in found} == {"No."} and batches == [16, 8, 4]
 
 

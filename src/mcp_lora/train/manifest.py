@@ -32,16 +32,7 @@ from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.prompts.chat_template import hub_arguments
 
 NAME = "manifest.json"
-PACKAGES = (
-    "mcp-lora",
-    "llamafactory",
-    "torch",
-    "transformers",
-    "peft",
-    "deepspeed",
-    "accelerate",
-    "datasets",
-)
+_ENGINE = ["llamafactory", "torch", "transformers", "peft", "deepspeed", "accelerate", "datasets"]
 
 
 def describe(
@@ -136,7 +127,7 @@ def _now() -> str:
 
 def _versions() -> dict[str, str]:
     versions = {}
-    for package in PACKAGES:
+    for package in ["mcp-lora", *_ENGINE]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions

@@ -51,9 +51,8 @@ class Outcome:
         last = real_error(self.stderr) or "it printed no error"
         if "inline_container.cc" in last and "unexpected pos" in last:  # all that torch.save reports
             last += "\n(a file could not be written completely: is the disk full? df -h)"
-        return McpLoraError(
-            f"LLaMA-Factory ended with exit code {code}:\n{last}\nFix this and run again: {command}", code
-        )
+        what = f"LLaMA-Factory ended with exit code {code}:\n{last}"
+        return McpLoraError(f"{what}\nFix this and run again: {command}", code)
 
 
 def engine_argv(verb: str, file: Path) -> list[str]:
@@ -106,10 +105,9 @@ def run_engine(
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
         spaced = [place for place in (sys.prefix, folder) if re.search(r"\s", place)]
         if spaced and "FORCE_TORCHRUN" in environment:
-            raise McpLoraError(
-                f"LLaMA-Factory cannot start DeepSpeed from a folder with a space in its path ({spaced[0]}): "
-                f"install elsewhere or set TMPDIR, or run: mcp-lora train deepspeed=null"
-            )
+            what = "LLaMA-Factory cannot start DeepSpeed from a folder with a space in its path"
+            again = "install elsewhere or set TMPDIR, or run: mcp-lora train deepspeed=null"
+            raise McpLoraError(f"{what} ({spaced[0]}): {again}")
         file = Path(folder) / "run.yaml"
         with explained(f"{file} cannot be written", "free some space (df -h) and run again"):
             file.write_text(dump(config), encoding="utf-8")

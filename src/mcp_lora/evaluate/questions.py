@@ -74,10 +74,8 @@ def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
 
     Raises McpLoraError if one is unknown or missing.
     """
-    if unknown := [split for split in wanted if split not in SPLITS]:
-        raise McpLoraError(
-            f"there is no split {', '.join(unknown)}: mcp-lora eval --split {' or '.join(SPLITS)}"
-        )
+    if unknown := ", ".join(split for split in wanted if split not in SPLITS):
+        raise McpLoraError(f"there is no split {unknown}: mcp-lora eval --split {' or '.join(SPLITS)}")
     there = dataset.names(folder)
     if missing := [split for split in wanted if split not in there]:
         what = f"{folder} contains no questions of split {', '.join(missing)}"

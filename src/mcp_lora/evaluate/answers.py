@@ -71,7 +71,7 @@ class Judge:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._catalogue = Catalogue()  # caches the validators
+        self._catalogue = Catalogue()
 
     def __call__(self, question: Question, response: Response) -> Answer:
         schemas = {name: tool.parameters for name, tool in question.tools.items()}
@@ -81,16 +81,11 @@ class Judge:
         else:
             reading = self._template.read(response.text, schemas)
             calls, broken = reading.calls, reading.broken
-        valid = all(self._validates(question, call) for call in calls if call.name in schemas)
+        named = [(question.tools[call.name], call.arguments) for call in calls if call.name in schemas]
+        valid = all(self._catalogue.problem(tool, arguments) is None for tool, arguments in named)
         verdict = judge(question.expected, calls, schemas, broken, valid, response.failed)
         about = (question.key, question.split, question.server, question.instruction, question.expected)
         return Answer(*about, *response, calls, verdict)
-
-    def _validates(self, question: Question, call: ToolCall) -> bool:
-        tool = question.tools[call.name]
-        number = self._catalogue.number(tool)
-        known = tool if number is None else self._catalogue.tools[number]
-        return self._catalogue.problem(known, call.arguments) is None
 
 
 class Notebook:

@@ -169,10 +169,8 @@ def evaluate(
         name = "metrics.json" if len(asked) == len(every) else "metrics_part.json"
         (run / "eval" / name).write_text(evaluation.metrics(), encoding="utf-8")
     except OSError as error:
-        raise McpLoraError(
-            f"{error.filename or run / 'eval'} cannot be written ({error.strerror}): free space or fix "
-            f"permissions, and mcp-lora eval {run}"
-        ) from None
+        what = f"{error.filename or run / 'eval'} cannot be written ({error.strerror})"
+        raise McpLoraError(f"{what}: free space or fix permissions, and mcp-lora eval {run}") from None
     return evaluation
 
 

@@ -136,11 +136,9 @@ def by_endpoint(
     with client, ThreadPool(_AT_ONCE) as pool:
         yield from filter(None, pool.imap_unordered(ask, questions))
     if failures:
-        raise McpLoraError(
-            f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
-            f"model, is the key in {KEY}? Its answers so far are kept: mcp-lora eval --endpoint {url} "
-            f"--endpoint-model {model}"
-        )
+        what = f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
+        what += f"model, is the key in {KEY}? Its answers so far are kept"
+        raise McpLoraError(f"{what}: mcp-lora eval --endpoint {url} --endpoint-model {model}")
 
 
 def _parsed(prompt: str, body: str) -> Response:

@@ -97,8 +97,7 @@ def read(folder: Path, splits: Sequence[str]) -> list[Question]:
         try:
             _ = question.instruction, question.expected, question.tools
         except (ValueError, TypeError, LookupError):
-            raise McpLoraError(
-                f"a question of {question.split} in {folder} is damaged: mcp-lora convert --output {folder}, "
-                f"after removing {dataset.file_of(folder, question.split).name}"
-            ) from None
+            what = f"a question of {question.split} in {folder} is damaged"
+            again = f"after removing {dataset.file_of(folder, question.split).name}"
+            raise McpLoraError(f"{what}: mcp-lora convert --output {folder}, {again}") from None
     return found

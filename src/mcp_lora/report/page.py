@@ -186,9 +186,8 @@ def _duration(record: Mapping[str, Any]) -> str:
     when = f"{started:%Y-%m-%d %H:%M} UTC"
     if not record["ended"]:
         return f"{when}, not finished"
-    seconds = round((datetime.fromisoformat(record["ended"]) - started).total_seconds())
     ended = "" if record["exit"] == 0 else f", failed with exit code {record['exit']}"
-    return f"{when}, {seconds // 3600} h {seconds % 3600 // 60} min {seconds % 60} s{ended}"
+    return f"{when}, took {datetime.fromisoformat(record['ended']) - started}{ended}"
 
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:

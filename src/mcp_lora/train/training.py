@@ -141,9 +141,8 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
     """Resolve and check a run; nothing is written, but the embedded model is fetched if it is used."""
     api.require()
     machine = detect_machine(request.gpus if dry else None)
-    topology = find_topology(
-        os.environ, machine.gpus, request.gpus, request.nodes, request.node_rank, request.master
-    )
+    nodes = (request.nodes, request.node_rank, request.master)
+    topology = find_topology(os.environ, machine.gpus, request.gpus, *nodes)
     say = _said_once(say, topology)
     config = configuration.resolve(request.recipe, os.environ, request.overrides, request.flags, machine, say)
     config["output_dir"] = config.get("output_dir") or str(runs.DEFAULT.absolute())
@@ -357,8 +356,7 @@ def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]
     while (outcome := launch.run_engine("train", plan.config, plan.environment, log=log)).code:
         # Other nodes would not restart.
         again = outcome.out_of_memory and retry and plan.topology.nodes == 1
-        smaller = _smaller(plan, outcome.in_evaluation) if again else None
-        if not smaller:
+        if not again or not (smaller := _smaller(plan, outcome.in_evaluation)):
             raise _failure(plan, outcome)
         plan = smaller
         retries.append({key: plan.config.get(key) for key in (*_BATCH, _EVALUATED, "resume_from_checkpoint")})

@@ -309,11 +309,8 @@ def _render(plan: Plan, say: Say) -> Plan:
     say(f"prompts: {template.note}" + (", with thinking off" * template.is_thinking_off))
     source, folder = dataset.file_of(plan.data, "train"), plan.data / dataset.RENDERED
     path, made = render.render(template, source, folder, plan.config)
-    lengths = made["lengths"]
-    say(
-        f"tokens per sample: median {lengths['median']}, 95 % up to {lengths['p95']}, max {lengths['max']}, "
-        f"cutoff_len {lengths['cutoff_len']}"
-    )
+    tokens = "median {median}, 95 % up to {p95}, max {max}, cutoff_len {cutoff_len}"
+    say(f"tokens per sample: {tokens.format_map(made['lengths'])}")
     if made["shortened"]:
         say(f"{made['shortened']} rows lost {made['dropped_tools']} distractors to fit into cutoff_len")
     if made["lost_texts"]:

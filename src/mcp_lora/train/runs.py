@@ -16,7 +16,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +174,8 @@ def put_aside(run: Path) -> Path | None:
     """
     if not contains_run(run):
         return None
-    previous = run.with_name(f"{run.name}.previous")
-    for number in count(2):
-        if not previous.exists():
-            break
-        previous = run.with_name(f"{run.name}.previous-{number}")
+    names = chain([f"{run.name}.previous"], (f"{run.name}.previous-{number}" for number in count(2)))
+    previous = next(place for place in map(run.with_name, names) if not place.exists())
     with explained(f"{run} cannot be moved", _ELSEWHERE):
         return run.rename(previous)
 

@@ -184,7 +184,8 @@ def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
     page = page_of(bare)  # one model, one question
     assert "1 questions" in page and "− adapter" not in page and "no answers of its adapter" not in page
     lines = (folders[0] / "eval/adapter.jsonl").read_text(encoding="utf-8").splitlines()
-    write_json(bare / "eval/adapter.jsonl", next(row for row in map(json.loads, lines) if not row["expected"]))
+    answer = next(row for row in map(json.loads, lines) if not row["expected"])
+    write_json(bare / "eval/adapter.jsonl", answer)
     assert "worst for adapter first" in page_of(bare)  # none, as no question has a gold tool
     (bare / "manifest.json").write_text("{")
     with pytest.raises(McpLoraError, match="manifest.json is damaged: .*mcp-lora report"):

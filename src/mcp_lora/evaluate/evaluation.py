@@ -149,19 +149,19 @@ def evaluate(
     judge, answers = Judge(template), {}
     common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
     try:
-        for model in _models(request, template, adapter, length):
-            file = run / "eval" / f"{quote(model.file, safe='')}.jsonl"
-            book = Notebook(file, every, [*common, model.identity], judge)
+        for model, stem, identity, ask in _models(request, template, adapter, length):
+            file = run / "eval" / f"{quote(stem, safe='')}.jsonl"
+            book = Notebook(file, every, [*common, identity], judge)
             missing = book.missing(asked)
             if missing:
-                if not model.ask:
+                if not ask:
                     continue
                 # closing stops the server or engine if an answer cannot be written
-                with closing(model.ask(missing)) as found:
+                with closing(ask(missing)) as found:
                     for done, (question, response) in enumerate(found, 1):
                         book.add(question, response)
-                        progress(f"asking {model.name}", done / len(missing))
-            answers[model.name] = book.answers(asked)
+                        progress(f"asking {model}", done / len(missing))
+            answers[model] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=left_out, max_new_tokens=length)
         if adapter:
             (run / "eval" / ASKED).write_text(adapter_hash(adapter), encoding="utf-8")
@@ -174,26 +174,21 @@ def evaluate(
     return evaluation
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model to evaluate: its name, its answers' file, its identity, and how to ask it.
+_Ask = Callable[[Sequence[Question]], Generator[tuple[Question, Response]]]
 
-    Without `ask` nothing new is asked: it is compared if it has all answers already.
+
+def _models(
+    request: Request, template: ChatTemplate, adapter: Path | None, length: int
+) -> Iterator[tuple[str, str, Any, _Ask | None]]:
+    """Yield the models in the order in which they are compared: name, file, identity, and how to ask it.
+
+    Without the last it is not asked, but compared if it has all answers already.
     """
-
-    name: str
-    file: str
-    identity: Any
-    ask: Callable[[Sequence[Question]], Generator[tuple[Question, Response]]] | None
-
-
-def _models(request: Request, template: ChatTemplate, adapter: Path | None, length: int) -> Iterator[_Model]:
-    """Yield the models to ask, in the order in which they are compared."""
     if request.endpoint:
-        yield _Model(BASE, BASE, None, None)
+        yield BASE, BASE, None, None
         url, name = request.endpoint.url, request.endpoint.model
         ask = partial(predict.by_endpoint, url=url, model=name, max_tokens=length, template=template)
-        yield _Model(name, f"endpoint-{name}", asdict(request.endpoint), ask)
+        yield name, f"endpoint-{name}", asdict(request.endpoint), ask
         return
     for name in request.models:
         loaded = adapter if name == ADAPTER else None
@@ -201,7 +196,7 @@ def _models(request: Request, template: ChatTemplate, adapter: Path | None, leng
         settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
         command, gpus = f"mcp-lora eval {request.run}", request.gpus
         ask = partial(predict.by_engine, template=template, settings=settings, gpus=gpus, command=command)
-        yield _Model(name, name, loaded and adapter_hash(loaded), ask)
+        yield name, name, loaded and adapter_hash(loaded), ask
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ import pytest
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
 
+from mcp_lora.cli.app import main
 from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.engine import launch
-from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import predict, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Response
@@ -34,9 +35,7 @@ from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train import manifest, runs
-from mcp_lora.train.machine import Machine
 
-CPU = Machine(0, False, True)
 JUDGE = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
 
 
@@ -279,7 +278,9 @@ def test_the_batch_is_halved_where_memory_runs_out(
 ) -> None:
     batches = []
 
-    def run_engine(verb: str, config: dict[str, Any], environment: dict[str, str]) -> launch.Outcome:
+    def run_engine(
+        verb: str, config: dict[str, Any], environment: dict[str, str], log: Path
+    ) -> launch.Outcome:
         batches.append(size := config["per_device_eval_batch_size"])
         if size > 4:
             return launch.Outcome(
@@ -294,8 +295,28 @@ def test_the_batch_is_halved_where_memory_runs_out(
     monkeypatch.setattr(launch, "run_engine", run_engine)
     template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
     settings = {"model_name_or_path": str(tiny_model), "per_device_eval_batch_size": 16, "max_new_tokens": 9}
-    found = predict.by_engine(asked, template, settings, CPU, Topology(), "mcp-lora eval")
+    found = predict.by_engine(asked, template, settings, None, "mcp-lora eval")
     assert {reply.text for _, reply in found} == {"No."} and batches == [16, 8, 4]
+
+
+def test_json_is_all_that_is_on_stdout(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine = (
+        "import json, pathlib, sys, yaml\n"
+        "print('***** predict metrics *****', flush=True)\n"
+        "place = pathlib.Path(yaml.safe_load(open(sys.argv[1]))['output_dir'])\n"
+        "place.mkdir()\n"
+        "row = json.dumps({'prompt': '', 'predict': 'No.<|im_end|>', 'label': ''})\n"
+        "(place / 'generated_predictions.jsonl').write_text(row)\n"
+    )
+    monkeypatch.setattr(launch, "engine_argv", lambda verb, file: [sys.executable, "-c", engine, str(file)])
+    words = ["eval", str(run), "--base-only", "--split", "seen", "--limit", "1", "--json"]
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    shown = capfd.readouterr()
+    assert not caught.value.code and json.loads(shown.out)["splits"]["seen"]["count"] == 1
+    assert "predict metrics" in shown.err
 
 
 def test_a_run_is_asked_about_its_own_data_and_splits(run: Path) -> None:

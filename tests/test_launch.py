@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,11 +157,12 @@ def test_memory_that_runs_out_in_evaluation_is_told_apart() -> None:
 
 
 def test_without_a_traceback_the_last_lines_are_the_error() -> None:
-    assert launch.real_error("one\ntwo\n\nKilled\n", lines=2) == "two\nKilled"
+    assert launch.real_error("one\ntwo\n\nKilled\n") == "one\ntwo\nKilled"
+    assert launch.real_error("\n".join(map(str, range(20)))) == "\n".join(map(str, range(12, 20)))
     assert launch.Outcome(-9, "Killed").error("x").code == 137
 
 
-def test_a_rank_that_was_killed_is_the_error_that_counts() -> None:
+def test_a_rank_that_was_killed_is_the_error_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun was seen to tell of it, with the other rank's own traceback before."""
     said = (
         '[rank0]: Traceback (most recent call last):\n[rank0]:   File "a.py", line 1, in <module>\n'
@@ -173,4 +175,7 @@ def test_a_rank_that_was_killed_is_the_error_that_counts() -> None:
     )
     assert launch.real_error(said).startswith("rank 1 was killed by Signal 9 (SIGKILL)")
     assert not launch.Outcome(1, said).out_of_memory  # it would be started again
+    ours = re.compile("short of memory")  # what is looked for is the engine's text, never our sentence
+    monkeypatch.setattr(launch, "_OUT_OF_MEMORY", ours)
+    assert ours.search(launch.real_error(said)) and not launch.Outcome(1, said).out_of_memory
     assert launch.real_error(said.replace("SIGKILL", "SIGTERM")).startswith("RuntimeError: Connection closed")

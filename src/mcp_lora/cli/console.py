@@ -56,27 +56,19 @@ def _table(
 
 def show_statistics(statistics: dict[str, Any], out: Path) -> None:
     """Print a table of a conversion into `out` by file, and its messages and warnings."""
-    written = statistics["written"]
-    files = [os.path.abspath(source["file"]) for source in statistics["sources"]]
+    written, sources = statistics["written"], statistics["sources"]
+    files = [os.path.abspath(source["file"]) for source in sources]
     common = os.path.commonpath(map(os.path.dirname, files))
     near = os.path.relpath(common)
-    rows = [
-        [
-            os.path.relpath(file, common),
-            source["format"],
-            source["read"],
-            counts(source["cleaned"]) or 0,
-            *(source["written"].get(split, 0) for split in written),
-            counts(source["rejected"]) or 0,
-        ]
-        for file, source in zip(files, statistics["sources"], strict=True)
-    ]
-    _table(
-        f"{statistics['read']} rows of {common if near.startswith('..') else near}",
-        ["file", "format", "read", "normalized", *written, "rejected"],
-        rows,
-        texts=("file", "format", "normalized", "rejected"),
-    )
+    rows = []
+    for file, source in zip(files, sources, strict=True):
+        splits = [source["written"].get(split, 0) for split in written]
+        cleaned, rejected = counts(source["cleaned"]) or 0, counts(source["rejected"]) or 0
+        name = os.path.relpath(file, common)
+        rows.append([name, source["format"], source["read"], cleaned, *splits, rejected])
+    title = f"{statistics['read']} rows of {common if near.startswith('..') else near}"
+    columns = ["file", "format", "read", "normalized", *written, "rejected"]
+    _table(title, columns, rows, texts=("file", "format", "normalized", "rejected"))
     for line in dataset.summary(statistics, out):
         say(line)
 
@@ -101,7 +93,9 @@ def show_evaluation(evaluation: Any) -> None:
     for name, split in evaluation.splits.items():
         rows = []
         for metric in next(iter(split.figures.values())):
-            cells = [metric, *(_interval(found[metric]) for found in split.figures.values())]
+            cells = [metric]
+            for found in (figures[metric] for figures in split.figures.values()):
+                cells.append(f"{100 * found.share:.1f} ({100 * found.low:.0f}…{100 * found.high:.0f})")
             for gain in (gains[metric] for gains in split.gains.values()):
                 reach = f"{100 * gain.low:+.0f}…{100 * gain.high:+.0f}"
                 cells += [f"{100 * gain.difference:+.1f} ({reach})", f"{gain.p:.1g}"]
@@ -112,28 +106,20 @@ def show_evaluation(evaluation: Any) -> None:
         for model, errors in split.errors.items():
             if errors:
                 typer.echo(f"errors of {model}: {counts(errors)}")
-    last = list(evaluation.answers)[-1]
-    worst = [place for place in evaluation.tools if place.right[last].share < 1][:5]
+    last, worst = list(evaluation.answers)[-1], []
+    for place in evaluation.tools[:5]:
+        right, server = place.right[last], f" of {place.server}" if place.server else ""
+        if right.share < 1:
+            worst.append(f"{place.tool}{server} {right.right}/{right.count}")
     if worst:
-        listed = ", ".join(
-            f"{place.tool}{f' of {place.server}' if place.server else ''} "
-            f"{place.right[last].right}/{place.right[last].count}"
-            for place in worst
-        )
-        typer.echo(f"\nTools that need more data, the worst of {last} first: {listed}")
-    count = len(evaluation.answers[last])
-    for place in range(0, count, max(1, count // 3))[:3]:
-        question = harmless(evaluation.answers[last][place].instruction)
-        Console().print(Text(f"\n{question}", style="bold"), soft_wrap=True)
-        for model, answers in evaluation.answers.items():
-            answer = answers[place]
+        typer.echo(f"\nTools that need more data, the worst of {last} first: {', '.join(worst)}")
+    asked = list(zip(*evaluation.answers.values(), strict=True))
+    for row in asked[:: max(1, len(asked) // 3)][:3]:
+        Console().print(Text(f"\n{harmless(row[0].instruction)}", style="bold"), soft_wrap=True)
+        for model, answer in zip(evaluation.answers, row, strict=True):
             mark = "✗" if answer.verdict.error else "✓"
             said = answer.text or json.dumps([call._asdict() for call in answer.calls])
             typer.echo(f"  {model} {mark} {harmless(' '.join(said.split())[:300])}")
-
-
-def _interval(found: Any) -> str:
-    return f"{100 * found.share:.1f} ({100 * found.low:.0f}…{100 * found.high:.0f})"
 
 
 def counts(counted: dict[str, int]) -> str:

@@ -75,13 +75,11 @@ def convert(
     with console.progress() as progress, dataset.locked(output):
         statistics = conversion.convert(settings, output, progress)
     console.show_statistics(statistics, output)
-    rejected, read = sum(statistics["rejected"].values()), statistics["read"]
-    allowed = int(float(bound.rstrip("%")) * (read / 100 if bound.endswith("%") else 1))
+    rejected, rows = sum(statistics["rejected"].values()), statistics["read"]
+    allowed = int(float(bound.rstrip("%")) * (rows / 100 if bound.endswith("%") else 1))
     if rejected > allowed:
-        why = f"see why in {output / 'rejected.jsonl'}"
-        raise McpLoraError(
-            f"{rejected} of {read} rows were rejected, at most {allowed} may be: {why}", code=1
-        )
+        what = f"{rejected} of {rows} rows were rejected, at most {allowed} may be"
+        raise McpLoraError(f"{what}: see why in {output / 'rejected.jsonl'}", code=1)
 
 
 def inspect(
@@ -116,6 +114,5 @@ def inspect(
             console.show_sample(sample, template, ids)
     if not as_json:
         lost = f"; {fitted.dropped} distractors are left out to fit" if fitted.dropped else ""
-        console.say(
-            f"{len(fitted.samples)} samples, cutoff_len {settings['cutoff_len']}, {template.note}{lost}"
-        )
+        what = f"{len(fitted.samples)} samples, cutoff_len {settings['cutoff_len']}"
+        console.say(f"{what}, {template.note}{lost}")

@@ -92,9 +92,8 @@ def demo() -> None:
     """Run the whole pipeline on the CPU, with the embedded model and the shipped sample."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     start, out, run = time.monotonic(), Path("data/demo"), Path("outputs/demo")
-    console.say(
-        "1/4 convert: the shipped sample, 2 candidates per question; questions, tools and a server held out"
-    )
+    held_out = "2 candidates per question; questions, tools and a server held out"
+    console.say(f"1/4 convert: the shipped sample, {held_out}")
     sample = [str(conversion.shipped_sample())]
     data.convert(sample, out, candidates=2, test=0.12, holdout_tools=0.15, holdout_servers=0.15, no_call=0.2)
     console.say("2/4 train: SmolLM2-135M-Instruct on the CPU, ten to twenty minutes")

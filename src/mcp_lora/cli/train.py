@@ -64,11 +64,7 @@ def recipe(name: Annotated[str, Argument(help="lora_config, qlora or demo.")] = 
     typer.echo(recipes.find(Path(name)).read_text(encoding="utf-8"), nl=False)
 
 
-def doctor(
-    model: Model = None,
-    config: Recipe = recipes.RECIPE,
-    as_json: AsJson = False,
-) -> None:
+def doctor(model: Model = None, config: Recipe = recipes.RECIPE, as_json: AsJson = False) -> None:
     """Check whether this machine, the packages, the model and the data are ready for training."""
     settings = recipes.resolve_here(config, model)
     from mcp_lora.doctor import examine
@@ -80,6 +76,5 @@ def doctor(
             typer.echo(f"{finding.verdict:8} {finding.what:18} {finding.words}")
     if as_json:
         typer.echo(json.dumps([vars(finding) for finding in findings], indent=2))
-    problems = [finding.what for finding in findings if finding.verdict == "problem"]
-    if problems:
+    if problems := [finding.what for finding in findings if finding.verdict == "problem"]:
         raise McpLoraError(f"not ready to train ({', '.join(problems)}): see above, and mcp-lora doctor", 1)

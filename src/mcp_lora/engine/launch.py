@@ -25,6 +25,7 @@ _OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memo
 # every layer.
 _KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 _KEPT = 1 << 16  # bytes of the engine's stderr that are kept to find its error
+_LINES = 8  # of an error that are shown
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,12 @@ class Outcome:
     @property
     def out_of_memory(self) -> bool:
         """Whether it ran out of memory, on a GPU or in RAM."""
-        return bool(self.code) and bool(_OUT_OF_MEMORY.search(real_error(self.stderr)))
+        return bool(self.code) and bool(_OUT_OF_MEMORY.search(_last_error(self.stderr)))
 
     @property
     def in_evaluation(self) -> bool:
         """Whether it failed in validation, according to the last traceback."""
-        found = _failures(self.stderr)
-        return bool(found) and ", in evaluation_loop" in found[-1][0]
+        return any(", in evaluation_loop" in block for block, _ in _failures(self.stderr)[-1:])
 
     def error(self, command: str) -> McpLoraError:
         """Return the failure as an error with the engine's own last lines."""
@@ -51,9 +51,8 @@ class Outcome:
         last = real_error(self.stderr) or "it printed no error"
         if "inline_container.cc" in last and "unexpected pos" in last:  # all that torch.save reports
             last += "\n(a file could not be written completely: is the disk full? df -h)"
-        return McpLoraError(
-            f"LLaMA-Factory ended with exit code {code}:\n{last}\nFix this and run again: {command}", code
-        )
+        what = f"LLaMA-Factory ended with exit code {code}:\n{last}"
+        return McpLoraError(f"{what}\nFix this and run again: {command}", code)
 
 
 def engine_argv(verb: str, file: Path) -> list[str]:
@@ -71,7 +70,7 @@ def engine_environment(
     DeepSpeed requires a distributed launch even for one process. The engine would use all `visible` GPUs, so
     CUDA_VISIBLE_DEVICES is reduced to the topology's. On a CPU, memory is kept between layers.
     """
-    added = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])}
+    added = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"}
     if not visible:
         added |= {name: environment.get(name, value) for name, value in _KEEP_BUFFERS.items()}
     if visible > topology.per_node:
@@ -79,8 +78,7 @@ def engine_environment(
         added["CUDA_VISIBLE_DEVICES"] = ",".join(shown.split(",")[: topology.per_node])
     by_ray = environment.get("USE_RAY", "").lower() in ("1", "y", "true")  # which starts the processes itself
     if not by_ray and (config.get("deepspeed") or topology.processes > 1):
-        added["FORCE_TORCHRUN"] = "1"
-        added["NPROC_PER_NODE"] = str(topology.per_node)
+        added |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(topology.per_node)}
         # override what the shell may have set
         added |= {"NNODES": str(topology.nodes), "NODE_RANK": str(topology.node_rank)}
     if topology.master:
@@ -107,10 +105,9 @@ def run_engine(
     with tempfile.TemporaryDirectory(prefix="mcp-lora-") as folder:
         spaced = [place for place in (sys.prefix, folder) if re.search(r"\s", place)]
         if spaced and "FORCE_TORCHRUN" in environment:
-            raise McpLoraError(
-                f"LLaMA-Factory cannot start DeepSpeed from a folder with a space in its path ({spaced[0]}): "
-                f"install elsewhere or set TMPDIR, or run: mcp-lora train deepspeed=null"
-            )
+            what = "LLaMA-Factory cannot start DeepSpeed from a folder with a space in its path"
+            again = "install elsewhere or set TMPDIR, or run: mcp-lora train deepspeed=null"
+            raise McpLoraError(f"{what} ({spaced[0]}): {again}")
         file = Path(folder) / "run.yaml"
         with explained(f"{file} cannot be written", "free some space (df -h) and run again"):
             file.write_text(dump(config), encoding="utf-8")
@@ -141,8 +138,7 @@ def run(
             while chunk := os.read(stream.fileno(), 1 << 14):
                 kept = (kept + chunk)[-_KEPT:]
                 copy.write(chunk)
-                held = b"Traceback (most" in kept or b"terminate called" in kept
-                if not (hold_traceback and held):
+                if not hold_traceback or not re.search(rb"Traceback \(most|terminate called", kept):
                     sys.stderr.buffer.write(chunk)
                     sys.stderr.buffer.flush()
             return Outcome(process.wait(), kept.decode(errors="replace"))
@@ -158,21 +154,24 @@ def output(argv: list[str]) -> str | None:
     return None
 
 
-def real_error(stderr: str, lines: int = 8) -> str:
-    """Return the last lines of the error that caused an engine's failure.
-
-    This is the last traceback that is not a wrapper's (torchrun, LLaMA-Factory's launcher), without the
-    frames, which are on the screen already.
-    """
+def real_error(stderr: str) -> str:
+    """Return why the engine failed: a rank that was killed, else its own last error."""
     # Only torchrun reports a rank that was killed; the other ranks just report a lost connection.
     killed = re.search(r"rank +: (\d+)[^[]*?traceback : (Signal \d+ \((?!SIGTERM)\w+\))", stderr)
     if killed:
         return f"rank {killed[1]} was killed by {killed[2]}: was the machine short of memory? dmesg"
+    return _last_error(stderr)
+
+
+def _last_error(stderr: str) -> str:
+    """Return the end of the last traceback that is not a wrapper's, or of stderr if there is none.
+
+    The frames are left out, as they are on the screen already.
+    """
     ends = [error for _, error in _failures(stderr)]
-    source = ends[-1] if ends else _plain(stderr)
-    lines_of_it = (line.rstrip() for line in source.strip().split("\n"))
-    kept = [line for line in lines_of_it if line and not re.search(r"%\|.*\|", line)]  # no progress bars
-    return "\n".join(kept[:lines] if ends else kept[-lines:])
+    lines = [line.rstrip() for line in (ends[-1] if ends else _plain(stderr)).split("\n")]
+    kept = [line for line in lines if line and not re.search(r"%\|.*\|", line)]  # no progress bars
+    return "\n".join(kept[:_LINES] if ends else kept[-_LINES:])
 
 
 def _plain(stderr: str) -> str:
@@ -194,12 +193,11 @@ def _stop(pid: int) -> None:
     """End a process and its descendants: SIGTERM, then SIGKILL after ten seconds or a second Ctrl-C."""
     import psutil
 
+    family: list[psutil.Process] = []
     try:
-        root = psutil.Process(pid)
-        family = [*root.children(recursive=True), root]
-    except psutil.NoSuchProcess:
-        return
-    try:
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            family = [*root.children(recursive=True), root]
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()

@@ -51,10 +51,9 @@ def find(
     if (rank := worker_rank(environment)) is not None:
         return Topology(_number(environment, "WORLD_SIZE"), rank=rank)
     if gpus and gpus > visible:
-        raise McpLoraError(
-            f"this machine has {visible} visible GPUs, not {gpus} (CUDA_VISIBLE_DEVICES, nvidia-smi): omit "
-            f"--gpus, or plan for {gpus}: mcp-lora train --gpus {gpus} --dry-run"
-        )
+        what = f"this machine has {visible} visible GPUs, not {gpus} (CUDA_VISIBLE_DEVICES, nvidia-smi)"
+        again = f"omit --gpus, or plan for {gpus}: mcp-lora train --gpus {gpus} --dry-run"
+        raise McpLoraError(f"{what}: {again}")
     per_node = gpus or _number(environment, "NPROC_PER_NODE") or visible or 1
     nodes = nodes or _number(environment, "NNODES") or 1
     if node_rank is None:

@@ -15,7 +15,7 @@ again:
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -46,7 +46,7 @@ class Response(NamedTuple):
 class Answer:
     """One model's answer to one question, the calls in it, and its verdict.
 
-    `question` is the question's key, the same for every model. The rest of the question and the response are
+    `question` is the question's key, the same for every model. The rest of the question and the Response are
     repeated, so that an answer can be shown without the data.
     """
 
@@ -71,7 +71,7 @@ class Judge:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._catalogue = Catalogue()  # caches the validators
+        self._catalogue = Catalogue()
 
     def __call__(self, question: Question, response: Response) -> Answer:
         schemas = {name: tool.parameters for name, tool in question.tools.items()}
@@ -81,26 +81,11 @@ class Judge:
         else:
             reading = self._template.read(response.text, schemas)
             calls, broken = reading.calls, reading.broken
-        valid = all(self._validates(question, call) for call in calls if call.name in schemas)
-        return Answer(
-            question.key,
-            question.split,
-            question.server,
-            question.instruction,
-            question.expected,
-            response.prompt,
-            response.text,
-            response.tool_calls,
-            response.failed,
-            calls,
-            judge(question.expected, calls, schemas, broken, valid, response.failed),
-        )
-
-    def _validates(self, question: Question, call: ToolCall) -> bool:
-        tool = question.tools[call.name]
-        number = self._catalogue.number(tool)
-        known = tool if number is None else self._catalogue.tools[number]
-        return self._catalogue.problem(known, call.arguments) is None
+        named = [(question.tools[call.name], call.arguments) for call in calls if call.name in schemas]
+        valid = all(self._catalogue.problem(tool, arguments) is None for tool, arguments in named)
+        verdict = judge(question.expected, calls, schemas, broken, valid, response.failed)
+        about = (question.key, question.split, question.server, question.instruction, question.expected)
+        return Answer(*about, *response, calls, verdict)
 
 
 class Notebook:
@@ -172,9 +157,7 @@ def read(file: Path) -> list[Answer]:
     return found
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file, without incomplete ones."""
-    if file.is_file():
-        for row in files.read(file):
-            if isinstance(row, dict) and {"key", *_FIELDS} <= row.keys():
-                yield row
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file, without incomplete ones."""
+    rows = files.read(file) if file.is_file() else ()
+    return [row for row in rows if isinstance(row, dict) and {"key", *_FIELDS} <= row.keys()]

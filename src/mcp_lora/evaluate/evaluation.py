@@ -5,13 +5,13 @@ RUN/eval/ contains the answers (see mcp_lora.evaluate.answers) and metrics.json.
 
 import json
 import operator
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +19,6 @@ from urllib.parse import quote
 from mcp_lora.data import files
 from mcp_lora.data.records import RowError
 from mcp_lora.engine import api
-from mcp_lora.engine.topology import find as find_topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import predict, questions
 from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
@@ -28,7 +27,6 @@ from mcp_lora.evaluate.stats import Difference, Proportion, difference, proporti
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import IGNORED, ChatTemplate
 from mcp_lora.train import manifest, runs
-from mcp_lora.train.machine import detect_machine
 
 BASE, ADAPTER = "base", "adapter"
 ASKED = "adapter.sha256"  # the file with the hash of the adapter that was evaluated
@@ -140,10 +138,8 @@ def evaluate(
     template = chat_template.load(config)
     # of all splits, as kept answers are only valid for one max_new_tokens
     every, left_out, longest = _rendered(read, template, config)
-    by_split: dict[str, list[Question]] = defaultdict(list)
-    for question in every:
-        by_split[question.split].append(question)
-    asked = [one for split, found in by_split.items() if split in wanted for one in found[: request.limit]]
+    by_split = {split: [one for one in every if one.split == split] for split in wanted}
+    asked = list(chain.from_iterable(found[: request.limit] for found in by_split.values()))
     if not asked:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise McpLoraError(f"no held-out question can be asked ({reasons}): mcp-lora inspect 1 --split seen")
@@ -153,19 +149,19 @@ def evaluate(
     judge, answers = Judge(template), {}
     common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
     try:
-        for model in _models(request, template, adapter, length):
-            file = run / "eval" / f"{quote(model.file, safe='')}.jsonl"
-            book = Notebook(file, every, [*common, model.identity], judge)
+        for model, stem, identity, ask in _models(request, template, adapter, length):
+            file = run / "eval" / f"{quote(stem, safe='')}.jsonl"
+            book = Notebook(file, every, [*common, identity], judge)
             missing = book.missing(asked)
-            if missing and model.only_kept:
-                continue
-            with closing(
-                model.ask(missing)
-            ) as found:  # stops the server or engine if an answer cannot be written
-                for done, (question, response) in enumerate(found, 1):
-                    book.add(question, response)
-                    progress(f"asking {model.name}", done / len(missing))
-            answers[model.name] = book.answers(asked)
+            if missing:
+                if not ask:
+                    continue
+                # closing stops the server or engine if an answer cannot be written
+                with closing(ask(missing)) as found:
+                    for done, (question, response) in enumerate(found, 1):
+                        book.add(question, response)
+                        progress(f"asking {model}", done / len(missing))
+            answers[model] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=left_out, max_new_tokens=length)
         if adapter:
             (run / "eval" / ASKED).write_text(adapter_hash(adapter), encoding="utf-8")
@@ -173,48 +169,34 @@ def evaluate(
         name = "metrics.json" if len(asked) == len(every) else "metrics_part.json"
         (run / "eval" / name).write_text(evaluation.metrics(), encoding="utf-8")
     except OSError as error:
-        raise McpLoraError(
-            f"{error.filename or run / 'eval'} cannot be written ({error.strerror}): free space or fix "
-            f"permissions, and mcp-lora eval {run}"
-        ) from None
+        what = f"{error.filename or run / 'eval'} cannot be written ({error.strerror})"
+        raise McpLoraError(f"{what}: free space or fix permissions, and mcp-lora eval {run}") from None
     return evaluation
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model to evaluate: its name, its answers' file, its identity, and how to ask it.
+_Ask = Callable[[Sequence[Question]], Generator[tuple[Question, Response]]]
 
-    With `only_kept` nothing new is asked: it is compared if it has all answers already.
+
+def _models(
+    request: Request, template: ChatTemplate, adapter: Path | None, length: int
+) -> Iterator[tuple[str, str, Any, _Ask | None]]:
+    """Yield the models in the order in which they are compared: name, file, identity, and how to ask it.
+
+    Without the last it is not asked, but compared if it has all answers already.
     """
-
-    name: str
-    file: str
-    identity: Any
-    ask: Callable[[Sequence[Question]], Generator[tuple[Question, Response]]]
-    only_kept: bool = False
-
-
-def _models(request: Request, template: ChatTemplate, adapter: Path | None, length: int) -> Iterator[_Model]:
-    """Yield the models to ask, in the order in which they are compared."""
-    machine = detect_machine()
-    topology = find_topology(os.environ, machine.gpus, request.gpus, nodes=1, node_rank=0)
-    for name in [BASE] if request.endpoint else request.models:
+    if request.endpoint:
+        yield BASE, BASE, None, None
+        url, name = request.endpoint.url, request.endpoint.model
+        ask = partial(predict.by_endpoint, url=url, model=name, max_tokens=length, template=template)
+        yield name, f"endpoint-{name}", asdict(request.endpoint), ask
+        return
+    for name in request.models:
         loaded = adapter if name == ADAPTER else None
         settings = runs.serving_config(request.run, loaded)
         settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
-        ask = partial(
-            predict.by_engine,
-            template=template,
-            settings=settings,
-            machine=machine,
-            topology=topology,
-            command=f"mcp-lora eval {request.run}",
-        )
-        yield _Model(name, name, loaded and adapter_hash(loaded), ask, only_kept=bool(request.endpoint))
-    if request.endpoint:
-        url, name = request.endpoint.url, request.endpoint.model
-        ask = partial(predict.by_endpoint, url=url, model=name, max_tokens=length, template=template)
-        yield _Model(name, f"endpoint-{name}", asdict(request.endpoint), ask)
+        command, gpus = f"mcp-lora eval {request.run}", request.gpus
+        ask = partial(predict.by_engine, template=template, settings=settings, gpus=gpus, command=command)
+        yield name, name, loaded and adapter_hash(loaded), ask
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
@@ -229,28 +211,19 @@ def summarise(answers: dict[str, list[Answer]]) -> Evaluation:
 
 
 def _split(split: str, answers: dict[str, list[Answer]]) -> Split:
-    verdicts = {
-        name: [answer.verdict for answer in each if answer.split == split] for name, each in answers.items()
-    }
-    metrics = METRICS[-1:] if split == "no_call" else METRICS
-    hits = {
-        name: {metric: [getattr(verdict, metric) for verdict in each] for metric in metrics}
-        for name, each in verdicts.items()
-    }
-    first, *others = hits
-    count = len(verdicts[first])
-    return Split(
-        count,
-        {name: {metric: proportion(sum(hits[name][metric]), count) for metric in metrics} for name in hits},
-        {
-            name: dict(Counter(verdict.error for verdict in each if verdict.error).most_common())
-            for name, each in verdicts.items()
-        },
-        {
-            name: {metric: difference(hits[first][metric], hits[name][metric]) for metric in metrics}
-            for name in others
-        },
-    )
+    found = Split(0, {}, {}, {})
+    first: dict[str, list[bool]] = {}
+    for name, each in answers.items():
+        verdicts = [answer.verdict for answer in each if answer.split == split]
+        metrics = METRICS[-1:] if split == "no_call" else METRICS
+        hits = {metric: [getattr(verdict, metric) for verdict in verdicts] for metric in metrics}
+        found = replace(found, count=len(verdicts))
+        found.figures[name] = {metric: proportion(sum(hit), len(hit)) for metric, hit in hits.items()}
+        found.errors[name] = dict(Counter(one.error for one in verdicts if one.error).most_common())
+        if first:
+            found.gains[name] = {metric: difference(first[metric], hits[metric]) for metric in metrics}
+        first = first or hits
+    return found
 
 
 def _weaknesses(
@@ -285,13 +258,11 @@ def requirement(text: str) -> Requirement:
 
     Raises McpLoraError if it has another form.
     """
-    found = re.fullmatch(r"\s*(\w+\.\w+)\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", text)
+    found = re.fullmatch(r"\s*((\w+)\.(\w+))\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", text)
     if not found:
-        raise McpLoraError(
-            f'--require {text} is not SPLIT.METRIC>=VALUE: mcp-lora eval --require "unseen_tool.ast>=0.6"'
-        )
-    metric, sign, bound, percent = found.groups()
-    split, name = metric.split(".")
+        example = 'mcp-lora eval --require "unseen_tool.ast>=0.6"'
+        raise McpLoraError(f"--require {text} is not SPLIT.METRIC>=VALUE: {example}")
+    metric, split, name, sign, bound, percent = found.groups()
     if split not in questions.SPLITS or name not in METRICS:
         splits, names = " or ".join(questions.SPLITS), " or ".join(METRICS)
         raise McpLoraError(f"--require {text}: a metric is SPLIT.NAME, with {splits} and {names}")
@@ -304,19 +275,17 @@ def unmet(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[s
     Raises McpLoraError if a metric was not computed.
     """
     name = list(evaluation.answers)[-1]
-    there = {
-        f"{split}.{metric}": found.share
-        for split, each in evaluation.splits.items()
-        for metric, found in each.figures[name].items()
-    }
-    missed = []
-    for wanted in requirements:
-        if wanted.metric not in there:
-            raise McpLoraError(f"--require {wanted.text}: no {wanted.metric}, only {', '.join(there)}")
-        value = there[wanted.metric]
-        if not wanted.holds(value, wanted.bound):
-            missed.append(f"{wanted.metric} is {value:.3f}, and {wanted.text} is required")
-    return missed
+    there: dict[str, float] = {}
+    for split, each in evaluation.splits.items():
+        there |= {f"{split}.{metric}": found.share for metric, found in each.figures[name].items()}
+    for one in requirements:
+        if one.metric not in there:
+            raise McpLoraError(f"--require {one.text}: no {one.metric}, only {', '.join(there)}")
+    return [
+        f"{one.metric} is {there[one.metric]:.3f}, and {one.text} is required"
+        for one in requirements
+        if not one.holds(there[one.metric], one.bound)
+    ]
 
 
 def _rendered(

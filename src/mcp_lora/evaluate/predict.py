@@ -15,13 +15,13 @@ from typing import Any
 
 from mcp_lora.data import files
 from mcp_lora.engine import launch
-from mcp_lora.engine.topology import Topology
+from mcp_lora.engine.topology import find as find_topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate.answers import Response
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import render
 from mcp_lora.prompts.chat_template import ChatTemplate
-from mcp_lora.train.machine import Machine
+from mcp_lora.train.machine import detect_machine
 
 # Starting the engine takes up to a minute, and an interruption loses the answers of the current chunk.
 CHUNK = 1000
@@ -35,8 +35,7 @@ def by_engine(
     questions: Sequence[Question],
     template: ChatTemplate,
     settings: dict[str, Any],
-    machine: Machine,
-    topology: Topology,
+    gpus: int | None,
     command: str,
 ) -> Generator[tuple[Question, Response]]:
     """Let LLaMA-Factory answer greedily, in batches of questions of similar length.
@@ -47,12 +46,13 @@ def by_engine(
         questions: rendered, in any order.
         template: the model's chat template.
         settings: its keys: the model's settings, adapter, max_new_tokens, batch size.
-        machine: where it runs.
-        topology: the processes that the questions are sharded across.
+        gpus: number of GPUs that the questions are sharded across; by default all.
         command: the command to run again after a failure.
 
     Raises McpLoraError if the engine fails.
     """
+    visible = detect_machine().gpus
+    topology = find_topology(os.environ, visible, gpus, nodes=1, node_rank=0)
     encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
     longest_first = sorted(encoded, key=lambda one: -len(one[1]))
     for start in range(0, len(questions), CHUNK):
@@ -70,13 +70,15 @@ def by_engine(
                 "template": render.TEMPLATE,
                 "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
                 "tokenized_path": str(folder / "prompts"),
-                "use_cpu": not machine.gpus,
+                "use_cpu": not visible,
                 "report_to": "none",
                 "output_dir": str(folder / "answers"),
             }
-            environment = launch.engine_environment(settings, topology, machine.gpus, os.environ)
+            environment = launch.engine_environment(settings, topology, visible, os.environ)
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are the output that matters
-            while (outcome := launch.run_engine("train", config, environment)).code:
+            # a log also takes the engine's stdout, which would be between our results
+            log = folder / "engine.log"
+            while (outcome := launch.run_engine("train", config, environment, log=log)).code:
                 if not outcome.out_of_memory or (size := config[_BATCH]) == 1:
                     raise outcome.error(command)
                 config[_BATCH] = settings[_BATCH] = size // 2
@@ -89,11 +91,7 @@ def by_engine(
 
 
 def by_endpoint(
-    questions: Sequence[Question],
-    url: str,
-    model: str,
-    max_tokens: int,
-    template: ChatTemplate,
+    questions: Sequence[Question], url: str, model: str, max_tokens: int, template: ChatTemplate
 ) -> Generator[tuple[Question, Response]]:
     """Ask an OpenAI-compatible server several questions at once; yield answers in the order of arrival.
 
@@ -138,11 +136,9 @@ def by_endpoint(
     with client, ThreadPool(_AT_ONCE) as pool:
         yield from filter(None, pool.imap_unordered(ask, questions))
     if failures:
-        raise McpLoraError(
-            f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
-            f"model, is the key in {KEY}? Its answers so far are kept: mcp-lora eval --endpoint {url} "
-            f"--endpoint-model {model}"
-        )
+        what = f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
+        what += f"model, is the key in {KEY}? Its answers so far are kept"
+        raise McpLoraError(f"{what}: mcp-lora eval --endpoint {url} --endpoint-model {model}")
 
 
 def _parsed(prompt: str, body: str) -> Response:

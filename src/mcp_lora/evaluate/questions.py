@@ -74,10 +74,8 @@ def chosen(folder: Path, wanted: Sequence[str]) -> list[str]:
 
     Raises McpLoraError if one is unknown or missing.
     """
-    if unknown := [split for split in wanted if split not in SPLITS]:
-        raise McpLoraError(
-            f"there is no split {', '.join(unknown)}: mcp-lora eval --split {' or '.join(SPLITS)}"
-        )
+    if unknown := ", ".join(split for split in wanted if split not in SPLITS):
+        raise McpLoraError(f"there is no split {unknown}: mcp-lora eval --split {' or '.join(SPLITS)}")
     there = dataset.names(folder)
     if missing := [split for split in wanted if split not in there]:
         what = f"{folder} contains no questions of split {', '.join(missing)}"
@@ -99,8 +97,7 @@ def read(folder: Path, splits: Sequence[str]) -> list[Question]:
         try:
             _ = question.instruction, question.expected, question.tools
         except (ValueError, TypeError, LookupError):
-            raise McpLoraError(
-                f"a question of {question.split} in {folder} is damaged: mcp-lora convert --output {folder}, "
-                f"after removing {dataset.file_of(folder, question.split).name}"
-            ) from None
+            what = f"a question of {question.split} in {folder} is damaged"
+            again = f"after removing {dataset.file_of(folder, question.split).name}"
+            raise McpLoraError(f"{what}: mcp-lora convert --output {folder}, {again}") from None
     return found

@@ -32,6 +32,7 @@ ERRORS = (
 _IGNORED = re.compile(r"[ ,./\-_*^]")
 
 Schema = Mapping[str, Any]
+Calls = Sequence[ToolCall]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Verdict:
 
 
 def judge(
-    expected: Sequence[ToolCall],
-    predicted: Sequence[ToolCall],
+    expected: Calls,
+    predicted: Calls,
     schemas: Mapping[str, Schema],
     tried: bool = False,
     valid_arguments: bool = True,
@@ -89,11 +90,7 @@ def judge(
 
 
 def _first_error(
-    expected: Sequence[ToolCall],
-    predicted: Sequence[ToolCall],
-    schemas: Mapping[str, Schema],
-    tried: bool,
-    failed: str | None,
+    expected: Calls, predicted: Calls, schemas: Mapping[str, Schema], tried: bool, failed: str | None
 ) -> str | None:
     if not expected:
         return "call where none fits" if predicted or tried else failed
@@ -151,17 +148,15 @@ def same(expected: Any, given: Any, schema: Schema | bool = True, root: Schema |
     if isinstance(expected, str):
         return _bare(expected) == _bare(given)
     if isinstance(expected, list):
-        items = next(
-            (part["items"] for part in parts_of(schema, root) if isinstance(part.get("items"), dict)), True
-        )
-        return len(expected) == len(given) and all(
-            same(one, other, items, root) for one, other in zip(expected, given, strict=True)
-        )
+        schemas = [part["items"] for part in parts_of(schema, root) if isinstance(part.get("items"), dict)]
+        items = schemas[0] if schemas else True
+        pairs = zip(expected, given, strict=False)
+        return len(expected) == len(given) and all(same(*pair, items, root) for pair in pairs)
     if isinstance(expected, dict):
-        properties = _properties(schema, root)
-        return expected.keys() == given.keys() and all(
-            same(value, given[name], properties.get(name, True), root) for name, value in expected.items()
-        )
+        known = _properties(schema, root)
+        if expected.keys() != given.keys():
+            return False
+        return all(same(expected[name], given[name], known.get(name, True), root) for name in expected)
     kinds = types_of(schema, root)
     whole = "integer" in kinds and "number" not in kinds
     return bool(expected == given) and not (whole and isinstance(given, float))

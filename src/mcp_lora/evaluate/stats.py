@@ -1,5 +1,6 @@
 """Accuracy with 95 % intervals, and whether two models differ significantly on the same questions."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -51,8 +52,8 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> Difference:
     """
     from scipy.stats import binomtest
 
-    gained = sum(after and not before for before, after in zip(first, second, strict=True))
-    lost = sum(before and not after for before, after in zip(first, second, strict=True))
+    pairs = Counter(zip(first, second, strict=True))
+    gained, lost = pairs[False, True], pairs[True, False]
     padded = len(first) + 2
     middle = (gained - lost) / padded
     reach = _Z * sqrt(gained + lost + 1 - (gained - lost) ** 2 / padded) / padded

@@ -8,23 +8,25 @@ import difflib
 import json
 import re
 import shlex
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
+from functools import cached_property
+from itertools import chain, islice, zip_longest
 from math import isfinite
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from mcp_lora.data import files
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import answers
 from mcp_lora.evaluate.answers import Answer
 from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, adapter_hash, summarise
 from mcp_lora.evaluate.score import ERRORS
-from mcp_lora.train import manifest, runs
+from mcp_lora.train import manifest, runs, steps
 
 EXAMPLES = 20
 _COMPARED = 20_000  # characters; comparing them takes a second, and the time is quadratic
@@ -46,6 +48,13 @@ class Run:
     history: list[dict[str, Any]]
     answers: dict[str, list[Answer]]
 
+    @cached_property
+    def adapter(self) -> Path | None:
+        """The folder of the newest adapter, if there is one."""
+        with suppress(McpLoraError):
+            return runs.adapter(self.folder)
+        return None
+
     def curve(self, key: str) -> list[tuple[float, float]]:
         """Return the logged values of a key: (step, value)."""
         logged = ((row["step"], row[key]) for row in self.history if key in row and "step" in row)
@@ -60,11 +69,9 @@ def write(folders: Sequence[Path]) -> Path:
     several = len(folders) > 1
     file = folders[0] / ("comparison.html" if several else "report.html")
     page = _render([_read(folder, str(folder) if several else folder.resolve().name) for folder in folders])
-    try:
+    again = f"free space or fix permissions, and mcp-lora report {shlex.join(map(str, folders))}"
+    with explained(f"{file} cannot be written", again):
         file.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        again = f"free space or fix permissions, and mcp-lora report {shlex.join(map(str, folders))}"
-        raise McpLoraError(f"{file} cannot be written ({error.strerror}): {again}") from None
     return file
 
 
@@ -82,13 +89,8 @@ def _render(found: Sequence[Run]) -> str:
         for name, key in (("loss", "loss"), ("loss", "eval_loss"), ("learning rate", "learning_rate")):
             if points := run.curve(key):
                 curves[name].append((colour, key, points))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     return environment.get_template("page.html").render(
         runs=found,
         several=several,
@@ -100,7 +102,7 @@ def _render(found: Sequence[Run]) -> str:
         left_out=left_out,
         unasked=[run.folder for run in found if not (ADAPTER in run.answers if several else run.answers)],
         examples=_examples(by_model),
-        errors={error: f"error-{place}" for place, error in enumerate(ERRORS) if error in wrong},
+        errors={error: f"var(--error-{place})" for place, error in enumerate(ERRORS) if error in wrong},
         curves=curves,
         validated=any(run.curve("eval_loss") for run in found),
         usage=None if several else _usage(found[0]),
@@ -128,22 +130,13 @@ def compare(expected: str, answer: str) -> list[tuple[str, str]]:
 
 def _read(folder: Path, name: str) -> Run:
     config = runs.read_run(folder)
-    states = [folder, *filter(runs.is_complete, runs.checkpoints(folder)[::-1])]
-    histories = (_json(place / "trainer_state.json").get("log_history") for place in states)
+    states = [folder, *runs.complete_checkpoints(folder)[::-1]]
+    again = f"remove it, and mcp-lora report {folder}"
+    logs = (files.load(place / "trainer_state.json", again).get("log_history") for place in states)
     kept = {unquote(file.stem): answers.read(file) for file in sorted((folder / "eval").glob("*.jsonl"))}
     models = [BASE, *(name for name in kept if name not in (BASE, ADAPTER)), ADAPTER]
-    return Run(
-        name,
-        folder,
-        config,
-        manifest.read(folder),
-        next(filter(None, histories), []),
-        {model: kept[model] for model in models if kept.get(model)},
-    )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return files.load(file, f"remove it, and mcp-lora report {file.parent}")
+    asked = {model: kept[model] for model in models if kept.get(model)}
+    return Run(name, folder, config, manifest.read(folder), next(filter(None, logs), []), asked)
 
 
 def _common(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], int]:
@@ -159,10 +152,7 @@ def _made_of(run: Run) -> dict[str, str]:
     """Return the table of what a run was made from; missing keys have the engine's defaults."""
     config, record = run.config, run.manifest
     rendered = record.get("rendered") or {}
-    device = int(config.get("per_device_train_batch_size", 8))
-    accumulated = int(config.get("gradient_accumulation_steps", 1))
-    processes = int(record.get("processes", 1))
-    steps, epochs = (max((row.get(key, 0) for row in run.history), default=0) for key in ("step", "epoch"))
+    done, epochs = (max((row.get(key, 0) for row in run.history), default=0) for key in ("step", "epoch"))
     data = record.get("data")
     quantized = f"{config['quantization_bit']}-bit base, " if config.get("quantization_bit") else ""
     rank = config.get("lora_rank", 8)
@@ -173,9 +163,8 @@ def _made_of(run: Run) -> dict[str, str]:
         f"{config.get('lora_alpha', 2 * rank)}, dropout {config.get('lora_dropout', 0)}, "
         f"{config.get('lora_target', 'all')} layers",
         "learning rate": f"{config.get('learning_rate', 5e-5)}, {config.get('lr_scheduler_type', 'linear')}",
-        "batch": f"{device * accumulated * processes} = {device} per device × {accumulated} accumulated × "
-        f"{processes} process{'es' * (processes > 1)}",
-        "trained": f"{steps} steps, {epochs:g} epochs",
+        "batch": steps.describe_batch(config, int(record.get("processes", 1))).removeprefix("batch "),
+        "trained": f"{done} steps, {epochs:g} epochs",
         "samples": f"{rendered['samples']:,}" if rendered.get("samples") else "not recorded",
         "data": f"{Path(data['file']).name}, SHA-256 {data['sha256'][:12]}…" if data else "not recorded",
     }
@@ -197,9 +186,8 @@ def _duration(record: Mapping[str, Any]) -> str:
     when = f"{started:%Y-%m-%d %H:%M} UTC"
     if not record["ended"]:
         return f"{when}, not finished"
-    seconds = round((datetime.fromisoformat(record["ended"]) - started).total_seconds())
     ended = "" if record["exit"] == 0 else f", failed with exit code {record['exit']}"
-    return f"{when}, {seconds // 3600} h {seconds % 3600 // 60} min {seconds % 60} s{ended}"
+    return f"{when}, took {datetime.fromisoformat(record['ended']) - started}{ended}"
 
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:
@@ -217,26 +205,22 @@ def _examples(by_model: Mapping[str, list[Answer]]) -> list[dict[str, Any]]:
     Each has the last model's answer, the outcome (right or wrong; gained or lost if the first model's
     differs), the gold calls as text, and (name, error, parts; see `compare`) of each model's answer.
     """
-    met: Counter[tuple[int, str]] = Counter()
-    ranked = []
+    groups: dict[tuple[str, str], list[tuple[Answer, ...]]] = defaultdict(list)
     for row in zip(*by_model.values(), strict=True):
         first, last = (row[place].verdict.error is None for place in (0, -1))
         outcome = ("right" if last else "wrong") if first == last else ("gained" if last else "lost")
-        group = _OUTCOMES.index(outcome), row[-1].split
-        ranked.append((met[group], *group, row))
-        met[group] += 1
-    ranked.sort(key=lambda one: one[:3])
+        groups[outcome, row[-1].split].append(row)
+    ordered = sorted(groups, key=lambda group: (_OUTCOMES.index(group[0]), group[1]))
+    turns = zip_longest(*([(group[0], row) for row in groups[group]] for group in ordered))
     # Only the examples that are shown are compared, as a comparison takes quadratic time.
     return [
         {
             "answer": row[-1],
-            "outcome": _OUTCOMES[outcome],
+            "outcome": outcome,
             "expected": _calls(row[-1].expected) or "no call: no candidate tool fits",
-            "answers": [
-                (name, one.verdict.error, _parts(one)) for name, one in zip(by_model, row, strict=True)
-            ],
+            "answers": [(name, row[i].verdict.error, _parts(row[i])) for i, name in enumerate(by_model)],
         }
-        for _, outcome, _, row in ranked[:EXAMPLES]
+        for outcome, row in islice(filter(None, chain.from_iterable(turns)), EXAMPLES)
     ]
 
 
@@ -256,19 +240,14 @@ def _calls(calls: Sequence[Any]) -> str:
 def _is_stale(run: Run) -> bool:
     """Tell whether the adapter has changed since it was evaluated."""
     file = run.folder / "eval" / ASKED
-    try:
-        return file.is_file() and file.read_text("utf-8") != adapter_hash(runs.adapter(run.folder))
-    except McpLoraError:  # there is no adapter
-        return False
+    return run.adapter is not None and file.is_file() and file.read_text("utf-8") != adapter_hash(run.adapter)
 
 
 def _usage(run: Run) -> dict[str, str] | None:
     """Return commands and Python code that use a run's adapter, None if it has none."""
-    try:
-        adapter = runs.adapter(run.folder)
-    except McpLoraError:
+    if not run.adapter:
         return None
-    base, place = run.config["model_name_or_path"], str(adapter.absolute())
+    base, place = run.config["model_name_or_path"], str(run.adapter.absolute())
     return {
         "Chat with it": shlex.join(["mcp-lora", "chat", str(run.folder)]),
         "Merge it into the base model": shlex.join(["mcp-lora", "export", str(run.folder)]),

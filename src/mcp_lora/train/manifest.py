@@ -32,16 +32,7 @@ from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.prompts.chat_template import hub_arguments
 
 NAME = "manifest.json"
-PACKAGES = (
-    "mcp-lora",
-    "llamafactory",
-    "torch",
-    "transformers",
-    "peft",
-    "deepspeed",
-    "accelerate",
-    "datasets",
-)
+_ENGINE = ["llamafactory", "torch", "transformers", "peft", "deepspeed", "accelerate", "datasets"]
 
 
 def describe(
@@ -53,7 +44,10 @@ def describe(
     """
     import torch
 
-    folder = Path(str(config.get("dataset_dir")))
+    folder, versions = Path(str(config.get("dataset_dir"))), {}
+    for package in ["mcp-lora", *_ENGINE]:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
         "started": _now(),
         "ended": None,
@@ -64,7 +58,7 @@ def describe(
         "processes": processes,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": _versions(),
+        "packages": versions,
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "git_commit": launch.output(["git", "rev-parse", "HEAD"]),
         "seed": config.get("seed", 42),  # transformers' own
@@ -132,14 +126,6 @@ def cached(config: Mapping[str, Any], name: str) -> Path | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def _hashed(file: Path | None) -> dict[str, str] | None:

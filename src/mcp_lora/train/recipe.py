@@ -86,18 +86,18 @@ def resolve(
     Raises McpLoraError if the file or an override cannot be read.
     """
     config = read_config(find(file))
-    model = environment.get("MODEL_PATH")
     given = parse_overrides(overrides) | {key: value for key, value in flags.items() if value is not None}
-    if model and "model_name_or_path" not in given:
+    if (model := environment.get("MODEL_PATH")) and "model_name_or_path" not in given:
         config["model_name_or_path"] = model
         say(f"the model is {model}, from MODEL_PATH in the environment")
     config |= given
     for changes, note in fitted(config, machine, given.keys()):
         config |= changes
         say(note)
-    if config.get("deepspeed") is None:
+    zero = config.get("deepspeed")
+    if zero is None:
         config.pop("deepspeed", None)
-    if (zero := config.get("deepspeed")) and isinstance(zero, str) and not zero.lstrip().startswith("{"):
+    elif isinstance(zero, str) and zero and not zero.lstrip().startswith("{"):
         config["deepspeed"] = str(find(Path(zero)))
     for key in _PATHS:
         # A hub id looks like a path; what does not exist stays unchanged.

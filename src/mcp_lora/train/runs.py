@@ -16,13 +16,12 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
 from mcp_lora.engine import api
-from mcp_lora.engine.api import dump
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.train import manifest
 from mcp_lora.train.recipe import read_config
@@ -31,21 +30,19 @@ DEFAULT = Path("outputs/mcp_lora")
 CHAT_TEMPLATE = "chat_template.jinja"  # where transformers looks for a tokenizer's
 _ELSEWHERE = "mcp-lora train --output OTHER_FOLDER"
 # To resume a run these must be the same as in the checkpoint.
-_KEPT = (
-    "model_name_or_path",
-    "enable_thinking",
-    "lora_rank",
-    "lora_alpha",
-    "lora_target",
-    "learning_rate",
-    "cutoff_len",
-)
+_KEPT = ["model_name_or_path", "enable_thinking", "learning_rate", "cutoff_len"]
+_KEPT += ["lora_rank", "lora_alpha", "lora_target"]
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first."""
     found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Return a run's complete checkpoints, oldest first."""
+    return list(filter(is_complete, checkpoints(run)))
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -63,16 +60,13 @@ def is_complete(checkpoint: Path) -> bool:
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
+    if not isinstance(state, dict) or checkpoint.name != f"checkpoint-{state.get('global_step')}":
+        return False
     there = {file.name for file in checkpoint.iterdir()}
+    optimizer = {"optimizer.pt", "latest"} & there  # `latest` is DeepSpeed's
     saved = [file for file in checkpoint.rglob("*") if file.suffix in (".pt", ".pth", ".bin")]
-    return (
-        isinstance(state, dict)
-        and checkpoint.name == f"checkpoint-{state.get('global_step')}"
-        and "adapter_config.json" in there
-        and bool({"optimizer.pt", "latest"} & there)  # `latest` is DeepSpeed's
-        and bool(tensors)
-        and all(map(zipfile.is_zipfile, saved))
-    )
+    found = "adapter_config.json" in there and optimizer and tensors
+    return bool(found) and all(map(zipfile.is_zipfile, saved))
 
 
 def put_aside_incomplete(run: Path) -> list[Path]:
@@ -106,7 +100,7 @@ def contains_run(run: Path) -> bool:
 
 def restart_option(run: Path) -> str:
     """Return the option that restarts a failed run, with a leading space, or "" if none is needed."""
-    if any(map(is_complete, checkpoints(run))):
+    if complete_checkpoints(run):
         return " --resume"
     return " --overwrite" if contains_run(run) else ""
 
@@ -124,7 +118,7 @@ def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool)
     if run.is_dir() and any(run.iterdir()) and not (run / "run.yaml").is_file():
         raise McpLoraError(f"{run} is not empty and was not created by mcp-lora: {_ELSEWHERE}")
     if resume:
-        saved = [checkpoint for checkpoint in checkpoints(run) if is_complete(checkpoint)]
+        saved = complete_checkpoints(run)
         if not saved:
             again = f"mcp-lora train{restart_option(run)}"
             without = read_run(run).get("save_only_model") if checkpoints(run) else False
@@ -142,12 +136,11 @@ def prepare(run: Path, config: Mapping[str, Any], resume: bool, overwrite: bool)
 def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
     """Raise a McpLoraError for another model, another adapter configuration, or a finished run."""
     old = read_run(run)
-    changed = [
-        f"{key} {old.get(key)} → {config.get(key)}" for key in _KEPT if old.get(key) != config.get(key)
-    ]
+    changed = [key for key in _KEPT if old.get(key) != config.get(key)]
     if changed:
-        what = f"{run} contains another run's checkpoint ({', '.join(changed)})"
-        raise McpLoraError(f"{what}: use that run's settings, or mcp-lora train --overwrite")
+        what = ", ".join(f"{key} {old.get(key)} → {config.get(key)}" for key in changed)
+        again = "use that run's settings, or mcp-lora train --overwrite"
+        raise McpLoraError(f"{run} contains another run's checkpoint ({what}): {again}")
     if is_done(run, config) and manifest.read(run).get("ended", "before there were manifests"):
         state = _state(run)
         more = f"max_steps={2 * config.get('max_steps', 0)}"
@@ -181,11 +174,8 @@ def put_aside(run: Path) -> Path | None:
     """
     if not contains_run(run):
         return None
-    previous = run.with_name(f"{run.name}.previous")
-    for number in count(2):
-        if not previous.exists():
-            break
-        previous = run.with_name(f"{run.name}.previous-{number}")
+    names = chain([f"{run.name}.previous"], (f"{run.name}.previous-{number}" for number in count(2)))
+    previous = next(place for place in map(run.with_name, names) if not place.exists())
     with explained(f"{run} cannot be moved", _ELSEWHERE):
         return run.rename(previous)
 
@@ -211,13 +201,11 @@ def locked(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_config(run: Path, config: Mapping[str, Any]) -> Path:
-    """Write run.yaml and return its path; raise a McpLoraError if the folder cannot be written."""
-    file = run / "run.yaml"
+def write_config(run: Path, config: Mapping[str, Any]) -> None:
+    """Write run.yaml; raise a McpLoraError if the folder cannot be written."""
     with explained(f"{run} cannot be written", _ELSEWHERE):
         run.mkdir(parents=True, exist_ok=True)
-        file.write_text(dump(config), encoding="utf-8")
-    return file
+        (run / "run.yaml").write_text(api.dump(config), encoding="utf-8")
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -236,10 +224,9 @@ def adapter(run: Path, checkpoint: str | None = None) -> Path:
     if checkpoint:
         choices = [run / (f"checkpoint-{checkpoint}" if checkpoint.isdigit() else checkpoint)]
     else:
-        whole = list(filter(is_complete, checkpoints(run)))
-        choices = [*whole[::-1], run]
-        if whole and is_finished(run) and _state(run).get("global_step", 0) >= int(whole[-1].name[11:]):
-            choices = [run, *whole[::-1]]
+        whole = complete_checkpoints(run)[::-1]
+        resumed = whole and _state(run).get("global_step", 0) < int(whole[0].name[11:])
+        choices = [*whole, run] if resumed else [run, *whole]
     for folder in choices:
         if (folder / "adapter_config.json").is_file():
             return folder
@@ -271,11 +258,9 @@ def check_adapter(run: Path) -> None:
             if "lora_B" in name or "lora_embedding_B" in name:
                 learned.append(bool(tensor.any()))
     if not any(learned):
-        raise McpLoraError(
-            f"the run has learned nothing, all {len(learned)} lora_B matrices in {file} are 0: raise "
-            f"learning_rate or train longer: mcp-lora train --overwrite --global-batch 8 num_train_epochs=3",
-            1,
-        )
+        what = f"the run has learned nothing, all {len(learned)} lora_B matrices in {file} are 0"
+        again = "mcp-lora train --overwrite --global-batch 8 num_train_epochs=3"
+        raise McpLoraError(f"{what}: raise learning_rate or train longer: {again}", 1)
 
 
 def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
@@ -293,6 +278,5 @@ def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
 def is_quantized(run: Path) -> bool:
     """Tell whether a run's base was quantized, by the run itself or in its own files."""
     config = read_run(run)
-    file = Path(config["model_name_or_path"]) / "config.json"
-    model = files.load(file, "copy the model again")
+    model = files.load(Path(config["model_name_or_path"]) / "config.json", "copy the model again")
     return bool(config.get("quantization_bit") or model.get("quantization_config"))

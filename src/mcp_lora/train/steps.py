@@ -107,16 +107,14 @@ def fit(config: Mapping[str, Any], steps: int, given: Collection[str]) -> dict[s
         raise McpLoraError(f"{problem}: use a fraction below 1, as in mcp-lora train warmup_steps=0.1")
     fitted = {**config, "warmup_steps": warmup}
     fitted.pop("warmup_ratio", None)
-    if "logging_steps" not in given:
-        every = number(config, "logging_steps", 500)
-        if every * (steps if every < 1 else 1) > max(1, steps // _POINTS):
-            fitted["logging_steps"] = max(1, steps // _POINTS)
+    every, most = number(config, "logging_steps", 500), max(1, steps // _POINTS)
+    if "logging_steps" not in given and every * (steps if every < 1 else 1) > most:
+        fitted["logging_steps"] = most
     # With load_best_model_at_end transformers requires save_steps to be a multiple of eval_steps.
     free = "eval_steps" not in given and not config.get("load_best_model_at_end")
-    if config.get("eval_strategy") == "steps" and free:
-        every = number(config, "eval_steps", number(config, "logging_steps", 500))
-        if every >= 1 and 2 * every > steps:
-            fitted["eval_steps"] = max(1, steps // _EVALUATIONS)
+    every = number(config, "eval_steps", every)
+    if config.get("eval_strategy") == "steps" and free and every >= 1 and 2 * every > steps:
+        fitted["eval_steps"] = max(1, steps // _EVALUATIONS)
     return fitted
 
 

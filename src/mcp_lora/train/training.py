@@ -52,12 +52,9 @@ class Request:
     @property
     def flags(self) -> dict[str, str | None]:
         """The settings that have command-line options of their own."""
-        zero = configuration.ZERO.with_name(f"ds_z{self.zero}_config.json") if self.zero else None
-        return {
-            "model_name_or_path": self.model,
-            "output_dir": str(self.output) if self.output else None,
-            "deepspeed": str(zero) if zero else None,
-        }
+        output = str(self.output) if self.output else None
+        zero = str(configuration.ZERO).replace("z0", f"z{self.zero}") if self.zero else None
+        return {"model_name_or_path": self.model, "output_dir": output, "deepspeed": zero}
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def train(request: Request, say: Say, progress: Progress) -> None:
     engine fails, or the adapter has learned nothing.
     """
     plan = _plan(request, say, dry=False)
-    say = say if not plan.topology.rank else _silent  # only the first rank logs
+    say = _said_once(say, plan.topology)
     with dataset.locked(plan.data):
         refreshed = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
     say(refreshed.message)
@@ -129,27 +126,24 @@ def preview(request: Request, say: Say) -> str:
     plan = _plan(request, say, dry=True)
     plan = _fit(plan, _training_rows(plan.config), say)
     known = plan.steps or "not known, the data is not converted: mcp-lora convert"
-    parts = {
-        str(plan.run / "run.yaml"): [api.dump(plan.config)],
-        "command": [" ".join(plan.argv)],
-        "environment": [f"{name}={value}" for name, value in plan.environment.items()],
-        "plan": [plan.batch, *_needed_memory(plan), f"steps: {known}"],
-    }
-    return "\n".join(line for title, lines in parts.items() for line in (f"# {title}", *lines))
+    variables = [f"{name}={value}" for name, value in plan.environment.items()]
+    lines = [f"# {plan.run / 'run.yaml'}", api.dump(plan.config), "# command", " ".join(plan.argv)]
+    lines += ["# environment", *variables, "# plan", plan.batch, *_needed_memory(plan), f"steps: {known}"]
+    return "\n".join(lines)
 
 
-def _silent(text: str) -> None:
-    pass
+def _said_once(say: Say, topology: Topology) -> Say:
+    """Only the first rank logs."""
+    return (lambda text: None) if topology.rank else say
 
 
 def _plan(request: Request, say: Say, dry: bool) -> Plan:
     """Resolve and check a run; nothing is written, but the embedded model is fetched if it is used."""
     api.require()
     machine = detect_machine(request.gpus if dry else None)
-    topology = find_topology(
-        os.environ, machine.gpus, request.gpus, request.nodes, request.node_rank, request.master
-    )
-    say = say if not topology.rank else _silent
+    nodes = (request.nodes, request.node_rank, request.master)
+    topology = find_topology(os.environ, machine.gpus, request.gpus, *nodes)
+    say = _said_once(say, topology)
     config = configuration.resolve(request.recipe, os.environ, request.overrides, request.flags, machine, say)
     config["output_dir"] = config.get("output_dir") or str(runs.DEFAULT.absolute())
     wanted = request.global_batch or steps.global_batch(config, 1)
@@ -163,7 +157,11 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
         say(f"{model} is not on this machine, fetching it")
     config |= demo_model.located(config, fetch=not dry)
     if checkpoint := runs.prepare(plan.run, config, request.resume, request.overwrite):
-        _check_batch(plan)
+        processes, record = topology.processes, manifest.read(plan.run)
+        was = steps.global_batch(runs.read_run(plan.run), record.get("processes", processes))
+        if was != (batch := steps.global_batch(config, processes)):
+            what = f"{plan.run} has a global batch size of {was}, not {batch}"
+            raise McpLoraError(f"{what}: mcp-lora train --resume --global-batch {was}, or --overwrite")
         config["resume_from_checkpoint"] = str(checkpoint)
         say(f"resuming from {checkpoint}")
     return replace(plan, environment=launch.engine_environment(config, topology, machine.gpus, os.environ))
@@ -183,29 +181,26 @@ def _check(config: Mapping[str, Any], machine: Machine, say: Say, dry: bool) -> 
         say(f"warning: {heavy}")
 
 
-def _check_batch(plan: Plan) -> None:
-    """Raise a McpLoraError if a run would be resumed with another global batch size."""
-    processes = plan.topology.processes
-    was = steps.global_batch(runs.read_run(plan.run), manifest.read(plan.run).get("processes", processes))
-    if was != steps.global_batch(plan.config, processes):
-        raise McpLoraError(
-            f"{plan.run} has a global batch size of {was}, not {steps.global_batch(plan.config, processes)}: "
-            f"mcp-lora train --resume --global-batch {was}, or --overwrite"
-        )
-
-
-# Keys that only affect the engine's own rendering, by the reason or what to do instead.
-_ELSEWHERE = {
-    "the model's own chat template is used": ("template", "tool_format"),
-    "write a system message into the data": ("default_system",),
-    "samples are not packed": ("packing", "neat_packing"),
-    "the rendered data set is read from disk": ("streaming",),
-    "val_size holds rows out": ("eval_dataset",),
-    "mcp-lora convert reads all data into one data set": ("mix_strategy", "interleave_probs"),
-    "enable_thinking decides whether reasoning is trained on": ("preserve_thinking",),
-    "data is rendered again whenever it changes": ("overwrite_cache",),
-    "prompts are tokenized as a server does": ("split_special_tokens",),
-    "mcp-lora renders the data set in dataset_dir": ("tokenized_path",),
+_REQUIRED = (
+    ("finetuning_type", "lora", "does not train a LoRA adapter"),
+    ("dataset", dataset.TRAIN, "is not created by mcp-lora convert"),
+    ("stage", "sft", "is not supervised fine-tuning"),
+)
+# Keys that only affect the engine's own rendering, with the reason or what to do instead.
+_IGNORED = {
+    "template": "the model's own chat template is used",
+    "tool_format": "the model's own chat template is used",
+    "packing": "samples are not packed",
+    "neat_packing": "samples are not packed",
+    "mix_strategy": "mcp-lora convert reads all data into one data set",
+    "interleave_probs": "mcp-lora convert reads all data into one data set",
+    "default_system": "write a system message into the data",
+    "streaming": "the rendered data set is read from disk",
+    "eval_dataset": "val_size holds rows out",
+    "preserve_thinking": "enable_thinking decides whether reasoning is trained on",
+    "overwrite_cache": "data is rendered again whenever it changes",
+    "split_special_tokens": "prompts are tokenized as a server does",
+    "tokenized_path": "mcp-lora renders the data set in dataset_dir",
 }
 
 
@@ -219,35 +214,25 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
     problems = api.problems(config)
     if not config.get("do_train"):
         problems.append("nothing is trained without do_train=true")
-    if (method := config.get("finetuning_type", "lora")) != "lora":
-        problems.append(f"finetuning_type={method} does not train a LoRA adapter, set finetuning_type=lora")
-    problems += [
-        f"{key}={config[key]} has no effect, {instead}: leave it out"
-        for instead, keys in _ELSEWHERE.items()
-        for key in keys
-        if config.get(key)
-    ]
-    if (name := config.get("dataset", dataset.TRAIN)) != dataset.TRAIN:
-        problems.append(f"dataset={name} is not created by mcp-lora convert, set dataset={dataset.TRAIN}")
+    for key, value, why in _REQUIRED:
+        if (given := config.get(key, value)) != value:
+            problems.append(f"{key}={given} {why}, set {key}={value}")
+    for key, instead in _IGNORED.items():
+        if config.get(key):
+            problems.append(f"{key}={config[key]} has no effect, {instead}: leave it out")
     if not config.get("quantization_bit"):
         quantizing = [key for key in config if key in ("quantization_type", "double_quantization")]
         problems += [f"{key} has no effect without quantization_bit, set it to 4" for key in quantizing]
-    if (stage := config.get("stage", "sft")) != "sft":
-        problems.append(f"stage={stage} is not supervised fine-tuning, set stage=sft")
-    return problems + _deepspeed_problems(config.get("deepspeed"))
-
-
-def _deepspeed_problems(given: Any) -> list[str]:
-    """Return what is wrong with DeepSpeed's configuration, a file or the JSON itself."""
-    if not given or isinstance(given, dict) or str(given).lstrip().startswith("{"):
-        return []
-    if not os.path.isfile(str(given)):
-        return [f"there is no {given}: go to the project's folder"]
-    try:
-        content = files.load(Path(given), "give another, as in mcp-lora train --zero 0")
-    except McpLoraError as error:
-        return [str(error)]
-    return [] if content else [f"{given} is empty"]
+    deepspeed = str(config.get("deepspeed") or "{}")
+    if not deepspeed.lstrip().startswith("{"):  # a file, not the JSON itself
+        if not os.path.isfile(deepspeed):
+            return [*problems, f"there is no {deepspeed}: go to the project's folder"]
+        try:
+            if not files.load(Path(deepspeed), "give another, as in mcp-lora train --zero 0"):
+                problems.append(f"{deepspeed} is empty")
+        except McpLoraError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _needed_memory(plan: Plan) -> list[str]:
@@ -260,13 +245,13 @@ def _needed_memory(plan: Plan) -> list[str]:
     if not found:
         return [f"memory: not known, the config of {model} is not on this machine"]
     fraction = found.trained / (found.base + found.trained)
-    parts = (found.weights, found.adapter, found.activations, found.logits, found.total)
-    weights, adapter, activations, logits, total = (f"{part / 1e9:.1f}" for part in parts)
+    parts = ("weights", "adapter", "activations", "logits")
+    total = " + ".join(f"{part} {getattr(found, part) / 1e9:.1f}" for part in parts)
+    total += f" = about {found.total / 1e9:.1f}"
     return [
         f"trained: {found.trained:,} parameters, {fraction:.1%} of the model; adapter on disk: about "
         f"{4 * found.trained / 1e6:,.0f} MB",
-        f"memory per GPU, estimated in GB: weights {weights} + adapter {adapter} + activations "
-        f"{activations} + logits {logits} = about {total}, for samples of cutoff_len",
+        f"memory per GPU, estimated in GB: {total}, for samples of cutoff_len",
     ]
 
 
@@ -308,7 +293,10 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
             else:
                 api.train(plan.config)
             if is_main:
-                _check_result(plan)
+                runs.check_adapter(plan.run)
+                if plan.chat_template:  # replaces the base model's, which the engine has saved
+                    for folder in (plan.run, *runs.checkpoints(plan.run)):
+                        (folder / runs.CHAT_TEMPLATE).write_text(plan.chat_template, encoding="utf-8")
     except Interrupted as interruption:
         interruption.option = runs.restart_option(plan.run).strip()
         raise
@@ -321,11 +309,8 @@ def _render(plan: Plan, say: Say) -> Plan:
     say(f"prompts: {template.note}" + (", with thinking off" * template.is_thinking_off))
     source, folder = dataset.file_of(plan.data, "train"), plan.data / dataset.RENDERED
     path, made = render.render(template, source, folder, plan.config)
-    lengths = made["lengths"]
-    say(
-        f"tokens per sample: median {lengths['median']}, 95 % up to {lengths['p95']}, max {lengths['max']}, "
-        f"cutoff_len {lengths['cutoff_len']}"
-    )
+    tokens = "median {median}, 95 % up to {p95}, max {max}, cutoff_len {cutoff_len}"
+    say(f"tokens per sample: {tokens.format_map(made['lengths'])}")
     if made["shortened"]:
         say(f"{made['shortened']} rows lost {made['dropped_tools']} distractors to fit into cutoff_len")
     if made["lost_texts"]:
@@ -368,8 +353,7 @@ def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]
     while (outcome := launch.run_engine("train", plan.config, plan.environment, log=log)).code:
         # Other nodes would not restart.
         again = outcome.out_of_memory and retry and plan.topology.nodes == 1
-        smaller = _smaller(plan, outcome.in_evaluation) if again else None
-        if not smaller:
+        if not again or not (smaller := _smaller(plan, outcome.in_evaluation)):
             raise _failure(plan, outcome)
         plan = smaller
         retries.append({key: plan.config.get(key) for key in (*_BATCH, _EVALUATED, "resume_from_checkpoint")})
@@ -392,13 +376,12 @@ def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
     size = int(number(plan.config, _EVALUATED if in_evaluation else _BATCH[0], 8))
     if size == 1:
         return None
-    processes = plan.topology.processes
-    if in_evaluation:
-        keys = {_EVALUATED: size // 2}
-    else:
+    keys = {_EVALUATED: size // 2}
+    if not in_evaluation:
+        processes = plan.topology.processes
         batch = steps.global_batch(plan.config, processes)
         keys = steps.split_batch({_BATCH[0]: size // 2}, processes, batch)
-    saved = [checkpoint for checkpoint in runs.checkpoints(plan.run) if runs.is_complete(checkpoint)]
+    saved = runs.complete_checkpoints(plan.run)
     config = plan.config | keys | {"resume_from_checkpoint": str(saved[-1]) if saved else None}
     return replace(plan, config=config)
 
@@ -406,18 +389,10 @@ def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
 def _failure(plan: Plan, outcome: launch.Outcome) -> McpLoraError:
     if not outcome.out_of_memory:
         return outcome.error(f"mcp-lora train{runs.restart_option(plan.run)}")
-    return McpLoraError(
-        f"out of memory at {plan.batch}:\n{launch.real_error(outcome.stderr)}\n"
-        f"Lower cutoff_len (samples lose candidate tools to fit) or lora_rank, recompute activations "
-        f"(disable_gradient_checkpointing=false), shard the model across GPUs (--zero 3), or train on a "
-        f"4-bit base: mcp-lora train --config train_configs/qlora.yaml",
-        outcome.code,
+    what = f"out of memory at {plan.batch}:\n{launch.real_error(outcome.stderr)}"
+    helps = (
+        "Lower cutoff_len (samples lose candidate tools to fit) or lora_rank, recompute activations "
+        "(disable_gradient_checkpointing=false), shard the model across GPUs (--zero 3), or train on a "
+        "4-bit base: mcp-lora train --config train_configs/qlora.yaml"
     )
-
-
-def _check_result(plan: Plan) -> None:
-    """Check the adapter, and save the chat template that it has to be served with."""
-    runs.check_adapter(plan.run)
-    if plan.chat_template:  # replaces the base model's, which the engine has saved
-        for folder in (plan.run, *runs.checkpoints(plan.run)):
-            (folder / runs.CHAT_TEMPLATE).write_text(plan.chat_template, encoding="utf-8")
+    return McpLoraError(f"{what}\n{helps}", outcome.code)

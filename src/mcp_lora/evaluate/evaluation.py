@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from mcp_lora.data import files
@@ -149,19 +149,19 @@ def evaluate(
     judge, answers = Judge(template), {}
     common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
     try:
-        for model, stem, identity, ask in _models(request, template, adapter, length):
-            file = run / "eval" / f"{quote(stem, safe='')}.jsonl"
-            book = Notebook(file, every, [*common, identity], judge)
+        for model in _models(request, template, adapter, length):
+            file = run / "eval" / f"{quote(model.stem, safe='')}.jsonl"
+            book = Notebook(file, every, [*common, model.identity], judge)
             missing = book.missing(asked)
-            if missing:
-                if not ask:
-                    continue
+            if missing and not model.ask:
+                continue
+            if missing and model.ask:
                 # closing stops the server or engine if an answer cannot be written
-                with closing(ask(missing)) as found:
+                with closing(model.ask(missing)) as found:
                     for done, (question, response) in enumerate(found, 1):
                         book.add(question, response)
-                        progress(f"asking {model}", done / len(missing))
-            answers[model] = book.answers(asked)
+                        progress(f"asking {model.name}", done / len(missing))
+            answers[model.name] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=left_out, max_new_tokens=length)
         if adapter:
             (run / "eval" / ASKED).write_text(adapter_hash(adapter), encoding="utf-8")
@@ -174,21 +174,25 @@ def evaluate(
     return evaluation
 
 
-_Ask = Callable[[Sequence[Question]], Generator[tuple[Question, Response]]]
-
-
-def _models(
-    request: Request, template: ChatTemplate, adapter: Path | None, length: int
-) -> Iterator[tuple[str, str, Any, _Ask | None]]:
-    """Yield the models in the order in which they are compared: name, file, identity, and how to ask it.
+class _Model(NamedTuple):
+    """One that answers: its name, the stem of its file, what identifies it, and how to ask it.
 
     Without the last it is not asked, but compared if it has all answers already.
     """
+
+    name: str
+    stem: str
+    identity: Any
+    ask: Callable[[Sequence[Question]], Generator[tuple[Question, Response]]] | None
+
+
+def _models(request: Request, template: ChatTemplate, adapter: Path | None, length: int) -> Iterator[_Model]:
+    """Yield the models in the order in which they are compared."""
     if request.endpoint:
-        yield BASE, BASE, None, None
+        yield _Model(BASE, BASE, None, None)
         url, name = request.endpoint.url, request.endpoint.model
         ask = partial(predict.by_endpoint, url=url, model=name, max_tokens=length, template=template)
-        yield name, f"endpoint-{name}", asdict(request.endpoint), ask
+        yield _Model(name, f"endpoint-{name}", asdict(request.endpoint), ask)
         return
     for name in request.models:
         loaded = adapter if name == ADAPTER else None
@@ -196,7 +200,7 @@ def _models(
         settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
         command, gpus = f"mcp-lora eval {request.run}", request.gpus
         ask = partial(predict.by_engine, template=template, settings=settings, gpus=gpus, command=command)
-        yield name, name, loaded and adapter_hash(loaded), ask
+        yield _Model(name, name, loaded and adapter_hash(loaded), ask)
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:

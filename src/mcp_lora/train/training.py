@@ -106,14 +106,17 @@ def train(request: Request, say: Say, progress: Progress) -> None:
     engine fails, or the adapter has learned nothing.
     """
     plan = _plan(request, say, dry=False)
-    say = _said_once(say, plan.topology)
+    once = _said_once(say, plan.topology)
     with dataset.locked(plan.data):
         refreshed = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
-    say(refreshed.message)
-    for line in dataset.summary(refreshed.statistics, plan.data) if refreshed.statistics else ():
-        say(line)
+    if refreshed.statistics:  # by whichever rank came first
+        say(refreshed.message)
+        for line in dataset.summary(refreshed.statistics, plan.data):
+            say(line)
+    else:
+        once(refreshed.message)
     with runs.locked(plan.run) if plan.topology.is_main else nullcontext():
-        _run(plan, request, say)
+        _run(plan, request, once)
 
 
 def preview(request: Request, say: Say) -> str:

@@ -14,7 +14,7 @@ import pytest
 from conftest import BIN, SAMPLE, environment, make_project, run
 from safetensors.numpy import load_file
 
-from mcp_lora.train import runs
+from mcp_lora.train import manifest, runs
 
 pytestmark = pytest.mark.kill
 KILLS = 20
@@ -87,11 +87,11 @@ def test_train(tmp_path: Path, tiny_model: Path, moments: random.Random) -> None
         option = runs.restart_option(project / output).split()
         resumed += option == ["--resume"]
         # the last start is left alone
-        if killed(
-            project, moments.uniform(0, usual) if kills < KILLS else 10 * usual, *words, output, *option
-        ):
+        moment = moments.uniform(0, usual) if kills < KILLS else 10 * usual
+        if killed(project, moment, *words, output, *option):
             kills += 1
-            continue
+            if manifest.read(project / output).get("exit") != 0:  # it may have ended just before
+                continue
         ended += 1
         weights = [
             load_file(project / run / "adapter_model.safetensors") for run in ("outputs/whole", output)

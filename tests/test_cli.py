@@ -16,6 +16,7 @@ from conftest import BIN, ROOT, record, write_json
 
 from mcp_lora.cli.app import app, main
 from mcp_lora.data import dataset
+from mcp_lora.errors import Interrupted
 from mcp_lora.train import machine, runs
 
 Capture = pytest.CaptureFixture[str]
@@ -69,6 +70,10 @@ def fail(capsys: Capture, *words: str) -> str:
         ("eval --base-only --adapter-only", "exclude each other"),
         ("chat outputs/none", "mcp-lora train --output"),
         ("export", "outputs/mcp_lora contains no adapter"),
+        (
+            "recipe nosuch",
+            "there is no recipe nosuch (No such file or directory): mcp-lora recipe lora_config",
+        ),
         # what the rendered data would ignore
         ("train dataset=other", "dataset=other"),
         ("train template=qwen", "template=qwen"),
@@ -107,6 +112,16 @@ def test_an_interruption_names_the_command_that_goes_on(
         assert caught.value.code == 128 + signal.SIGTERM
         assert f"to continue: {shlex.join(['mcp-lora', *words])}\n" in capsys.readouterr().err
 
+    def trained(*arguments: object) -> None:
+        interruption = Interrupted(130)
+        interruption.option = "--resume"
+        raise interruption
+
+    monkeypatch.setattr("mcp_lora.train.training.train", trained)
+    with pytest.raises(SystemExit):
+        main(["--quiet", "train", "--overwrite"])
+    assert "to continue: mcp-lora --quiet train --resume\n" in capsys.readouterr().err
+
 
 @pytest.mark.skipif(machine.detect_machine().gpus > 0, reason="this machine has a GPU")
 def test_a_big_model_without_a_gpu_is_refused_with_the_demos_command(capsys: Capture) -> None:
@@ -124,7 +139,7 @@ def test_a_dry_run_shows_all_and_writes_nothing(capsys: Capture, project: Path) 
     resolved = yaml.safe_load(text.partition("\n")[2])
     assert text.startswith(str(run_file))
     assert (resolved["lora_rank"], resolved["model_name_or_path"]) == (32, "Qwen/Qwen2.5-7B-Instruct")
-    assert command.split() == ["command", str(BIN / "llamafactory-cli"), "train", str(run_file)]
+    assert shlex.split(command) == ["command", str(BIN / "llamafactory-cli"), "train", str(run_file)]
     assert {"FORCE_TORCHRUN=1"} <= set(environment.splitlines())
     assert sorted(project.rglob("*")) == before
     if not machine.detect_machine().gpus:

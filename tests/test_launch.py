@@ -115,6 +115,12 @@ def test_interruptions_end_the_whole_family_the_second_at_once() -> None:
     assert psutil.wait_procs([engine, rank], timeout=5)[1] == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_a_log_on_a_full_disk_ends_nothing() -> None:
+    outcome = launch.run([sys.executable, "-c", "print('x' * 100_000)"], {}, log=Path("/dev/full"))
+    assert outcome.code == 0 and outcome.stderr.endswith("x\n")
+
+
 # As torchrun 2.14 and LLaMA-Factory 0.9.5 wrote it, with the frames left out.
 FAILED_RANK = """\
 [INFO|loader] Training\r  0%|          | 0/6

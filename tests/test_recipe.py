@@ -218,3 +218,13 @@ def test_what_the_environment_and_the_system_change_is_noted(monkeypatch: pytest
     monkeypatch.setattr(sys, "platform", "darwin")
     notes = resolve(recipe.RECIPE, {}, [], {}, Machine(gpus=0, bf16=False, deepspeed=False))[1]
     assert "no CUDA device (Apple's GPU is not used): training on the CPU" in notes
+
+
+def test_a_recipe_is_found_by_its_name_and_the_projects_own_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert recipe.find(Path("qlora")) == Path("train_configs/qlora.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert recipe.find(Path("qlora")) == ROOT / "train_configs/qlora.yaml"
+    assert recipe.find(recipe.ZERO) == ROOT / recipe.ZERO
+    assert recipe.find(Path("nosuch")) == Path("nosuch")

@@ -62,7 +62,7 @@ def _interrupted(number: int, frame: Any) -> None:
 
 def _again(words: list[str], option: str | None) -> str:
     """Return the command that continues an interrupted one: the same, with another option for a training."""
-    if option is not None and words[0] == "train":  # a demo starts over
+    if option is not None and "train" in words:  # a demo starts over
         words = [word for word in words if word not in ("--resume", "--overwrite")] + [option] * bool(option)
     return shlex.join(["mcp-lora", *words])
 

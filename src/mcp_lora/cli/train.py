@@ -10,7 +10,7 @@ from typer import Argument, Option
 from mcp_lora import demo_model
 from mcp_lora.cli import console
 from mcp_lora.cli.options import AsJson, Gpus, Model, Recipe
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.train import recipe as recipes
 from mcp_lora.train import training
 from mcp_lora.train.machine import detect_machine
@@ -61,7 +61,8 @@ def train(
 
 def recipe(name: Annotated[str, Argument(help="lora_config, qlora or demo.")] = "lora_config") -> None:
     """Print a shipped recipe, to edit and pass to --config."""
-    typer.echo(recipes.find(Path(name)).read_text(encoding="utf-8"), nl=False)
+    with explained(f"there is no recipe {name}", "mcp-lora recipe lora_config, qlora or demo"):
+        typer.echo(recipes.find(Path(name)).read_text(encoding="utf-8"), nl=False)
 
 
 def doctor(model: Model = None, config: Recipe = recipes.RECIPE, as_json: AsJson = False) -> None:

@@ -131,13 +131,14 @@ def run(
         stdout, stderr = (subprocess.PIPE, subprocess.STDOUT) if log else (None, subprocess.PIPE)
         process = subprocess.Popen(argv, env=variables, stdout=stdout, stderr=stderr)
     kept = b""
-    with process, open(log or os.devnull, "ab") as copy:
+    with process, open(log or os.devnull, "ab", buffering=0) as copy:
         stream = process.stdout or process.stderr
         assert stream
         try:
             while chunk := os.read(stream.fileno(), 1 << 14):
                 kept = (kept + chunk)[-_KEPT:]
-                copy.write(chunk)
+                with suppress(OSError):  # a full disk must not end a training that may outlast it
+                    copy.write(chunk)
                 if not hold_traceback or not re.search(rb"Traceback \(most|terminate called", kept):
                     sys.stderr.buffer.write(chunk)
                     sys.stderr.buffer.flush()

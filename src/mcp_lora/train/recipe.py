@@ -30,14 +30,14 @@ _PATHS = ("model_name_or_path", "dataset_dir", "output_dir", "deepspeed")
 def find(name: Path) -> Path:
     """Return the path of a recipe or a DeepSpeed file; shipped ones have names, too (qlora, qlora.yaml).
 
-    The shipped files also replace train_configs/ if the current folder has none. A path that does not exist
-    is returned unchanged.
+    Those in the current folder's train_configs/ take precedence over the shipped ones. A path that does not
+    exist is returned unchanged.
     """
     names = [f"{name.name}.yaml"] * (not name.suffix) + [name.name]
     if not name.is_file() and name.parent in (Path("."), RECIPE.parent):
-        for shipped in (folder / one for folder in _SHIPPED for one in names):
-            if shipped.is_file():
-                return shipped
+        for file in (folder / one for folder in (RECIPE.parent, *_SHIPPED) for one in names):
+            if file.is_file():
+                return file
     return name
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -130,7 +131,7 @@ def preview(request: Request, say: Say) -> str:
     plan = _fit(plan, _training_rows(plan.config), say)
     known = plan.steps or "not known, the data is not converted: mcp-lora convert"
     variables = [f"{name}={value}" for name, value in plan.environment.items()]
-    lines = [f"# {plan.run / 'run.yaml'}", api.dump(plan.config), "# command", " ".join(plan.argv)]
+    lines = [f"# {plan.run / 'run.yaml'}", api.dump(plan.config), "# command", shlex.join(plan.argv)]
     lines += ["# environment", *variables, "# plan", plan.batch, *_needed_memory(plan), f"steps: {known}"]
     return "\n".join(lines)
 

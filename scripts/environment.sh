@@ -4,13 +4,15 @@
 # (. or .[dev], which holds .) unless that has been done for this pyproject.toml. Conda's base counts as
 # none: it is everybody's.
 setup() {
+    local active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
     if [ -z "${VIRTUAL_ENV:-}" ] && { [ -z "${CONDA_PREFIX:-}" ] || [ "${CONDA_DEFAULT_ENV:-}" = base ]; }; then
         [ -x .venv/bin/python ] || { echo "== making .venv"; "${PYTHON:-python3}" -m venv .venv; }
         source .venv/bin/activate
+        active=
     fi
     if ! python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        echo "$(python --version) in $(command -v python) is too old, 3.11 is required: rm -r .venv, and" >&2
-        echo "PYTHON=python3.12 $0" >&2
+        echo "$(python --version) in $(command -v python) is too old, 3.11 is required:" \
+            "$([ -n "$active" ] && echo "deactivate it" || echo "rm -r .venv"), and PYTHON=python3.12 $0" >&2
         return 1
     fi
     if ! python -c 'import pip' 2>/dev/null && ! python -m ensurepip > /dev/null; then  # as uv venv leaves it

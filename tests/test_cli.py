@@ -312,3 +312,26 @@ def test_an_output_on_a_full_disk_is_one_line(words: list[str]) -> None:
         done = subprocess.run([BIN / "mcp-lora", *words], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "mcp-lora: error: the output cannot be read or written (No space left on device)" in done.stderr
+
+
+def test_names_of_earlier_versions_are_output(capsys: Capture) -> None:
+    main_ok(["convert", "--out", "somewhere"])
+    assert Path("somewhere/train.jsonl").is_file()
+    Path("outputs/mcp_lora").mkdir(parents=True)
+    Path("outputs/mcp_lora/adapter_config.json").write_text("{}")
+    Path("outputs/mcp_lora/run.yaml").write_text("model_name_or_path: org/model")
+    assert "somewhere exists: mcp-lora export" in fail(capsys, "export", "--to", "somewhere")
+
+
+@pytest.mark.parametrize("rank", [None, "1"])
+def test_an_error_of_the_engine_or_the_hub_is_no_full_disk(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, rank: str | None
+) -> None:
+    def raised(*arguments: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "nvcc") if rank else ConnectionError("no hub")
+
+    monkeypatch.setattr("mcp_lora.train.training.train", raised)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if rank else ():
+        monkeypatch.setenv(name, rank or "")
+    with pytest.raises(OSError, match="nvcc" if rank else "no hub"):  # with its traceback, on every rank
+        main(["train"])

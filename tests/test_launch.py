@@ -121,6 +121,13 @@ def test_a_log_on_a_full_disk_ends_nothing() -> None:
     assert outcome.code == 0 and outcome.stderr.endswith("x\n")
 
 
+def test_a_log_that_cannot_be_opened_starts_nothing(tmp_path: Path) -> None:
+    script = f"open({str(tmp_path / 'started')!r}, 'w')"
+    with pytest.raises(McpLoraError, match=f"{tmp_path} cannot be written"):
+        launch.run([sys.executable, "-c", script], {}, log=tmp_path)
+    assert not (tmp_path / "started").exists()
+
+
 # As torchrun 2.14 and LLaMA-Factory 0.9.5 wrote it, with the frames left out.
 FAILED_RANK = """\
 [INFO|loader] Training\r  0%|          | 0/6

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers.trainer_utils import sort_checkpoints
 
 from mcp_lora.errors import McpLoraError
-from mcp_lora.train import runs
+from mcp_lora.train import manifest, runs
 
 CONFIG: dict[str, Any] = {
     "model_name_or_path": "org/model",
@@ -117,6 +117,21 @@ def test_resuming_a_finished_run_needs_more_epochs_or_steps(
     with pytest.raises(McpLoraError, match=f"nothing to resume: .*{[*more][0]}="):
         resumed(tmp_path, **enough)
     assert resumed(tmp_path, **more)
+
+
+def test_an_end_that_was_not_recorded_is_resumed_but_no_interrupted_continuation(tmp_path: Path) -> None:
+    make_run(tmp_path, 10, 20)
+    manifest.write(tmp_path, {"ended": None})  # mcp-lora was killed, and the engine was not
+    assert resumed(tmp_path) == tmp_path / "checkpoint-20" and runs.is_done(tmp_path, CONFIG)
+    manifest.write(tmp_path, {"ended": "2026-11-28T11:30:39+00:00"})
+    with pytest.raises(McpLoraError, match="nothing to resume"):
+        resumed(tmp_path)
+    # continued with more epochs, and killed at 25: what ended before is not the end of that
+    make_run(tmp_path, 25, finished=False)
+    manifest.write(tmp_path, {"ended": None})
+    with pytest.raises(McpLoraError, match="nothing to resume"):
+        resumed(tmp_path)
+    assert resumed(tmp_path, num_train_epochs=2.0) == tmp_path / "checkpoint-25"
 
 
 def test_an_overwritten_run_is_put_aside_not_deleted(tmp_path: Path) -> None:

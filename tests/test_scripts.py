@@ -35,7 +35,8 @@ def test_an_environment_of_ones_own_is_used(tmp_path: Path) -> None:
     assert not (tmp_path / ".venv").exists()
 
 
-def test_an_old_python_is_named_with_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("active", [False, True])
+def test_an_old_python_is_named_with_what_to_do(tmp_path: Path, active: bool) -> None:
     folder = tmp_path / ".venv" / "bin"
     folder.mkdir(parents=True)
     (folder / "activate").write_text(f'PATH="{folder}:$PATH"\n')
@@ -43,6 +44,8 @@ def test_an_old_python_is_named_with_what_to_do(tmp_path: Path) -> None:
         '#!/bin/sh\ncase "$*" in *version_info*) exit 1;; esac\necho Python 3.9.1\n'
     )
     (folder / "python").chmod(0o755)
-    done = set_up(tmp_path)
+    path = f"{folder}:{os.environ['PATH']}"
+    done = set_up(tmp_path, **({"VIRTUAL_ENV": f"{tmp_path}/.venv", "PATH": path} if active else {}))
     assert "Python 3.9.1" in done.stderr and "PYTHON=python3.12 scripts/train_lora.sh" in done.stderr
+    assert ("deactivate" in done.stderr) == active and ("rm -r .venv" in done.stderr) != active
     assert "installing" not in done.stdout

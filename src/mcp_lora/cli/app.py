@@ -1,5 +1,6 @@
 """The command line: commands parse, call one function and print; `main` reports errors."""
 
+import errno
 import os
 import re
 import shlex
@@ -41,6 +42,9 @@ for command, name, example in (
     app.command(name, epilog=f"Example: mcp-lora {name} {example}".rstrip())(command)
 
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"mcp-lora {version('mcp-lora')}")
@@ -49,7 +53,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    quiet: Annotated[bool, Option("--quiet", "-q", help="Print only results, warnings and errors.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Leave out mcp-lora's own notes.")] = False,
     version: Annotated[bool, Option("--version", is_eager=True, callback=_print_version)] = False,
 ) -> None:
     console.QUIET = quiet
@@ -85,6 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             app(words)
         except OSError as error:  # the output or the temporary folder, on a full disk
+            if error.errno not in _DISK or worker_rank(os.environ) is not None:
+                raise
             where = error.filename or "the output"
             what = f"{where} cannot be read or written ({error.strerror or error})"
             raise McpLoraError(f"{what}: see df -h and ls -l, and run again") from error

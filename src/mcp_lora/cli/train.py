@@ -62,7 +62,7 @@ def train(
 def recipe(name: Annotated[str, Argument(help="lora_config, qlora or demo.")] = "lora_config") -> None:
     """Print a shipped recipe, to edit and pass to --config."""
     with explained(f"there is no recipe {name}", "mcp-lora recipe lora_config, qlora or demo"):
-        typer.echo(recipes.find(Path(name)).read_text(encoding="utf-8"), nl=False)
+        typer.echo(recipes.find(Path(name)).read_text("utf-8", "replace"), nl=False)
 
 
 def doctor(model: Model = None, config: Recipe = recipes.RECIPE, as_json: AsJson = False) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def run_engine(
         spaced = [place for place in (sys.prefix, folder) if re.search(r"\s", place)]
         if spaced and "FORCE_TORCHRUN" in environment:
             what = "LLaMA-Factory cannot start DeepSpeed from a folder with a space in its path"
-            again = "install elsewhere or set TMPDIR, or run: mcp-lora train deepspeed=null"
+            again = "install elsewhere, set TMPDIR, or use one process: mcp-lora eval --gpus 1, or "
+            again += "mcp-lora train --gpus 1 deepspeed=null"
             raise McpLoraError(f"{what} ({spaced[0]}): {again}")
         file = Path(folder) / "run.yaml"
         with explained(f"{file} cannot be written", "free some space (df -h) and run again"):
@@ -126,14 +127,17 @@ def run(
     """
     columns = str(shutil.get_terminal_size().columns)  # a pipe has no width for a progress bar
     variables = {"COLUMNS": columns, **os.environ, **environment}
-    with explained(f"{argv[0]} cannot be run", "pip install -e ."):
+    with ExitStack() as stack:
+        with explained(f"{log} cannot be written", "remove it, or mcp-lora train --output OTHER_FOLDER"):
+            copy = stack.enter_context(open(log or os.devnull, "ab", buffering=0))
         # one stream for a log, to keep its lines in the order of the screen
         stdout, stderr = (subprocess.PIPE, subprocess.STDOUT) if log else (None, subprocess.PIPE)
-        process = subprocess.Popen(argv, env=variables, stdout=stdout, stderr=stderr)
-    kept = b""
-    with process, open(log or os.devnull, "ab", buffering=0) as copy:
+        with explained(f"{argv[0]} cannot be run", "pip install -e ."):
+            process = subprocess.Popen(argv, env=variables, stdout=stdout, stderr=stderr)
+        stack.enter_context(process)
         stream = process.stdout or process.stderr
         assert stream
+        kept = b""
         try:
             while chunk := os.read(stream.fileno(), 1 << 14):
                 kept = (kept + chunk)[-_KEPT:]

@@ -52,7 +52,8 @@ def by_engine(
     Raises McpLoraError if the engine fails.
     """
     visible = detect_machine().gpus
-    topology = find_topology(os.environ, visible, gpus, nodes=1, node_rank=0)
+    # what a shell has left (NPROC_PER_NODE) counts only on a CPU, where it is the one way to say so
+    topology = find_topology({} if visible else os.environ, visible, gpus, nodes=1, node_rank=0)
     encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
     longest_first = sorted(encoded, key=lambda one: -len(one[1]))
     for start in range(0, len(questions), CHUNK):

@@ -36,8 +36,11 @@ _KEPT += ["lora_rank", "lora_alpha", "lora_target"]
 
 def checkpoints(run: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    return sorted((path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -141,7 +144,12 @@ def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
         what = ", ".join(f"{key} {old.get(key)} → {config.get(key)}" for key in changed)
         again = "use that run's settings, or mcp-lora train --overwrite"
         raise McpLoraError(f"{run} contains another run's checkpoint ({what}): {again}")
-    if is_done(run, config) and manifest.read(run).get("ended", "before there were manifests"):
+    # It may have finished without a record, if mcp-lora was killed and the engine was not; a newer checkpoint
+    # is of a continuation.
+    unrecorded = manifest.read(run).get("ended", "before there were manifests") is None
+    if is_done(run, config) and not (
+        unrecorded and _step(checkpoints(run)[-1]) <= _state(run)["global_step"]
+    ):
         state = _state(run)
         more = f"max_steps={2 * config.get('max_steps', 0)}"
         if config.get("max_steps", -1) <= 0:
@@ -151,10 +159,7 @@ def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
 
 
 def is_done(run: Path, config: Mapping[str, Any]) -> bool:
-    """Tell whether training in this folder has reached the end that a configuration sets.
-
-    It may have without a record of it, if mcp-lora was killed and the engine was not.
-    """
+    """Tell whether training in this folder has reached the end that a configuration sets."""
     if not is_finished(run):
         return False
     state, steps = _state(run), config.get("max_steps", -1)  # takes precedence over the epochs if positive

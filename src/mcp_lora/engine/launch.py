@@ -41,6 +41,15 @@ class Outcome:
         return bool(self.code) and bool(_OUT_OF_MEMORY.search(_last_error(self.stderr)))
 
     @property
+    def aborted_at_exit(self) -> bool:
+        """Whether it aborted after its work was done.
+
+        A thread of gloo's, or of a chat's, that requests the lock of a finalized interpreter ends the process
+        (pytorch/pytorch#179291).
+        """
+        return bool(self.code) and "terminate called without an active exception" in self.stderr
+
+    @property
     def in_evaluation(self) -> bool:
         """Whether it failed in validation, according to the last traceback."""
         return any(", in evaluation_loop" in block for block, _ in _failures(self.stderr)[-1:])

@@ -79,11 +79,14 @@ def by_engine(
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are the output that matters
             # a log also takes the engine's stdout, which would be between our results
             log = folder / "engine.log"
+            predicted = folder / "answers" / "generated_predictions.jsonl"
             while (outcome := launch.run_engine("train", config, environment, log=log)).code:
+                if outcome.aborted_at_exit and predicted.is_file():
+                    break
                 if not outcome.out_of_memory or (size := config[_BATCH]) == 1:
                     raise outcome.error(command)
                 config[_BATCH] = settings[_BATCH] = size // 2
-            rows: list[Any] = list(files.read(folder / "answers" / "generated_predictions.jsonl"))
+            rows: list[Any] = list(files.read(predicted))
         for (question, *_), row in zip(chunk, rows, strict=True):
             text = template.without_end(row["predict"])
             # the end and padding tokens may be the same, so only the length shows truncation

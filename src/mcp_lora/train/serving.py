@@ -39,10 +39,9 @@ def chat(run: Path, checkpoint: str | None = None) -> None:
     """Chat with a run's adapter in the terminal; raise a McpLoraError if it has none or the engine fails."""
     api.require()
     outcome = _engine("chat", runs.serving_config(run, runs.adapter(run, checkpoint)), hold_traceback=True)
-    # LLaMA-Factory's chat raises at the end of its input, and aborts on exit on a CPU.
+    # LLaMA-Factory's chat raises at the end of its input
     raised = launch.real_error(outcome.stderr).startswith("EOFError")
-    aborted = outcome.stderr.rstrip().endswith("terminate called without an active exception")
-    if outcome.code and not raised and not aborted:
+    if outcome.code and not raised and not outcome.aborted_at_exit:
         raise outcome.error(f"mcp-lora chat {run}")
 
 

@@ -355,6 +355,8 @@ def _write(plan: Plan, say: Say) -> None:
 def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]) -> None:
     log = plan.run / LOG if plan.topology.is_main else None
     while (outcome := launch.run_engine("train", plan.config, plan.environment, log=log)).code:
+        if outcome.aborted_at_exit and runs.is_done(plan.run, plan.config):
+            return
         # Other nodes would not restart.
         again = outcome.out_of_memory and retry and plan.topology.nodes == 1
         if not again or not (smaller := _smaller(plan, outcome.in_evaluation)):

@@ -256,3 +256,28 @@ def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: An
     assert "the server has ended:\nValueError: no such model" in fails(
         "--engine", "vllm", "--python", str(stub)
     )
+
+
+def test_push_makes_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Hub:
+        def create_repo(self, name: str, **settings: Any) -> str:
+            asked.append((name, settings))
+            return f"https://huggingface.co/{name}"
+
+        def upload_folder(self, **settings: Any) -> None:
+            asked.append(settings)
+
+        def upload_file(self, **settings: Any) -> None:
+            raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert exports.push(tmp_path, "me/model") == "https://huggingface.co/me/model"
+    assert asked == [
+        ("me/model", {"private": True, "exist_ok": True}),
+        {"repo_id": "me/model", "folder_path": tmp_path},
+    ]
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(McpLoraError, match="complete, but cannot be pushed .*hf upload me/model"):
+        exports.push(tmp_path / "x.gguf", "me/model")

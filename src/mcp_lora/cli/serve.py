@@ -15,6 +15,7 @@ from mcp_lora.train import runs
 from mcp_lora.train.runs import DEFAULT
 
 _OUTPUT = "Folder or .gguf file to write; outputs/merged_model, outputs/adapter or with .gguf by default."
+_PUSH = "Upload it to the Hugging Face hub, into a private repository."
 _TARGET = "A run's folder, an exported model's folder, or a GGUF file."
 _PRINT = "Print the command for this server instead."
 _HOST = "Address to listen on; another than this machine's requires --api-key."
@@ -31,6 +32,7 @@ def export(
     checkpoint: Checkpoint = None,
     gguf: Annotated[Literal["f32", "f16", "bf16", "q8_0"] | None, Option(help="Write a GGUF file.")] = None,
     adapter_only: Annotated[bool, Option("--adapter-only", help="Without the base model.")] = False,
+    push: Annotated[str | None, Option(metavar="OWNER/NAME", help=_PUSH)] = None,
 ) -> None:
     """Merge the adapter into the base model, or export it by itself, and check the result."""
     from mcp_lora.serve import export as exports
@@ -40,6 +42,8 @@ def export(
     with console.progress() as progress:
         note = exports.export(run, output, checkpoint, gguf, adapter_only, progress)
     console.say(f"{output}: {note}")
+    if push:
+        console.say(f"pushed to {exports.push(output, push)}, which is private if it is new")
 
 
 def serve(

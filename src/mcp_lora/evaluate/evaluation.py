@@ -126,10 +126,9 @@ def evaluate(
     run's folder cannot be written.
     """
     api.require()
-    run, adapter = request.run, None
+    run, prepared, adapter = request.run, prepare(request), None
     if ADAPTER in request.models and not request.endpoint:
         adapter = runs.adapter(run, request.checkpoint)
-    prepared = prepare(request)
     template, every, asked, length = prepared.template, prepared.every, prepared.asked, prepared.length
     judge, answers = Judge(template), {}
     common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]

@@ -26,8 +26,8 @@ from mcp_lora.train import manifest, runs
 # rounded to the model's dtype, while a separate adapter is not.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 PROMPT = "Which tools can you call, and what time is it in Tokyo?"
-# The fraction of the questions, at least one, that a GGUF file may answer by other calls: where two tokens are
-# about equally likely, rounding decides between them.
+# The fraction of the questions, at least one, that a GGUF file may answer by other calls: where two tokens
+# are about equally likely, rounding decides between them.
 OTHER_CALLS = {"f32": 0.1, "f16": 0.1, "bf16": 0.1, "q8_0": 0.25}
 _QUESTIONS = 5  # of each split, to check a GGUF file with
 _ADAPTER = ("adapter_*", "tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.txt")
@@ -73,11 +73,11 @@ def export(
     api.require()
     adapter = runs.adapter(run, checkpoint)
     again = shlex.join(["mcp-lora", "export", str(run), "--output", "OTHER"])
-    if output.exists():
-        raise McpLoraError(f"{output} exists: {again}")
     if runs.is_quantized(run) and not adapter_only:
         why = "was trained on a quantized base, and merging into it loses precision"
-        raise McpLoraError(f"{run} {why}: export the adapter: {again} --adapter-only")
+        raise McpLoraError(f"{run} {why}: mcp-lora export {run} --adapter-only")
+    if output.exists():
+        raise McpLoraError(f"{output} exists: {again}")
     config = runs.read_run(run)
     template = chat_template.load(config)
     with explained(f"{output.parent} cannot be written", again):
@@ -104,6 +104,34 @@ def export(
             note = _check_answers(run, checkpoint, template, file, base, gguf, progress)
         (file if gguf else folder).rename(output)
     return note
+
+
+def push(exported: Path, name: str) -> str:
+    """Upload what was exported to the Hugging Face hub, into a new private repository or one's own.
+
+    Args:
+        exported: a folder or a file.
+        name: OWNER/NAME.
+
+    Returns:
+        The repository's address. Raises McpLoraError if the hub rejects it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    hub = HfApi()
+    try:
+        address = str(hub.create_repo(name, private=True, exist_ok=True))
+        if exported.is_dir():
+            hub.upload_folder(repo_id=name, folder_path=exported)
+        else:
+            hub.upload_file(repo_id=name, path_or_fileobj=exported, path_in_repo=exported.name)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        what = (
+            f"{exported} is complete, but cannot be pushed to {name} ({' '.join(str(error).split())[:200]})"
+        )
+        raise McpLoraError(f"{what}: hf auth login, and hf upload {name} {exported}") from None
+    return address
 
 
 def copy_adapter(adapter: Path, folder: Path) -> None:

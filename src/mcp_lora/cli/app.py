@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from mcp_lora.cli import console, data, evaluate, train
+from mcp_lora.cli import console, data, evaluate, serve, train
 from mcp_lora.engine.topology import worker_rank
 from mcp_lora.errors import Interrupted, McpLoraError
 
@@ -35,8 +35,10 @@ for command, name, example in (
     (train.doctor, "doctor", "--model Qwen/Qwen2.5-7B-Instruct"),
     (evaluate.evaluate, "eval", '--require "unseen_tool.ast>=0.6"'),
     (evaluate.report, "report", "outputs/mcp_lora"),
-    (evaluate.chat, "chat", "outputs/mcp_lora"),
-    (evaluate.export, "export", "outputs/mcp_lora --output outputs/merged_model"),
+    (serve.chat, "chat", "outputs/mcp_lora"),
+    (serve.export, "export", "outputs/mcp_lora --gguf f16"),
+    (serve.serve, "serve", "outputs/mcp_lora --print vllm"),
+    (serve.parity, "parity", "http://127.0.0.1:8000/v1 outputs/mcp_lora"),
     (evaluate.demo, "demo", ""),
 ):
     app.command(name, epilog=f"Example: mcp-lora {name} {example}".rstrip())(command)

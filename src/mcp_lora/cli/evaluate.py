@@ -1,4 +1,4 @@
-"""eval, report, chat, export, demo."""
+"""eval, report, demo."""
 
 import os
 import time
@@ -13,7 +13,6 @@ from mcp_lora.cli import console, data, train
 from mcp_lora.cli.options import SPLITS, AsJson, Checkpoint, Gpus, Run
 from mcp_lora.data import conversion
 from mcp_lora.errors import McpLoraError
-from mcp_lora.train import serving
 from mcp_lora.train.runs import DEFAULT
 
 _REQUIRE = "Exit with 1 if not met; repeatable."
@@ -72,20 +71,6 @@ def report(runs: Annotated[list[Path] | None, Argument(metavar="RUN", help=_RUNS
     from mcp_lora.report.page import write
 
     console.say(f"the report is {write(runs or [DEFAULT])}")
-
-
-def chat(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
-    """Chat with the adapter in the terminal."""
-    serving.chat(run, checkpoint)
-
-
-def export(
-    run: Run = DEFAULT,
-    output: Annotated[Path, Option("--output", "-o", help="Folder to write.")] = Path("outputs/merged_model"),
-    checkpoint: Checkpoint = None,
-) -> None:
-    """Merge the adapter into the base model, and check that the result is equivalent."""
-    console.say(f"{output} against base + adapter, {serving.export(run, output, checkpoint)}")
 
 
 def demo() -> None:

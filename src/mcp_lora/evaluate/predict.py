@@ -106,14 +106,13 @@ def by_endpoint(
         url: the base URL, including /v1.
         model: its name on the server.
         max_tokens: tokens per answer.
-        template: the model's chat template; if it can switch thinking, the request sets it as in training.
+        template: the model's chat template; requests set its arguments as in training.
 
     Raises McpLoraError if the server cannot be reached, or rejects a request.
     """
     from openai import OpenAI
 
-    thinking = {"enable_thinking": template.thinking}
-    switched = {"chat_template_kwargs": thinking} if template.switches_thinking else None
+    arguments = {"chat_template_kwargs": template.server_arguments} if template.server_arguments else None
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=_RETRIES)
     failures: list[Exception] = []
 
@@ -128,7 +127,7 @@ def by_endpoint(
                 tools=question.sample["tools"],
                 temperature=0,
                 max_tokens=max_tokens,
-                extra_body=switched,
+                extra_body=arguments,
             )
         except Exception as error:  # any exception is possible
             failures.append(error)

@@ -42,6 +42,9 @@ from mcp_lora.data.records import RowError, ToolCall
 from mcp_lora.errors import McpLoraError
 
 DATE = datetime(2024, 7, 26)  # the default of Llama 3's template
+_DATE_STRING = DATE.strftime("%d %b %Y")
+# With these arguments (chat_template_kwargs) a server renders prompts as in training.
+SERVER_ARGUMENTS = {"enable_thinking": False, "date_string": _DATE_STRING}
 IGNORED = -100  # the label of a token that is not trained on
 # For a model without any chat template; a turn ends with eos_token, the only end that it has seen.
 PLAIN = (
@@ -92,6 +95,7 @@ class ChatTemplate:
         ends: the tokens that end a turn, by whether it calls a tool.
         arguments_parsed, empty_content: how the template expects calls: arguments as an object or as JSON
             text, and "" or None if there is no text beside them.
+        written: how the template writes calls.PROBE.
         switches_thinking: whether the template can switch thinking on and off.
         is_thinking_off: whether it is switched off.
 
@@ -146,8 +150,8 @@ class ChatTemplate:
                     self._turn([_QUESTION], _ANSWER, [_TOOL])[1],
                 )
                 for call in (calls.OTHER, calls.PROBE):
-                    self._written = self._turn([_QUESTION], _calling([call]), [_TOOL])[1]
-                    if not calls.same_calls(self.read(self._written).calls, [call]):
+                    self.written = self._turn([_QUESTION], _calling([call]), [_TOOL])[1]
+                    if not calls.same_calls(self.read(self.written).calls, [call]):
                         raise ValueError("it is parsed as another call")
                 return None
             except Exception as error:
@@ -192,6 +196,17 @@ class ChatTemplate:
             raise RowError("empty-answer", "the chat template leaves the answer out")
         return prompt, target
 
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any]) -> str:
+        """Return the prompt that a server has to send to the model; templates raise any exception."""
+        return self._apply(messages, tools)
+
+    @property
+    def server_arguments(self) -> dict[str, Any]:
+        """Those of SERVER_ARGUMENTS that this template has."""
+        found = SERVER_ARGUMENTS | {"enable_thinking": self.thinking}
+        text = str(self.tokenizer.chat_template)
+        return {key: value for key, value in found.items() if key in text}
+
     def read(self, text: str, schemas: Schemas | None = None) -> Reading:
         """Return the calls in an answer; `schemas` are those of the candidate tools' parameters, by name."""
         return self.format.read(self.without_end(text), schemas)
@@ -216,7 +231,7 @@ class ChatTemplate:
         tokenizer = self.tokenizer
         extra = {str(token) for token in getattr(tokenizer, "_extra_special_tokens", None) or []}
         ends = {*self.ends.values()}
-        early = any(token in self._written for token in extra - ends)
+        early = any(token in self.written for token in extra - ends)
         if ends <= {tokenizer.eos_token, *extra} and not early:
             return model
         from huggingface_hub import snapshot_download
@@ -330,7 +345,7 @@ class ChatTemplate:
             add_generation_prompt=prompting,
             enable_thinking=self.thinking,
             thinking=self.thinking,
-            date_string=DATE.strftime("%d %b %Y"),
+            date_string=_DATE_STRING,
             strftime_now=DATE.strftime,
         )
         return str(rendered)

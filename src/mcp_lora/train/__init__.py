@@ -1,1 +1,1 @@
-"""From a recipe to a run: its folder, its manifest, its adapter, and the export."""
+"""From a recipe to a run: its folder, its manifest and its adapter."""

@@ -1,0 +1,86 @@
+"""chat, export, serve, parity."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer import Argument, Option
+
+from mcp_lora.cli import console
+from mcp_lora.cli.options import Checkpoint, Run
+from mcp_lora.errors import McpLoraError
+from mcp_lora.serve import chat as chats
+from mcp_lora.train import runs
+from mcp_lora.train.runs import DEFAULT
+
+_OUTPUT = "Folder or .gguf file to write; outputs/merged_model, outputs/adapter or with .gguf by default."
+_PUSH = "Upload it to the Hugging Face hub, into a private repository."
+_TARGET = "A run's folder, an exported model's folder, or a GGUF file."
+_PRINT = "Print the command for this server instead."
+_HOST = "Address to listen on; another than this machine's requires --api-key."
+
+
+def chat(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
+    """Chat with the adapter in the terminal."""
+    chats.chat(run, checkpoint)
+
+
+def export(
+    run: Run = DEFAULT,
+    output: Annotated[Path | None, Option("--output", "-o", help=_OUTPUT)] = None,
+    checkpoint: Checkpoint = None,
+    gguf: Annotated[Literal["f32", "f16", "bf16", "q8_0"] | None, Option(help="Write a GGUF file.")] = None,
+    adapter_only: Annotated[bool, Option("--adapter-only", help="Without the base model.")] = False,
+    push: Annotated[str | None, Option(metavar="OWNER/NAME", help=_PUSH)] = None,
+) -> None:
+    """Merge the adapter into the base model, or export it by itself, and check the result."""
+    from mcp_lora.serve import export as exports
+
+    default = "outputs/adapter" if adapter_only else "outputs/merged_model"
+    output = output or Path(f"{default}.gguf" if gguf else default)
+    with console.progress() as progress:
+        note = exports.export(run, output, checkpoint, gguf, adapter_only, progress)
+    console.say(f"{output}: {note}")
+    if push:
+        console.say(f"pushed to {exports.push(output, push)}, which is private if it is new")
+
+
+def serve(
+    target: Annotated[Path, Argument(metavar="TARGET", help=_TARGET)] = DEFAULT,
+    engine: Annotated[Literal["vllm", "sglang", "llama.cpp"] | None, Option(help="The server.")] = None,
+    host: Annotated[str, Option(help=_HOST)] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    api_key: Annotated[str | None, Option(help="A key that every request must send.")] = None,
+    python: Annotated[Path | None, Option(help="Python of the environment with vLLM or SGLang.")] = None,
+    show: Annotated[Literal["vllm", "sglang", "llama.cpp"] | None, Option("--print", help=_PRINT)] = None,
+) -> None:
+    """Serve the adapter through OpenAI's protocol, with tool calls."""
+    from mcp_lora.serve import servers
+
+    request = servers.Request(target, show or engine, host, port, api_key, python)
+    if show:
+        typer.echo(shlex.join(servers.command(request)))
+        return
+    with console.progress() as progress:
+        servers.serve(request, console.say, progress)
+
+
+def parity(
+    url: Annotated[str, Argument(metavar="URL", help="The server's base URL, with /v1.")],
+    run: Run = DEFAULT,
+) -> None:
+    """Compare the prompts that a server makes of conversations with those of training."""
+    from mcp_lora.prompts import chat_template
+    from mcp_lora.serve import parity as parities
+
+    found = parities.parity(url, chat_template.load(runs.read_run(run)))
+    for difference in found.differences:
+        typer.echo(difference)
+    what = f"{found.count} conversations compared by {found.compared}, {len(found.differences)} differ"
+    if found.left_out:
+        what += f"; {found.left_out} are rejected by the chat template"
+    if found.differences:
+        again = f"serve it with {run / runs.CHAT_TEMPLATE}, as in mcp-lora serve {run} --print vllm"
+        raise McpLoraError(f"{what}: {again}", 1)
+    console.say(what)

@@ -1,0 +1,1 @@
+"""Use an adapter: chat, exports, servers, and their parity with training."""

@@ -1,0 +1,129 @@
+"""llama.cpp: its converters, of a pinned version, and its server (package xllamacpp, extra `serve`)."""
+
+import json
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.engine import launch
+from mcp_lora.errors import McpLoraError, explained
+
+# The sdist contains llama.cpp with its converters. They are plain Python, nothing is built.
+PACKAGE = "llama-cpp-python==0.3.36"
+SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+_PARTS = ("conversion/", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "gguf-py/gguf/")
+NAME = "mcp-lora"  # the model's name on a server
+CONTEXT = 16384  # tokens, shared by all requests
+_PARALLEL = 4  # requests that are answered at the same time; others wait
+
+
+def convert(model: Path, target: Path, dtype: str) -> None:
+    """Write a model's folder as a GGUF file, with its tokenizer and chat template.
+
+    `dtype` is one that the converter writes: f32, f16, bf16 or q8_0. Raises McpLoraError if it fails.
+    """
+    _convert("convert_hf_to_gguf.py", model, target, dtype)
+
+
+def convert_adapter(adapter: Path, base: Path, target: Path, dtype: str) -> None:
+    """Write an adapter's folder as a GGUF file; `base` is the folder of its base model's config.json."""
+    _convert("convert_lora_to_gguf.py", adapter, target, dtype, "--base", str(base))
+
+
+def _convert(script: str, folder: Path, target: Path, dtype: str, *words: str) -> None:
+    argv = [sys.executable, str(_converters() / script), *words, "--outfile", str(target)]
+    outcome = launch.run([*argv, "--outtype", dtype, str(folder)], {})
+    if outcome.code or not target.is_file():
+        what = f"llama.cpp cannot convert {folder}:\n{launch.real_error(outcome.stderr)}"
+        raise McpLoraError(f"{what}\nServe it without GGUF: mcp-lora serve --print vllm", outcome.code or 1)
+
+
+def _converters() -> Path:
+    """Return the folder of the converters; fetch them if they are missing."""
+    import filelock
+    import platformdirs
+
+    target = Path(platformdirs.user_cache_dir("mcp-lora")) / PACKAGE
+    with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                    options = ("mcp-lora export", "--no-binary", ":all:")
+                    sdist = launch.download(PACKAGE, Path(scratch), SHA256, *options)
+                    with tarfile.open(sdist) as archive:
+                        for one in archive.getmembers():
+                            one.name = one.name.partition("/vendor/llama.cpp/")[2]
+                            if one.name.startswith(_PARTS):
+                                archive.extract(one, Path(scratch, "converters"), filter="data")
+                    Path(scratch, "converters").rename(target)
+    return target
+
+
+@contextmanager
+def running(
+    model: Path,
+    adapter: Path | None,
+    chat_template: str | None,
+    template_arguments: Mapping[str, Any],
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_key: str | None = None,
+) -> Iterator[str]:
+    """Serve a GGUF file while the block runs; yields the base URL, with /v1.
+
+    Args:
+        model: the GGUF file.
+        adapter: the GGUF file of an adapter, if it is not merged.
+        chat_template: the template to use instead of the file's own.
+        template_arguments: for the chat template, unless a request sets them.
+        host, port: where it listens; by default on any free port.
+        api_key: what a request must send, if anything.
+
+    Raises McpLoraError if xllamacpp is not installed, the file cannot be loaded or the port is in use.
+    """
+    try:
+        import xllamacpp
+    except ImportError:
+        raise McpLoraError("llama.cpp's server is not installed: pip install 'mcp-lora[serve]'") from None
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = str(model), {NAME}
+    params.hostnames, params.port = [host], port
+    params.api_keys = [api_key] if api_key else []
+    params.chat_template = chat_template or ""
+    params.use_jinja, params.ui = True, False
+    params.default_template_kwargs = {key: json.dumps(value) for key, value in template_arguments.items()}
+    params.n_ctx, params.n_parallel, params.kv_unified = CONTEXT, _PARALLEL, True
+    params.verbosity = 1  # errors
+    if adapter:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        what = f"{model} cannot be served on {host}:{port} ({error})"
+        raise McpLoraError(
+            f"{what}: is it a GGUF file, is the port free? mcp-lora serve --port 8001"
+        ) from None
+    try:
+        yield f"{server.listening_address}/v1"
+    finally:
+        del server  # which stops it
+
+
+def complete(url: str, prompt: list[int], length: int) -> list[int]:
+    """Return the greedy answer of a running server, at most `length` tokens, to the token ids of a prompt.
+
+    Raises McpLoraError if it does not answer.
+    """
+    import httpx
+
+    body = {"prompt": prompt, "n_predict": length, "temperature": 0, "return_tokens": True}
+    try:
+        reply = httpx.post(f"{url.removesuffix('/v1')}/completion", json=body, timeout=None)
+        return list(reply.raise_for_status().json()["tokens"])
+    except (httpx.HTTPError, LookupError, ValueError) as error:
+        raise McpLoraError(f"llama.cpp does not answer ({error}): is there enough memory? free -h") from None

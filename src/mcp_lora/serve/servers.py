@@ -1,0 +1,237 @@
+"""Serve an adapter through OpenAI's protocol: the commands of four servers, and one that runs.
+
+A server parses the calls in answers with a parser that has a name. It depends on how the chat template
+writes calls, not on the model's name: PARSERS.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.data.calls import without_thought
+from mcp_lora.engine import launch
+from mcp_lora.errors import Interrupted, McpLoraError
+from mcp_lora.evaluate.evaluation import adapter_hash
+from mcp_lora.prompts import chat_template
+from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.serve import llama_cpp
+from mcp_lora.serve.export import export
+from mcp_lora.serve.llama_cpp import NAME
+from mcp_lora.train import runs
+from mcp_lora.train.machine import detect_machine
+
+ENGINES = ("vllm", "sglang", "llama.cpp")
+# How a call starts, and what vLLM 0.32 (vllm/tool_parsers/__init__.py) and SGLang 0.5.23
+# (sglang/srt/function_call/function_call_parser.py) call the parser of that format.
+PARSERS = (
+    (r"<tool_call>\s*\{", "hermes", "qwen25"),
+    (r"<tool_call>\s*<function=", "qwen3_xml", "qwen3_coder"),
+    (r"<tool_call>[\w-]+\n\s*<arg_key>", "glm45", "glm45"),
+    (r"<tool_call>[\w-]+<arg_key>", "glm47", "glm47"),
+    (r"<\|tool_call>call:", "gemma4", "gemma4"),
+    (r"\[TOOL_CALLS\]", "mistral", "mistral"),
+    (r"<\|tool_call_start\|>", "lfm2", "lfm2"),
+    (r"<minimax:tool_call>", "minimax_m2", "minimax-m2"),
+    (r"<｜DSML｜function_calls>", "deepseek_v32", "deepseekv32"),
+    (r"<\|tool_calls_section_begin\|>", "kimi_k2", "kimi_k2"),
+    (r"to=functions\.", "openai", "gpt-oss"),
+    (r"(?:<\|python_tag\|>)?\s*\{", "llama3_json", "llama3"),
+)
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows (its vllm/config/lora.py, MaxLoRARanks)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is served, and where.
+
+    Attributes:
+        target: a run's folder, an exported model's folder, or a GGUF file.
+        engine: one of ENGINES; by default vLLM if it is installed and there is a GPU, else llama.cpp.
+        host, port: where it listens.
+        api_key: what requests must send, if anything.
+        python: the interpreter of the environment with vLLM or SGLang.
+    """
+
+    target: Path
+    engine: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    python: Path | None = None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the target is a run's folder."""
+        return (self.target / "run.yaml").is_file()
+
+
+def command(request: Request) -> list[str]:
+    """Return the command that serves a request's target by its engine.
+
+    Raises McpLoraError if the engine cannot serve the target, or no parser is known for its calls.
+    """
+    target, where = request.target, ["--host", request.host, "--port", str(request.port)]
+    where += ["--api-key", request.api_key] if request.api_key else []
+    python = str(request.python or sys.executable)
+    if request.engine == "llama.cpp":
+        arguments = json.dumps(_arguments(request))
+        words = [
+            "llama-server",
+            "--model",
+            str(_gguf(request)),
+            "--alias",
+            NAME,
+            "--jinja",
+            "--chat-template-kwargs",
+        ]
+        return [*words, arguments, "--ctx-size", str(llama_cpp.CONTEXT), *where]
+    if target.suffix == ".gguf":
+        raise McpLoraError(f"{target} is a GGUF file: mcp-lora serve {target} --engine llama.cpp")
+    template = _template(request)
+    vllm_parser, sglang_parser = parser(template)
+    words = ["--chat-template", str((target / runs.CHAT_TEMPLATE).absolute())]
+    if template.server_arguments:
+        words += ["--default-chat-template-kwargs", json.dumps(template.server_arguments)]
+    if request.engine == "sglang":
+        if request.is_run:  # its adapters at run time lose calls (sgl-project/sglang#30744)
+            what = "SGLang serves a merged model"
+            raise McpLoraError(f"{what}: mcp-lora export {target}, and mcp-lora serve outputs/merged_model")
+        words += ["--tool-call-parser", sglang_parser, "--served-model-name", NAME, *where]
+        return [python, "-m", "sglang.launch_server", "--model-path", str(target), *words]
+    words += ["--enable-auto-tool-choice", "--tool-call-parser", vllm_parser, *where]
+    vllm = [python, "-m", "vllm.entrypoints.cli.main", "serve"] if request.python else ["vllm", "serve"]
+    if not request.is_run:
+        return [*vllm, str(target), "--served-model-name", NAME, *words]
+    config, adapter = runs.read_run(target), runs.adapter(target).absolute()
+    rank = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    allowed = next((one for one in RANKS if one >= rank), None)
+    if allowed is None:
+        raise McpLoraError(f"vLLM allows LoRA ranks up to {RANKS[-1]}, not {rank}: mcp-lora export {target}")
+    lora = ["--enable-lora", "--max-lora-rank", str(allowed), "--lora-modules", f"{NAME}={adapter}"]
+    return [*vllm, str(config["model_name_or_path"]), *lora, *words]
+
+
+def serve(request: Request, say: Callable[[str], None], progress: Callable[[str, float], None]) -> None:
+    """Serve until it is interrupted; say when a request with a tool has been answered.
+
+    Raises McpLoraError if the server is not installed, cannot load the model, or ends by itself.
+    """
+    if request.host not in ("127.0.0.1", "localhost") and not request.api_key:
+        what = f"{request.host} can be reached from other machines"
+        raise McpLoraError(f"{what}: mcp-lora serve --host {request.host} --api-key KEY")
+    request = replace(request, engine=request.engine or _present(request))
+    if request.engine == "llama.cpp":
+        gguf = _gguf(request)
+        if not gguf.is_file():
+            if not request.is_run:
+                raise McpLoraError(f"there is no {gguf}: mcp-lora export RUN --gguf f16 --output {gguf}")
+            say(f"exporting {request.target} as {gguf}, once")
+            say(f"{gguf}: {export(request.target, gguf, gguf='f16', progress=progress)}")
+        where = (request.host, request.port, request.api_key)
+        with llama_cpp.running(gguf, None, None, _arguments(request), *where) as url:
+            say(_probe(url, request.api_key))
+            with suppress(Interrupted):
+                threading.Event().wait()
+    else:
+        argv = command(request)
+        if not shutil.which(argv[0]):
+            what = f"{argv[0]} is not installed here"
+            raise McpLoraError(f"{what}: mcp-lora serve --python PATH, or --engine llama.cpp")
+        url = f"http://{request.host}:{request.port}/v1"
+        threading.Thread(target=_announce, args=(url, request.api_key, say), daemon=True).start()
+        with suppress(Interrupted):
+            outcome = launch.run(argv, {})
+            error = launch.real_error(outcome.stderr)
+            raise McpLoraError(f"the server has ended:\n{error}", outcome.code or 1)
+    say("the server is stopped")
+
+
+def _present(request: Request) -> str:
+    """Return the engine to use if none is named."""
+    if request.target.suffix != ".gguf" and detect_machine().gpus:
+        if request.python or shutil.which("vllm"):
+            return "vllm"
+        if importlib.util.find_spec("sglang") and not request.is_run:
+            return "sglang"
+    return "llama.cpp"
+
+
+def _gguf(request: Request) -> Path:
+    """Return the GGUF file that is served: the target, or the one that is kept for a run."""
+    if request.target.suffix == ".gguf":
+        return request.target
+    if not request.is_run:
+        what = f"llama.cpp serves a run's folder or a GGUF file, not {request.target}"
+        raise McpLoraError(f"{what}: mcp-lora export RUN --gguf f16")
+    return request.target / f"merged-{adapter_hash(runs.adapter(request.target))[:8]}-f16.gguf"
+
+
+def _template(request: Request) -> ChatTemplate:
+    if request.is_run:
+        return chat_template.load(runs.read_run(request.target))
+    if not (request.target / "config.json").is_file():
+        what = f"{request.target} is neither a run's folder, nor an exported model's, nor a GGUF file"
+        raise McpLoraError(f"{what}: mcp-lora serve {runs.DEFAULT}")
+    return chat_template.load({"model_name_or_path": str(request.target)})
+
+
+def _arguments(request: Request) -> dict[str, Any]:
+    """Return the template's arguments; a GGUF file ignores those that its template does not have."""
+    if request.target.suffix == ".gguf":
+        return chat_template.SERVER_ARGUMENTS
+    return _template(request).server_arguments
+
+
+def parser(template: ChatTemplate) -> tuple[str, str]:
+    """Return the names of vLLM's and SGLang's parser for the calls that a template writes."""
+    written = without_thought(template.written).strip()
+    for pattern, *names in PARSERS:
+        if re.match(pattern, written):
+            return names[0], names[1]
+    what = f"no parser is known for calls like {written[:60]!r}"
+    raise McpLoraError(f"{what}: mcp-lora serve --engine llama.cpp, which learns it from the chat template")
+
+
+PROBE: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def _probe(url: str, api_key: str | None) -> str:
+    """Send a question with a tool, and return a message on the answer."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=url, api_key=api_key or "none")
+    model = client.models.list().data[-1].id
+    messages: Sequence[Any] = [{"role": "user", "content": "What is the weather like in Tokyo?"}]
+    reply = client.chat.completions.create(
+        model=model, messages=messages, tools=[PROBE], temperature=0, max_tokens=128
+    )
+    made = reply.choices[0].message.tool_calls or []
+    function = getattr(made[0], "function", None) if made else None
+    if not function:
+        return f"warning: ready at {url}, but a question with a tool was answered without a call"
+    return f"ready at {url}, model {model}: it has called {function.name} {function.arguments}"
+
+
+def _announce(url: str, api_key: str | None, say: Callable[[str], None]) -> None:
+    """Wait until a server answers, and say so."""
+    while True:
+        with suppress(Exception):  # any exception is possible while it starts
+            say(_probe(url, api_key))
+            return
+        time.sleep(1)

@@ -1,0 +1,283 @@
+"""Exports and servers: the embedded model by llama.cpp, the commands of the others by equality."""
+
+import ast
+import json
+import signal
+import subprocess
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import chat_templates
+import httpx
+import openai
+import pytest
+from conftest import BIN, environment, make_project, run
+
+from mcp_lora.errors import McpLoraError
+from mcp_lora.prompts import chat_template
+from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.serve import export as exports
+from mcp_lora.serve import llama_cpp, parity, servers
+from mcp_lora.serve.servers import Request
+from mcp_lora.train import runs
+
+TEMPLATES = {
+    "Qwen-Qwen2.5-7B-Instruct": ("hermes", "qwen25"),
+    "Qwen-Qwen3-0.6B": ("hermes", "qwen25"),
+    "Qwen3.5-4B": ("qwen3_xml", "qwen3_coder"),
+    "Qwen3-Coder": ("qwen3_xml", "qwen3_coder"),
+    "meta-llama-Llama-3.1-8B-Instruct": ("llama3_json", "llama3"),
+    "mistralai-Mistral-Nemo-Instruct-2407": ("mistral", "mistral"),
+    "GLM-4.6": ("glm45", "glm45"),
+    "GLM-4.7-Flash": ("glm47", "glm47"),
+    "google-gemma-4-31B-it": ("gemma4", "gemma4"),
+    "MiniMax-M2": ("minimax_m2", "minimax-m2"),
+    "openai-gpt-oss-120b": ("openai", "gpt-oss"),
+    "google-gemma-2-2b-it": ("hermes", "qwen25"),  # with our template
+}
+SMALL = ["max_steps=2", "--global-batch", "2", "cutoff_len=1024", "eval_strategy=no", "val_size=0"]
+SMALL += ["preprocessing_num_workers=1", "learning_rate=0.001"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with a run of the embedded model: llama.cpp does not know the tiny one's tokenizer."""
+    folder = make_project(tmp_path_factory.mktemp("served") / "project")
+    done = run([BIN / "mcp-lora", "train", "--model", "embedded", *SMALL], folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf(project: Path) -> Path:
+    done = run([BIN / "mcp-lora", "export", "--gguf", "f16"], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "held-out questions have other calls than base + adapter" in done.stderr
+    return project / "outputs/merged_model.gguf"
+
+
+@pytest.fixture(scope="module")
+def template(project: Path) -> ChatTemplate:
+    return chat_template.load(runs.read_run(project / "outputs/mcp_lora"))
+
+
+def test_parsers_are_found_by_how_the_template_writes_calls() -> None:
+    texts = dict(chat_templates.templates())
+    for name, parser in TEMPLATES.items():
+        loaded = ChatTemplate(chat_templates.tokenizer_of(texts[name]))
+        assert (name, servers.parser(loaded)) == (name, parser)
+    other = ChatTemplate(chat_templates.tokenizer_of(texts["Kimi-K3"]))
+    with pytest.raises(McpLoraError, match="no parser is known .*--engine llama.cpp"):
+        servers.parser(other)
+
+
+@pytest.mark.slow  # 365 MB
+def test_the_parsers_are_those_of_the_servers() -> None:
+    def source(package: str, file: str) -> str:
+        return (chat_templates.fetched(package) / file).read_text(encoding="utf-8")
+
+    vllm = source("vllm==0.32.0", "vllm/tool_parsers/__init__.py")
+    sglang = source("sglang==0.5.23", "sglang/srt/function_call/function_call_parser.py")
+    for _, one, other in servers.PARSERS:
+        assert f'"{one}": (' in vllm and f'"{other}": ' in sglang
+    ranks = source("vllm==0.32.0", "vllm/config/lora.py").split("MaxLoRARanks = Literal", 1)[1].split("\n")[0]
+    assert tuple(ast.literal_eval(ranks)) == servers.RANKS
+
+
+def test_commands_of_the_servers(project: Path, tmp_path: Path) -> None:
+    target = project / "outputs/mcp_lora"
+    config = runs.read_run(target)
+
+    def command(engine: str, **changes: Any) -> list[str]:
+        return servers.command(Request(**({"target": target, "engine": engine} | changes)))
+
+    where = ["--host", "127.0.0.1", "--port", "8000"]
+    template = ["--chat-template", str(target / "chat_template.jinja")]
+    assert command("vllm") == [
+        *("vllm", "serve", config["model_name_or_path"], "--enable-lora", "--max-lora-rank", "64"),
+        *("--lora-modules", f"mcp-lora={target}", *template),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", *where),
+    ]
+    with pytest.raises(McpLoraError, match="merged model: mcp-lora export"):
+        command("sglang")
+    (gguf,) = command("llama.cpp")[2:3]
+    assert gguf.startswith(str(target / "merged-")) and gguf.endswith("-f16.gguf")
+    merged = tmp_path / "merged"
+    exports.copy_adapter(target, merged)
+    (merged / "config.json").write_text('{"model_type": "llama"}')
+    template = ["--chat-template", str(merged / "chat_template.jinja")]
+    assert command("sglang", target=merged, python=Path("/v/python"), api_key="k", port=1) == [
+        *("/v/python", "-m", "sglang.launch_server", "--model-path", str(merged), *template),
+        *("--tool-call-parser", "qwen25", "--served-model-name", "mcp-lora"),
+        *("--host", "127.0.0.1", "--port", "1", "--api-key", "k"),
+    ]
+    assert command("vllm", target=merged, python=Path("/v/python")) == [
+        *("/v/python", "-m", "vllm.entrypoints.cli.main", "serve", str(merged)),
+        *("--served-model-name", "mcp-lora", *template),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", *where),
+    ]
+    with pytest.raises(McpLoraError, match="--engine llama.cpp"):
+        command("vllm", target=Path("x.gguf"))
+    with pytest.raises(McpLoraError, match="neither a run's folder"):
+        command("vllm", target=tmp_path)
+
+
+def test_another_rank_is_rounded_up_for_vllm(project: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    exports.copy_adapter(project / "outputs/mcp_lora", target)
+    (target / "run.yaml").write_text((project / "outputs/mcp_lora/run.yaml").read_text())
+    adapter = json.loads((target / "adapter_config.json").read_text())
+    for rank, allowed in ((2, "8"), (65, "128")):
+        (target / "adapter_config.json").write_text(json.dumps(adapter | {"r": rank}))
+        words = servers.command(Request(target, "vllm"))
+        assert words[words.index("--max-lora-rank") + 1] == allowed
+    (target / "adapter_config.json").write_text(json.dumps(adapter | {"r": 1024}))
+    with pytest.raises(McpLoraError, match="up to 512, not 1024"):
+        servers.command(Request(target, "vllm"))
+
+
+def test_a_gguf_file_answers_calls_to_several_clients(
+    project: Path, gguf: Path, template: ChatTemplate
+) -> None:
+    with llama_cpp.running(gguf, None, None, template.server_arguments, api_key="secret") as url:
+        client = openai.OpenAI(base_url=url, api_key="secret")
+
+        def ask(city: str) -> tuple[str, str]:
+            message = {"role": "user", "content": f"Use get_weather for {city}."}
+            made = client.chat.completions.create(
+                model="mcp-lora", messages=[message], tools=[servers.PROBE], temperature=0, max_tokens=64,
+                tool_choice="required",
+            )  # fmt: skip
+            (call,) = made.choices[0].message.tool_calls or []
+            return call.function.name, call.function.arguments
+
+        cities = ["Tokyo", "Paris", "Oslo", "Rome", "Lima", "Cairo", "Berlin", "Madrid"]
+        alone = [ask(city) for city in cities]
+        assert alone[0] == ("get_weather", '{"city": "Tokyo"}') and len({*alone}) == 8
+        with ThreadPool(8) as pool:
+            assert pool.map(ask, cities) == alone
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=url, api_key="wrong").chat.completions.create(model="x", messages=[])
+        with pytest.raises(openai.APIStatusError) as broken:
+            client.chat.completions.create(model="x", messages="broken")  # type: ignore[arg-type]
+        assert 400 <= broken.value.status_code < 600 and ask("Tokyo") == alone[0]
+
+
+def test_parity_is_shown_and_another_template_is_found_out(
+    gguf: Path, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with llama_cpp.running(gguf, None, None, template.server_arguments) as url:
+        same = parity.parity(url, template)
+        assert (same.compared, same.count, same.differences) == ("text", len(parity.PROBES), [])
+        # servers that have no /apply-template
+        post = httpx.Client.post
+        lacking = httpx.Response(404)
+        monkeypatch.setattr(httpx.Client, "post", lambda client, place, **body: lacking)
+        same = parity.parity(url, template)
+        assert (same.compared, same.differences) == ("number of tokens", [])
+
+        def tokenize(client: httpx.Client, place: str, json: Any) -> httpx.Response:
+            if not place.endswith("/tokenize"):
+                return lacking
+            prompt = template.prompt(json["messages"], json.get("tools", []))
+            return httpx.Response(
+                200, json={"tokens": template.ids(prompt)[1:]}, request=httpx.Request("POST", place)
+            )
+
+        monkeypatch.setattr(httpx.Client, "post", tokenize)
+        other = parity.parity(url, template)
+        assert other.compared == "token ids" and len(other.differences) == len(parity.PROBES)
+        monkeypatch.setattr(httpx.Client, "post", post)
+    with llama_cpp.running(gguf, None, chat_template.PLAIN, template.server_arguments) as url:
+        other = parity.parity(url, template)
+    assert "# Tools" in other.differences[0] and other.differences[0].startswith("a question and one tool: ")
+    with pytest.raises(McpLoraError, match="does not answer .*mcp-lora serve"):
+        parity.parity(url, template)
+
+
+def test_what_is_not_equivalent_is_not_exported(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(llama_cpp, "complete", lambda url, prompt, length: [])  # never a call
+    before = sorted(Path("outputs").iterdir())
+    with pytest.raises(McpLoraError, match="have other calls than base \\+ adapter, at most") as refused:
+        exports.export(Path("outputs/mcp_lora"), Path("outputs/other.gguf"), gguf="f16")
+    assert refused.value.code == 1 and sorted(Path("outputs").iterdir()) == before
+
+
+def test_an_adapter_by_itself(project: Path, template: ChatTemplate) -> None:
+    done = run([BIN / "mcp-lora", "export", "--adapter-only"], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = project / "outputs/adapter"
+    assert (folder / "adapter_model.safetensors").read_bytes() == (
+        project / "outputs/mcp_lora/adapter_model.safetensors"
+    ).read_bytes()
+    assert (folder / "chat_template.jinja").read_text() == template.tokenizer.chat_template
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [template.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    card = (folder / "README.md").read_text()
+    assert "24 rows" in card and "lora_rank 64" in card and "seen, " in card
+    done = run([BIN / "mcp-lora", "export", "--adapter-only", "--gguf", "f16"], project)
+    assert done.returncode == 0 and "held-out questions" in done.stderr, done.stderr[-3000:]
+    assert (project / "outputs/adapter.gguf").is_file()
+
+
+def test_serve_is_one_command(project: Path, gguf: Path) -> None:
+    argv = [BIN / "mcp-lora", "serve", gguf, "--port", "0"]
+    with subprocess.Popen(argv, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr
+            ready = next(line for line in server.stderr if "ready at http://127.0.0.1:" in line)
+            url = ready.split("ready at ")[1].split("/v1")[0] + "/v1"
+            done = run([BIN / "mcp-lora", "parity", url], project)
+            assert done.returncode == 0 and "0 differ" in done.stderr
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert "the server is stopped" in server.stderr.read()
+    assert server.returncode == 0
+
+
+def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: Any) -> None:
+    def fails(*words: str) -> str:
+        done = run([BIN / "mcp-lora", "serve", *words], project)
+        assert done.returncode and "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "can be reached from other machines: mcp-lora serve --host 0.0.0.0 --api-key" in fails(
+        "--host", "0.0.0.0"
+    )
+    (tmp_path / "no.gguf").write_bytes(b"GGUF")
+    assert "is it a GGUF file" in fails(str(tmp_path / "no.gguf"))
+    assert "--gguf f16 --output missing.gguf" in fails("missing.gguf")
+    assert "is not installed here: mcp-lora serve --python" in fails("--engine", "vllm")
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\necho 'ValueError: no such model' >&2; exit 3\n")
+    stub.chmod(0o755)
+    assert "the server has ended:\nValueError: no such model" in fails(
+        "--engine", "vllm", "--python", str(stub)
+    )
+
+
+def test_push_makes_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Hub:
+        def create_repo(self, name: str, **settings: Any) -> str:
+            asked.append((name, settings))
+            return f"https://huggingface.co/{name}"
+
+        def upload_folder(self, **settings: Any) -> None:
+            asked.append(settings)
+
+        def upload_file(self, **settings: Any) -> None:
+            raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert exports.push(tmp_path, "me/model") == "https://huggingface.co/me/model"
+    assert asked == [
+        ("me/model", {"private": True, "exist_ok": True}),
+        {"repo_id": "me/model", "folder_path": tmp_path},
+    ]
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(McpLoraError, match="complete, but cannot be pushed .*hf upload me/model"):
+        exports.push(tmp_path / "x.gguf", "me/model")

@@ -4,6 +4,7 @@ import ast
 import json
 import signal
 import subprocess
+import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,47 @@ def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: An
     assert "the server has ended:\nValueError: no such model" in fails(
         "--engine", "vllm", "--python", str(stub)
     )
+
+
+# Run with transformers 5.24, as 5.5 has no parse_response.
+PARSE = """
+import json, sys
+from transformers.utils.chat_parsing import parse_response
+template, prompt, *texts = json.load(sys.stdin)
+print(json.dumps([parse_response(text, template, prefix=prompt) for text in texts]))
+"""
+
+
+@pytest.mark.parametrize("name", ["Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B", "google-gemma-2-2b-it"])
+def test_transformers_parses_answers_by_the_response_template(name: str, tmp_path: Path) -> None:
+    template = ChatTemplate(chat_templates.tokenizer_of(dict(chat_templates.templates())[name]))
+    question = [{"role": "user", "content": "What is 1 plus 2?"}]
+    calls = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "x"}'}}]
+    calls += [{"id": "2", "type": "function", "function": {"name": "get-time", "arguments": "{}"}}]
+    prompt, target = template.turn(
+        question, {"role": "assistant", "content": "Yes.", "tool_calls": calls}, [servers.PROBE]
+    )
+    _, text = template.turn(question, {"role": "assistant", "content": "It is 3."}, [servers.PROBE])
+    found = [
+        str(chat_templates.fetched(package)) for package in ("transformers==5.24.0", "tokenizers==0.23.1")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE],
+        input=json.dumps([exports.response_template(template), prompt, target, text]),
+        env=environment(PYTHONPATH=":".join(found)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    functions = [{"name": "add", "arguments": {"a": 1, "b": "x"}}, {"name": "get-time", "arguments": {}}]
+    assert json.loads(done.stdout) == [
+        {
+            "role": "assistant",
+            "content": "Yes.",
+            "tool_calls": [{"type": "function", "function": function} for function in functions],
+        },
+        {"role": "assistant", "content": "It is 3."},
+    ]
 
 
 def test_push_makes_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

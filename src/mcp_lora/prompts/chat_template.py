@@ -201,6 +201,12 @@ class ChatTemplate:
         return self._apply(messages, tools)
 
     @property
+    def opening(self) -> str:
+        """How the template opens an answer, up to the end of the line."""
+        asked = self._apply([_QUESTION], [_TOOL], prompting=False)
+        return self._apply([_QUESTION], [_TOOL]).removeprefix(asked).partition("\n")[0] + "\n"
+
+    @property
     def server_arguments(self) -> dict[str, Any]:
         """Those of SERVER_ARGUMENTS that this template has."""
         found = SERVER_ARGUMENTS | {"enable_thinking": self.thinking}

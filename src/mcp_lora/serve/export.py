@@ -165,7 +165,31 @@ def _complete(folder: Path, run: Path, template: ChatTemplate) -> None:
     content = files.load(file, f"mcp-lora export {run}")
     content["eos_token_id"] = sorted(map(tokenizer.convert_tokens_to_ids, ends))
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if parsed := response_template(template):
+        file = folder / "tokenizer_config.json"
+        known = files.load(file, f"mcp-lora export {run}") | {"response_template": parsed}
+        file.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(run), encoding="utf-8")
+
+
+def response_template(template: ChatTemplate) -> dict[str, Any] | None:
+    """Return how to parse answers in Hermes format, None for other formats.
+
+    transformers (from 5.13, utils/chat_parsing), vLLM (--tool-call-parser hf) and SGLang (auto) read it from
+    tokenizer_config.json.
+    """
+    if not template.written.startswith("<tool_call>\n{"):
+        return None
+    calls = {"open": "<tool_call>", "close_pattern": r"</tool_call>\s*", "content": "json", "repeats": True}
+    return {
+        "start_anchor": template.opening,
+        "defaults": {"role": "assistant"},
+        "fields": {
+            "thinking": {"open": "<think>", "close_pattern": r"</think>\s*"},
+            "tool_calls": calls | {"transform": {"type": "function", "function": "{content}"}},
+            "content": {"close": sorted({*template.ends.values()})},
+        },
+    }
 
 
 def model_card(run: Path) -> str:

@@ -15,6 +15,8 @@ from mcp_lora.train import runs
 from mcp_lora.train.runs import DEFAULT
 
 _OUTPUT = "Folder or .gguf file to write; outputs/merged_model, outputs/adapter or with .gguf by default."
+_PYTHON = "Python of the environment with vLLM (default) or SGLang."
+_KEY = "A key that every request must send."
 _PUSH = "Upload it to the Hugging Face hub, into a private repository."
 _TARGET = "A run's folder, an exported model's folder, or a GGUF file."
 _PRINT = "Print the command for this server instead."
@@ -39,11 +41,14 @@ def export(
 
     default = "outputs/adapter" if adapter_only else "outputs/merged_model"
     output = output or Path(f"{default}.gguf" if gguf else default)
+    if push:  # a repository that cannot be written is noticed before the work
+        exports.push(push)
     with console.progress() as progress:
         note = exports.export(run, output, checkpoint, gguf, adapter_only, progress)
     console.say(f"{output}: {note}")
     if push:
-        console.say(f"pushed to {exports.push(output, push)}, which is private if it is new")
+        card = exports.model_card(run, runs.adapter(run, checkpoint))
+        console.say(f"pushed to {exports.push(push, output, card)}, which is private if it is new")
 
 
 def serve(
@@ -51,8 +56,8 @@ def serve(
     engine: Annotated[Literal["vllm", "sglang", "llama.cpp"] | None, Option(help="The server.")] = None,
     host: Annotated[str, Option(help=_HOST)] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on.")] = 8000,
-    api_key: Annotated[str | None, Option(help="A key that every request must send.")] = None,
-    python: Annotated[Path | None, Option(help="Python of the environment with vLLM or SGLang.")] = None,
+    api_key: Annotated[str | None, Option(envvar="MCP_LORA_API_KEY", help=_KEY)] = None,
+    python: Annotated[Path | None, Option(help=_PYTHON)] = None,
     show: Annotated[Literal["vllm", "sglang", "llama.cpp"] | None, Option("--print", help=_PRINT)] = None,
 ) -> None:
     """Serve the adapter through OpenAI's protocol, with tool calls."""
@@ -60,10 +65,12 @@ def serve(
 
     request = servers.Request(target, show or engine, host, port, api_key, python)
     if show:
-        typer.echo(shlex.join(servers.command(request)))
+        argv = servers.command(request)
+        typer.echo(shlex.join(argv))
+        if show == "llama.cpp" and not Path(argv[2]).is_file():
+            console.say(f"to make this file: mcp-lora export {target} --gguf f16 --output {argv[2]}")
         return
-    with console.progress() as progress:
-        servers.serve(request, console.say, progress)
+    servers.serve(request, console.say, console.progress)
 
 
 def parity(

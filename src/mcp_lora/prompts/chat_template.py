@@ -43,8 +43,6 @@ from mcp_lora.errors import McpLoraError
 
 DATE = datetime(2024, 7, 26)  # the default of Llama 3's template
 _DATE_STRING = DATE.strftime("%d %b %Y")
-# With these arguments (chat_template_kwargs) a server renders prompts as in training.
-SERVER_ARGUMENTS = {"enable_thinking": False, "date_string": _DATE_STRING}
 IGNORED = -100  # the label of a token that is not trained on
 # For a model without any chat template; a turn ends with eos_token, the only end that it has seen.
 PLAIN = (
@@ -201,11 +199,31 @@ class ChatTemplate:
         return self._apply(messages, tools)
 
     @property
+    def opening(self) -> str:
+        """How the template opens an answer, up to the end of the line."""
+        asked = self._apply([_QUESTION], [_TOOL], prompting=False)
+        return self._apply([_QUESTION], [_TOOL]).removeprefix(asked).partition("\n")[0] + "\n"
+
+    @property
     def server_arguments(self) -> dict[str, Any]:
-        """Those of SERVER_ARGUMENTS that this template has."""
-        found = SERVER_ARGUMENTS | {"enable_thinking": self.thinking}
+        """The arguments (chat_template_kwargs) with which a server renders prompts as in training."""
+        known = {"enable_thinking": self.thinking, "thinking": self.thinking, "date_string": _DATE_STRING}
         text = str(self.tokenizer.chat_template)
-        return {key: value for key, value in found.items() if key in text}
+        return {key: value for key, value in known.items() if re.search(rf"\b{key}\b", text)}
+
+    @property
+    def frozen(self) -> str:
+        """The template's text with these arguments and the date as defaults, for servers that pass none."""
+        text = str(self.tokenizer.chat_template)
+        defaults = "".join(
+            f"{{% set {key} = {key} | default({json.dumps(value)}) %}}"
+            for key, value in self.server_arguments.items()
+        )
+        formats = sorted({*re.findall(r"strftime_now\(\s*[\"']([^\"']+)", text)})
+        if formats:
+            dates = json.dumps({form: DATE.strftime(form) for form in formats})
+            defaults += f"{{% macro strftime_now(format) %}}{{{{ {dates}[format] }}}}{{% endmacro %}}"
+        return defaults + text
 
     def read(self, text: str, schemas: Schemas | None = None) -> Reading:
         """Return the calls in an answer; `schemas` are those of the candidate tools' parameters, by name."""
@@ -234,13 +252,7 @@ class ChatTemplate:
         early = any(token in self.written for token in extra - ends)
         if ends <= {tokenizer.eos_token, *extra} and not early:
             return model
-        from huggingface_hub import snapshot_download
-
-        source = Path(model)
-        if not source.is_dir():  # training has fetched it
-            hub = hub_arguments(config)
-            del hub["trust_remote_code"]
-            source = Path(snapshot_download(model, **hub, ignore_patterns=["original/*", "*.pth", "*.gguf"]))
+        source = model_folder(config)
         stopping = copy.deepcopy(tokenizer)
         stopping.add_special_tokens({"extra_special_tokens": sorted(ends - {tokenizer.eos_token})})
         folder.mkdir(parents=True)
@@ -383,6 +395,18 @@ def hub_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "cache_dir": config.get("cache_dir"),
         "token": config.get("hf_hub_token"),
     }
+
+
+def model_folder(config: Mapping[str, Any]) -> Path:
+    """Return the folder of the model that a configuration names; what is not in the cache is fetched."""
+    from huggingface_hub import snapshot_download
+
+    model = str(config["model_name_or_path"])
+    if Path(model).is_dir():
+        return Path(model)
+    hub = hub_arguments(config)
+    del hub["trust_remote_code"]
+    return Path(snapshot_download(model, **hub, ignore_patterns=["original/*", "*.pth", "*.gguf"]))
 
 
 def load(config: Mapping[str, Any], local_files_only: bool = False) -> ChatTemplate:

@@ -18,7 +18,8 @@ def chat(run: Path, checkpoint: str | None = None) -> None:
     outcome = run_engine("chat", settings, hold_traceback=True)
     # LLaMA-Factory's chat raises at the end of its input
     raised = launch.real_error(outcome.stderr).startswith("EOFError")
-    if outcome.code and not raised and not outcome.aborted_at_exit:
+    aborted = outcome.aborted_at_exit and "Traceback" not in outcome.stderr
+    if outcome.code and not raised and not aborted:
         raise outcome.error(f"mcp-lora chat {run}")
 
 

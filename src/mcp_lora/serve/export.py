@@ -4,7 +4,6 @@ import gc
 import json
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 from mcp_lora.data import calls, files
 from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError, explained
-from mcp_lora.evaluate import evaluation
+from mcp_lora.evaluate import evaluation, predict
 from mcp_lora.evaluate.answers import Judge, Response
+from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import ChatTemplate, hub_arguments
 from mcp_lora.serve import llama_cpp
@@ -80,57 +80,64 @@ def export(
         raise McpLoraError(f"{output} exists: {again}")
     config = runs.read_run(run)
     template = chat_template.load(config)
-    with explained(f"{output.parent} cannot be written", again):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")
-    with scratch as place:
-        folder, file = Path(place, "model"), Path(place, output.name)
+    if gguf:
+        llama_cpp.require()
+        llama_cpp.converters()
+    new = output.with_name(f".{output.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # left by an export that was killed
+    try:
+        with explained(f"{output.parent} cannot be written", again):
+            new.mkdir(parents=True)
+        folder, file, base = new / "model", new / "model.gguf", new / "base.gguf"
         if adapter_only:
             copy_adapter(adapter, folder)
             note = "the adapter as it was trained"
         else:
             note = _merge(run, adapter, folder)
-        _complete(folder, run, template)
+        complete(folder, template)
+        (folder / "README.md").write_text(model_card(run, adapter), encoding="utf-8")
         if gguf:
-            base = None
             if adapter_only:
-                found = manifest.cached(config, "config.json")
-                assert found  # the template has been loaded from there
-                llama_cpp.convert_adapter(folder, found.parent, file, gguf)
-                base = Path(place, "base.gguf")
-                llama_cpp.convert(found.parent, base, gguf)
+                source = chat_template.model_folder(config)
+                llama_cpp.convert_adapter(folder, source, file, gguf)
+                llama_cpp.convert(source, base, gguf)
             else:
                 llama_cpp.convert(folder, file, gguf)
-            note = _check_answers(run, checkpoint, template, file, base, gguf, progress)
+            served = (base, file, template.frozen) if adapter_only else (file, None, None)
+            note = _check_answers(run, adapter, template, served, gguf, progress)
         (file if gguf else folder).rename(output)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     return note
 
 
-def push(exported: Path, name: str) -> str:
-    """Upload what was exported to the Hugging Face hub, into a new private repository or one's own.
+def push(name: str, exported: Path | None = None, card: str = "") -> str:
+    """Create a private repository on the Hugging Face hub, or use one's own, and upload what was exported.
 
     Args:
-        exported: a folder or a file.
         name: OWNER/NAME.
+        exported: a folder, or a file that `card` describes; without it nothing is uploaded yet.
+        card: the model card of a file.
 
     Returns:
         The repository's address. Raises McpLoraError if the hub rejects it or cannot be reached.
     """
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     hub = HfApi()
     try:
         address = str(hub.create_repo(name, private=True, exist_ok=True))
-        if exported.is_dir():
+        if exported and exported.is_dir():
             hub.upload_folder(repo_id=name, folder_path=exported)
-        else:
+        elif exported:
             hub.upload_file(repo_id=name, path_or_fileobj=exported, path_in_repo=exported.name)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        what = (
-            f"{exported} is complete, but cannot be pushed to {name} ({' '.join(str(error).split())[:200]})"
-        )
-        raise McpLoraError(f"{what}: hf auth login, and hf upload {name} {exported}") from None
+            hub.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo="README.md")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, httpx.HTTPError) as error:
+        what = f"{name} cannot be written on the hub ({' '.join(str(error).split())[:200]})"
+        again = f"hf upload {name} {exported}" if exported else "mcp-lora export --push OWNER/NAME"
+        raise McpLoraError(f"{what}: hf auth login, and {again}") from None
     return address
 
 
@@ -156,25 +163,51 @@ def _merge(run: Path, adapter: Path, folder: Path) -> str:
     return str(found)
 
 
-def _complete(folder: Path, run: Path, template: ChatTemplate) -> None:
-    """Add what a server requires: the chat template that was trained, and the tokens that end an answer."""
-    tokenizer = template.tokenizer
-    (folder / runs.CHAT_TEMPLATE).write_text(str(tokenizer.chat_template), encoding="utf-8")
-    ends = {*template.ends.values(), tokenizer.eos_token}
-    file = folder / "generation_config.json"
-    content = files.load(file, f"mcp-lora export {run}")
-    content["eos_token_id"] = sorted(map(tokenizer.convert_tokens_to_ids, ends))
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(run), encoding="utf-8")
+def complete(folder: Path, template: ChatTemplate) -> None:
+    """Add what a server requires: the chat template, the tokens that end an answer, how calls are parsed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / runs.CHAT_TEMPLATE).write_text(template.frozen, encoding="utf-8")
+    ends = {*template.ends.values(), template.tokenizer.eos_token}
+    ids = sorted(map(template.tokenizer.convert_tokens_to_ids, ends))
+    _update(folder / "generation_config.json", {"eos_token_id": ids})
+    if parsed := response_template(template):
+        _update(folder / "tokenizer_config.json", {"response_template": parsed})
 
 
-def model_card(run: Path) -> str:
-    """Return a model card: the base, the data, the recipe and the last evaluation of a run."""
+def _update(file: Path, changes: dict[str, Any]) -> None:
+    content = files.load(file, "mcp-lora export") | changes
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def response_template(template: ChatTemplate) -> dict[str, Any] | None:
+    """Return how to parse answers in Hermes format, None for other formats.
+
+    transformers (from 5.13, utils/chat_parsing), vLLM (--tool-call-parser hf) and SGLang (auto) read it from
+    tokenizer_config.json.
+    """
+    if not template.written.startswith("<tool_call>\n{"):
+        return None
+    calls = {"open": "<tool_call>", "close_pattern": r"</tool_call>\s*", "content": "json", "repeats": True}
+    return {
+        "start_anchor": template.opening,
+        "defaults": {"role": "assistant"},
+        "fields": {
+            "thinking": {"open": "<think>", "close_pattern": r"</think>\s*"},
+            "tool_calls": calls | {"transform": {"type": "function", "function": "{content}"}},
+            "content": {"close": sorted({*template.ends.values()})},
+        },
+    }
+
+
+def model_card(run: Path, adapter: Path) -> str:
+    """Return a model card: the base, the data, the recipe, and the evaluation of this adapter of a run."""
     config, record = runs.read_run(run), manifest.read(run)
     base = str(config["model_name_or_path"])
     name = Path(base).name if Path(base).is_absolute() else base
     data = record.get("conversion") or {}
-    metrics = files.load(run / "eval" / "metrics.json", f"mcp-lora eval {run}")
+    evaluated, metrics = run / "eval" / evaluation.ASKED, {}
+    if evaluated.is_file() and evaluated.read_text("utf-8") == evaluation.adapter_hash(adapter):
+        metrics = files.load(run / "eval" / "metrics.json", f"mcp-lora eval {run}")
     keys = ("lora_rank", "lora_alpha", "lora_dropout", "learning_rate", "num_train_epochs", "cutoff_len")
     lines = ["---", "tags: [lora, tool-calling, mcp]", "pipeline_tag: text-generation"]
     lines += [] if Path(base).is_absolute() else [f"base_model: {base}"]
@@ -205,41 +238,47 @@ def _percent(found: Mapping[str, float]) -> str:
 
 def _check_answers(
     run: Path,
-    checkpoint: str | None,
+    adapter: Path,
     template: ChatTemplate,
-    file: Path,
-    base: Path | None,
+    served: tuple[Path, Path | None, str | None],
     dtype: str,
     progress: Callable[[str, float], None],
 ) -> str:
     """Compare a served GGUF file with base + adapter: its prompts, and its calls on held-out questions.
 
-    With `base`, the base model's GGUF file, `file` is an adapter for it. It answers freely, token by token,
-    while llama.cpp binds the answer to a request with tools to their schemas.
+    `served` are the model, and an adapter and a chat template that are not in it. It answers freely, token by
+    token, while llama.cpp binds the answer to a request with tools to their schemas.
     """
-    request = evaluation.Request(run, checkpoint, limit=_QUESTIONS, models=[evaluation.ADAPTER])
+    request = evaluation.Request(run, limit=_QUESTIONS)
+    asked: list[Question] = []
+    length, problem, expected = 0, "", {}
+    judge = Judge(template)
     try:
         prepared = evaluation.prepare(request)
+        asked, length = prepared.asked, prepared.length
     except McpLoraError as error:
-        return f"not checked ({error})"
-    expected = evaluation.evaluate(request, progress).answers[evaluation.ADAPTER]
-    by_question = {answer.question: answer.calls for answer in expected}
-    judge, other = Judge(template), 0
-    model, adapter = (base, file) if base else (file, None)
-    own = str(template.tokenizer.chat_template) if base else None
-    with llama_cpp.running(model, adapter, own, template.server_arguments) as url:
+        problem = str(error)
+    if asked:
+        settings = runs.serving_config(run, adapter)
+        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
+        command = f"mcp-lora export {run} --gguf {dtype}"
+        for question, response in predict.by_engine(asked, template, settings, None, command):
+            expected[question.key] = judge(question, response).calls
+    other, longest = 0, max((len(template.ids(question.prompt)) for question in asked), default=0)
+    with llama_cpp.running(*served, context=max(llama_cpp.CONTEXT, longest + length)) as url:
         if differences := parity(url, template).differences:
-            raise McpLoraError(
-                f"the GGUF file's prompts are not those of training: {'; '.join(differences)}", 1
-            )
-        for done, question in enumerate(prepared.asked, 1):
-            tokens = llama_cpp.complete(url, template.ids(question.prompt), prepared.length)
+            what = "the GGUF file's prompts are not those of training, nothing is exported"
+            raise McpLoraError(f"{what}: {'; '.join(differences)}", 1)
+        for done, question in enumerate(asked, 1):
+            tokens = llama_cpp.complete(url, template.ids(question.prompt), length)
             answer = template.without_end(template.tokenizer.decode(tokens))
             made = judge(question, Response(question.prompt, answer, [])).calls
-            other += not calls.same_calls(made, by_question[question.key])
-            progress("asking llama.cpp", done / len(prepared.asked))
-    most = max(1, int(OTHER_CALLS[dtype] * len(prepared.asked)))
-    what = f"{other} of {len(prepared.asked)} held-out questions have other calls than base + adapter"
+            other += not calls.same_calls(made, expected[question.key])
+            progress("asking llama.cpp", done / len(asked))
+    if not asked:
+        return f"the same prompts as in training; warning: its answers are not checked ({problem})"
+    most = max(int(len(asked) > 1), int(OTHER_CALLS[dtype] * len(asked)))
+    what = f"{other} of {len(asked)} held-out questions have other calls than base + adapter"
     if other > most:
         raise McpLoraError(f"as {dtype} {what}, at most {most} may: mcp-lora export {run} --gguf f32", 1)
     return f"{what} (tolerance {most})"

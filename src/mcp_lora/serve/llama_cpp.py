@@ -1,23 +1,24 @@
 """llama.cpp: its converters, of a pinned version, and its server (package xllamacpp, extra `serve`)."""
 
-import json
+import importlib.util
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError, explained
 
-# The sdist contains llama.cpp with its converters. They are plain Python, nothing is built.
+# The sdist contains llama.cpp with its converters, which are plain Python. pip prepares the sdist's metadata,
+# for which it fetches scikit-build-core; nothing is compiled.
 PACKAGE = "llama-cpp-python==0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 _PARTS = ("conversion/", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "gguf-py/gguf/")
 NAME = "mcp-lora"  # the model's name on a server
-CONTEXT = 16384  # tokens, shared by all requests
+CONTEXT = 16384  # tokens, shared by all requests of a server
+_SMALLER = "mcp-lora eval, to see the longest questions"
 _PARALLEL = 4  # requests that are answered at the same time; others wait
 
 
@@ -35,15 +36,18 @@ def convert_adapter(adapter: Path, base: Path, target: Path, dtype: str) -> None
 
 
 def _convert(script: str, folder: Path, target: Path, dtype: str, *words: str) -> None:
-    argv = [sys.executable, str(_converters() / script), *words, "--outfile", str(target)]
+    argv = [sys.executable, str(converters() / script), *words, "--outfile", str(target)]
     outcome = launch.run([*argv, "--outtype", dtype, str(folder)], {})
     if outcome.code or not target.is_file():
         what = f"llama.cpp cannot convert {folder}:\n{launch.real_error(outcome.stderr)}"
         raise McpLoraError(f"{what}\nServe it without GGUF: mcp-lora serve --print vllm", outcome.code or 1)
 
 
-def _converters() -> Path:
-    """Return the folder of the converters; fetch them if they are missing."""
+def converters() -> Path:
+    """Return the folder of the converters; fetch them if they are missing.
+
+    Raises McpLoraError if they cannot be fetched.
+    """
     import filelock
     import platformdirs
 
@@ -53,7 +57,7 @@ def _converters() -> Path:
         with filelock.FileLock(f"{target}.lock"):
             if not target.is_dir():
                 with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                    options = ("mcp-lora export", "--no-binary", ":all:")
+                    options = ("mcp-lora export", "--no-binary", "llama-cpp-python")
                     sdist = launch.download(PACKAGE, Path(scratch), SHA256, *options)
                     with tarfile.open(sdist) as archive:
                         for one in archive.getmembers():
@@ -64,15 +68,21 @@ def _converters() -> Path:
     return target
 
 
+def require() -> None:
+    """Raise McpLoraError if llama.cpp's server is not installed."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise McpLoraError("llama.cpp's server is not installed: pip install -e '.[serve]'")
+
+
 @contextmanager
 def running(
     model: Path,
     adapter: Path | None,
     chat_template: str | None,
-    template_arguments: Mapping[str, Any],
     host: str = "127.0.0.1",
     port: int = 0,
     api_key: str | None = None,
+    context: int = CONTEXT,
 ) -> Iterator[str]:
     """Serve a GGUF file while the block runs; yields the base URL, with /v1.
 
@@ -80,24 +90,22 @@ def running(
         model: the GGUF file.
         adapter: the GGUF file of an adapter, if it is not merged.
         chat_template: the template to use instead of the file's own.
-        template_arguments: for the chat template, unless a request sets them.
         host, port: where it listens; by default on any free port.
         api_key: what a request must send, if anything.
+        context: tokens that all requests share.
 
     Raises McpLoraError if xllamacpp is not installed, the file cannot be loaded or the port is in use.
     """
-    try:
-        import xllamacpp
-    except ImportError:
-        raise McpLoraError("llama.cpp's server is not installed: pip install 'mcp-lora[serve]'") from None
+    require()
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(model), {NAME}
     params.hostnames, params.port = [host], port
     params.api_keys = [api_key] if api_key else []
     params.chat_template = chat_template or ""
     params.use_jinja, params.ui = True, False
-    params.default_template_kwargs = {key: json.dumps(value) for key, value in template_arguments.items()}
-    params.n_ctx, params.n_parallel, params.kv_unified = CONTEXT, _PARALLEL, True
+    params.n_ctx, params.n_parallel, params.kv_unified = context, _PARALLEL, True
     params.verbosity = 1  # errors
     if adapter:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
@@ -124,6 +132,10 @@ def complete(url: str, prompt: list[int], length: int) -> list[int]:
     body = {"prompt": prompt, "n_predict": length, "temperature": 0, "return_tokens": True}
     try:
         reply = httpx.post(f"{url.removesuffix('/v1')}/completion", json=body, timeout=None)
-        return list(reply.raise_for_status().json()["tokens"])
+        if reply.is_error:
+            raise McpLoraError(
+                f"llama.cpp rejects a prompt of {len(prompt)} tokens ({reply.text}): {_SMALLER}"
+            )
+        return list(reply.json()["tokens"])
     except (httpx.HTTPError, LookupError, ValueError) as error:
         raise McpLoraError(f"llama.cpp does not answer ({error}): is there enough memory? free -h") from None

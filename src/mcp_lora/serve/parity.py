@@ -1,7 +1,8 @@
 """Compare the prompts that a server makes of conversations with those of training.
 
-A server is asked in the most exact way that it has: the text (/apply-template, llama.cpp), the token ids
-(/tokenize, vLLM and SGLang), or the number of prompt tokens in an answer's `usage`.
+A server is asked in the most exact way that it has: for token ids (vLLM and SGLang by /tokenize, llama.cpp
+by /apply-template and /tokenize), or for the number of prompt tokens in an answer's `usage`. As from most
+clients, it gets no arguments for its chat template.
 """
 
 import os
@@ -18,7 +19,7 @@ _CONTEXT = 60  # characters before and after the first difference that are shown
 
 @dataclass(frozen=True)
 class Parity:
-    """What was compared (text, token ids, number of tokens), of how many conversations, and differences.
+    """What was compared (token ids, numbers of tokens), of how many conversations, and differences.
 
     Each difference is a message with its context. `left_out` counts the conversations that the chat template
     rejects.
@@ -86,7 +87,6 @@ def parity(url: str, template: ChatTemplate) -> Parity:
     from openai import OpenAI, OpenAIError
 
     key = os.environ.get("OPENAI_API_KEY", "none")
-    root = url.rstrip("/").removesuffix("/v1")
     compared, differences, left_out = "", [], 0
     try:
         with (
@@ -100,34 +100,31 @@ def parity(url: str, template: ChatTemplate) -> Parity:
                 except Exception:  # templates reject with any exception
                     left_out += 1
                     continue
-                body: dict[str, Any] = {"model": model, "messages": messages}
-                body |= {"tools": tools} if tools else {}
-                body |= {"chat_template_kwargs": template.server_arguments}
-                if (reply := http.post(f"{root}/apply-template", json=body)).is_success:
-                    compared, made = "text", reply.json()["prompt"]
-                    difference = _difference(expected, made)
-                elif (reply := http.post(f"{root}/tokenize", json=body)).is_success:
-                    compared, ids = "token ids", reply.json()["tokens"]
-                    difference = ""
-                    if ids != template.ids(expected):
-                        difference = (
-                            _difference(expected, template.tokenizer.decode(ids)) or "other token ids"
-                        )
-                else:
-                    compared = "number of tokens"
-                    used: Any = client.post(
-                        "/chat/completions", body=body | {"max_tokens": 1}, cast_to=object
-                    )
-                    made, count = used["usage"]["prompt_tokens"], len(template.ids(expected))
-                    difference = f"{made} tokens instead of {count}" if made != count else ""
+                body = {"model": model, "messages": messages} | ({"tools": tools} if tools else {})
+                compared, found = _prompt(http, url.rstrip("/"), body)
+                ids = template.ids(expected)
+                if isinstance(found, int):
+                    difference = f"{found} tokens instead of {len(ids)}" if found != len(ids) else ""
+                elif difference := "other token ids" if found != ids else "":
+                    difference = _difference(expected, template.tokenizer.decode(found)) or difference
                 if difference:
                     differences.append(f"{name}: {difference}")
     except (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError) as error:
-        what = (
-            f"{url} does not answer as a server of OpenAI's protocol ({' '.join(str(error).split())[:200]})"
-        )
-        raise McpLoraError(f"{what}: is it running, does the URL end with /v1? mcp-lora serve") from None
+        what = f"{url} does not answer as OpenAI's protocol has it ({' '.join(str(error).split())[:200]})"
+        again = "is it running, does the URL end with /v1, is the key in OPENAI_API_KEY? mcp-lora serve"
+        raise McpLoraError(f"{what}: {again}") from None
     return Parity(compared, len(PROBES) - left_out, differences, left_out)
+
+
+def _prompt(http: Any, url: str, body: dict[str, Any]) -> tuple[str, list[int] | int]:
+    """Return what a server tells of the prompt of a request: its token ids, or their number."""
+    root, asked = url.removesuffix("/v1"), body
+    if (reply := http.post(f"{root}/apply-template", json=body)).is_success:  # without its first token
+        asked = {"content": reply.json()["prompt"], "add_special": True, "parse_special": True}
+    if (reply := http.post(f"{root}/tokenize", json=asked)).is_success:
+        return "token ids", list(reply.json()["tokens"])
+    reply = http.post(f"{url}/chat/completions", json=body | {"max_tokens": 1}).raise_for_status()
+    return "numbers of tokens", int(reply.json()["usage"]["prompt_tokens"])
 
 
 def _difference(expected: str, made: str) -> str:

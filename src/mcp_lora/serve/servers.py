@@ -8,11 +8,12 @@ import importlib.util
 import json
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mcp_lora.evaluate.evaluation import adapter_hash
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
-from mcp_lora.serve.export import export
+from mcp_lora.serve.export import complete, export
 from mcp_lora.serve.llama_cpp import NAME
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine
@@ -58,7 +59,7 @@ class Request:
         engine: one of ENGINES; by default vLLM if it is installed and there is a GPU, else llama.cpp.
         host, port: where it listens.
         api_key: what requests must send, if anything.
-        python: the interpreter of the environment with vLLM or SGLang.
+        python: the interpreter of the environment with vLLM (by default) or SGLang.
     """
 
     target: Path
@@ -75,94 +76,126 @@ class Request:
 
 
 def command(request: Request) -> list[str]:
-    """Return the command that serves a request's target by its engine.
+    """Return the command that serves a request's target by its engine; files that it names are written.
 
     Raises McpLoraError if the engine cannot serve the target, or no parser is known for its calls.
     """
-    target, where = request.target, ["--host", request.host, "--port", str(request.port)]
-    where += ["--api-key", request.api_key] if request.api_key else []
-    python = str(request.python or sys.executable)
+    target, python = request.target, str(request.python or sys.executable)
+    where = ["--host", request.host, "--port", str(request.port)]
     if request.engine == "llama.cpp":
-        arguments = json.dumps(_arguments(request))
-        words = [
-            "llama-server",
-            "--model",
-            str(_gguf(request)),
-            "--alias",
-            NAME,
-            "--jinja",
-            "--chat-template-kwargs",
-        ]
-        return [*words, arguments, "--ctx-size", str(llama_cpp.CONTEXT), *where]
+        words = ["llama-server", "--model", str(_gguf(request)), "--alias", NAME, "--jinja"]
+        return [*words, "--ctx-size", str(llama_cpp.CONTEXT), *where, *_key(request)]
     if target.suffix == ".gguf":
         raise McpLoraError(f"{target} is a GGUF file: mcp-lora serve {target} --engine llama.cpp")
-    template = _template(request)
+    config = _config(request)
+    template = chat_template.load(config)
     vllm_parser, sglang_parser = parser(template)
-    words = ["--chat-template", str((target / runs.CHAT_TEMPLATE).absolute())]
-    if template.server_arguments:
-        words += ["--default-chat-template-kwargs", json.dumps(template.server_arguments)]
+    files = target
+    if request.is_run:  # what an export has in its own folder
+        files = target / "serving"
+        complete(files, template)
+    words = ["--chat-template", str((files / runs.CHAT_TEMPLATE).absolute())]
     if request.engine == "sglang":
         if request.is_run:  # its adapters at run time lose calls (sgl-project/sglang#30744)
             what = "SGLang serves a merged model"
             raise McpLoraError(f"{what}: mcp-lora export {target}, and mcp-lora serve outputs/merged_model")
-        words += ["--tool-call-parser", sglang_parser, "--served-model-name", NAME, *where]
+        words += ["--tool-call-parser", sglang_parser, "--served-model-name", NAME, *where, *_key(request)]
         return [python, "-m", "sglang.launch_server", "--model-path", str(target), *words]
     words += ["--enable-auto-tool-choice", "--tool-call-parser", vllm_parser, *where]
     vllm = [python, "-m", "vllm.entrypoints.cli.main", "serve"] if request.python else ["vllm", "serve"]
     if not request.is_run:
         return [*vllm, str(target), "--served-model-name", NAME, *words]
-    config, adapter = runs.read_run(target), runs.adapter(target).absolute()
-    rank = int(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    adapter = runs.adapter(target).absolute()
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
     allowed = next((one for one in RANKS if one >= rank), None)
     if allowed is None:
         raise McpLoraError(f"vLLM allows LoRA ranks up to {RANKS[-1]}, not {rank}: mcp-lora export {target}")
     lora = ["--enable-lora", "--max-lora-rank", str(allowed), "--lora-modules", f"{NAME}={adapter}"]
+    # the tokens that end an answer, which may not be the base's
+    lora += ["--generation-config", str(files.absolute())]
+    lora += ["--revision", str(config["model_revision"])] if config.get("model_revision") else []
+    lora += ["--trust-remote-code"] if config.get("trust_remote_code") else []
+    lora += ["--quantization", "bitsandbytes"] if config.get("quantization_bit") == 4 else []
     return [*vllm, str(config["model_name_or_path"]), *lora, *words]
 
 
-def serve(request: Request, say: Callable[[str], None], progress: Callable[[str, float], None]) -> None:
+def _key(request: Request) -> list[str]:
+    return ["--api-key", request.api_key] if request.api_key else []
+
+
+def serve(
+    request: Request,
+    say: Callable[[str], None],
+    progress: Callable[[], AbstractContextManager[Callable[[str, float], None]]],
+) -> None:
     """Serve until it is interrupted; say when a request with a tool has been answered.
 
-    Raises McpLoraError if the server is not installed, cannot load the model, or ends by itself.
+    Args:
+        request: what is served, and where.
+        say: logs a message.
+        progress: shows the progress of an export.
+
+    Raises McpLoraError if the port is in use, the server is not installed, cannot load the model, or ends by
+    itself.
     """
-    if request.host not in ("127.0.0.1", "localhost") and not request.api_key:
+    if request.host not in ("127.0.0.1", "localhost", "::1") and not request.api_key:
         what = f"{request.host} can be reached from other machines"
         raise McpLoraError(f"{what}: mcp-lora serve --host {request.host} --api-key KEY")
     request = replace(request, engine=request.engine or _present(request))
+    if _is_in_use(request):
+        raise McpLoraError(f"port {request.port} is in use: mcp-lora serve --port {request.port + 1}")
     if request.engine == "llama.cpp":
         gguf = _gguf(request)
+        llama_cpp.require()
         if not gguf.is_file():
             if not request.is_run:
                 raise McpLoraError(f"there is no {gguf}: mcp-lora export RUN --gguf f16 --output {gguf}")
             say(f"exporting {request.target} as {gguf}, once")
-            say(f"{gguf}: {export(request.target, gguf, gguf='f16', progress=progress)}")
+            with progress() as show:
+                say(f"{gguf}: {export(request.target, gguf, gguf='f16', progress=show)}")
+            for other in gguf.parent.glob(_KEPT.format("*")):  # of earlier adapters
+                if other != gguf:
+                    other.unlink()
         where = (request.host, request.port, request.api_key)
-        with llama_cpp.running(gguf, None, None, _arguments(request), *where) as url:
-            say(_probe(url, request.api_key))
-            with suppress(Interrupted):
-                threading.Event().wait()
+        with llama_cpp.running(gguf, None, None, *where) as url, suppress(Interrupted):
+            _announce(url, request.api_key, say)
+            threading.Event().wait()
     else:
         argv = command(request)
         if not shutil.which(argv[0]):
             what = f"{argv[0]} is not installed here"
             raise McpLoraError(f"{what}: mcp-lora serve --python PATH, or --engine llama.cpp")
-        url = f"http://{request.host}:{request.port}/v1"
-        threading.Thread(target=_announce, args=(url, request.api_key, say), daemon=True).start()
+        host = f"[{request.host}]" if ":" in request.host else request.host
+        arguments = (f"http://{host}:{request.port}/v1", request.api_key, say)
+        threading.Thread(target=_announce, args=arguments, daemon=True).start()
         with suppress(Interrupted):
-            outcome = launch.run(argv, {})
+            # in the environment, where other users do not see it
+            outcome = launch.run(argv, {"VLLM_API_KEY": request.api_key} if request.api_key else {})
             error = launch.real_error(outcome.stderr)
             raise McpLoraError(f"the server has ended:\n{error}", outcome.code or 1)
     say("the server is stopped")
 
 
+_KEPT = "merged-{}-f16.gguf"  # in a run's folder, by the hash of its adapter
+
+
 def _present(request: Request) -> str:
     """Return the engine to use if none is named."""
+    if request.python:
+        return "vllm"
     if request.target.suffix != ".gguf" and detect_machine().gpus:
-        if request.python or shutil.which("vllm"):
+        if shutil.which("vllm"):
             return "vllm"
         if importlib.util.find_spec("sglang") and not request.is_run:
             return "sglang"
     return "llama.cpp"
+
+
+def _is_in_use(request: Request) -> bool:
+    family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        return bool(request.port) and probe.connect_ex((request.host, request.port)) == 0
 
 
 def _gguf(request: Request) -> Path:
@@ -170,25 +203,23 @@ def _gguf(request: Request) -> Path:
     if request.target.suffix == ".gguf":
         return request.target
     if not request.is_run:
+        _config(request)
         what = f"llama.cpp serves a run's folder or a GGUF file, not {request.target}"
         raise McpLoraError(f"{what}: mcp-lora export RUN --gguf f16")
-    return request.target / f"merged-{adapter_hash(runs.adapter(request.target))[:8]}-f16.gguf"
+    if runs.is_quantized(request.target):
+        what = f"the base of {request.target} is quantized, and llama.cpp needs a merged model"
+        raise McpLoraError(f"{what}: mcp-lora serve {request.target} --print vllm")
+    return request.target / _KEPT.format(adapter_hash(runs.adapter(request.target))[:8])
 
 
-def _template(request: Request) -> ChatTemplate:
+def _config(request: Request) -> dict[str, Any]:
+    """Return the configuration that names the model of a folder."""
     if request.is_run:
-        return chat_template.load(runs.read_run(request.target))
+        return runs.read_run(request.target)
     if not (request.target / "config.json").is_file():
         what = f"{request.target} is neither a run's folder, nor an exported model's, nor a GGUF file"
-        raise McpLoraError(f"{what}: mcp-lora serve {runs.DEFAULT}")
-    return chat_template.load({"model_name_or_path": str(request.target)})
-
-
-def _arguments(request: Request) -> dict[str, Any]:
-    """Return the template's arguments; a GGUF file ignores those that its template does not have."""
-    if request.target.suffix == ".gguf":
-        return chat_template.SERVER_ARGUMENTS
-    return _template(request).server_arguments
+        raise McpLoraError(f"{what}: mcp-lora train, or mcp-lora serve outputs/merged_model")
+    return {"model_name_or_path": str(request.target)}
 
 
 def parser(template: ChatTemplate) -> tuple[str, str]:
@@ -215,7 +246,7 @@ def _probe(url: str, api_key: str | None) -> str:
     """Send a question with a tool, and return a message on the answer."""
     from openai import OpenAI
 
-    client = OpenAI(base_url=url, api_key=api_key or "none")
+    client = OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
     model = client.models.list().data[-1].id
     messages: Sequence[Any] = [{"role": "user", "content": "What is the weather like in Tokyo?"}]
     reply = client.chat.completions.create(
@@ -229,9 +260,14 @@ def _probe(url: str, api_key: str | None) -> str:
 
 
 def _announce(url: str, api_key: str | None, say: Callable[[str], None]) -> None:
-    """Wait until a server answers, and say so."""
+    """Wait until a server answers, and say how."""
+    from openai import APIConnectionError, OpenAIError
+
     while True:
-        with suppress(Exception):  # any exception is possible while it starts
-            say(_probe(url, api_key))
-            return
-        time.sleep(1)
+        try:
+            return say(_probe(url, api_key))
+        except APIConnectionError:  # it is starting
+            time.sleep(1)
+        except OpenAIError as error:
+            reason = " ".join(str(error).split())[:200]
+            return say(f"warning: {url} answers, but rejects a question with a tool ({reason})")

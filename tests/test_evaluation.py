@@ -182,6 +182,8 @@ def server(answer: Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]) -> It
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if "temperature" not in body:  # parity's, of which it knows nothing
+                return self.send_error(404)
             requests.append(body | {"key": self.headers["Authorization"], "path": self.path})
             code, message = answer(body)
             content = json.dumps(message).encode()

@@ -19,10 +19,11 @@ from conftest import BIN, environment, make_project, run
 from gguf import GGUFReader
 
 from mcp_lora.errors import McpLoraError
+from mcp_lora.evaluate import evaluation, parity
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import export as exports
-from mcp_lora.serve import llama_cpp, parity, servers
+from mcp_lora.serve import llama_cpp, servers
 from mcp_lora.serve.servers import Request
 from mcp_lora.train import runs
 
@@ -210,7 +211,7 @@ def test_a_gguf_file_answers_calls_to_several_clients(
 
 
 def test_parity_is_shown_and_another_template_is_found_out(
-    gguf: Path, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+    project: Path, gguf: Path, template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with llama_cpp.running(gguf, None, None) as url:
         same = parity.parity(url, template)
@@ -240,6 +241,12 @@ def test_parity_is_shown_and_another_template_is_found_out(
         monkeypatch.setattr(httpx.Client, "post", post)
     with llama_cpp.running(gguf, None, chat_template.PLAIN) as url:
         other = parity.parity(url, template)
+        said: list[str] = []
+        request = evaluation.Request(
+            project / "outputs/mcp_lora", limit=1, endpoint=evaluation.Endpoint(url, "mcp-lora")
+        )
+        evaluation.evaluate(request, say=said.append)
+    assert "# Tools" in said[0] and said[0].startswith("warning: ")
     assert "# Tools" in other.differences[0] and other.differences[0].startswith("a question and one tool: ")
     with pytest.raises(McpLoraError, match="does not answer .*mcp-lora serve"):
         parity.parity(url, template)
@@ -282,6 +289,9 @@ def test_serve_is_one_command(project: Path, gguf: Path) -> None:
             url = re.findall(r"http://127.0.0.1:\d+/v1", ready)[0]
             done = run([BIN / "mcp-lora", "parity", url], project)
             assert done.returncode == 0 and "7 conversations compared by token ids, 0 differ" in done.stderr
+            words = [BIN / "mcp-lora", "eval", "--endpoint", url, "--endpoint-model", "mcp-lora"]
+            done = run(words, project)
+            assert done.returncode == 0 and "not those of training" not in done.stderr, done.stderr
             port = url.split(":")[2].split("/")[0]
             done = run([BIN / "mcp-lora", "serve", gguf, "--port", port], project)
             assert done.returncode == 2 and f"port {port} is in use" in done.stderr

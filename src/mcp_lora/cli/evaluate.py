@@ -54,7 +54,7 @@ def evaluate(
         requirements=[evaluation.requirement(text) for text in require or []],
     )
     with console.progress() as progress:
-        found = evaluation.evaluate(request, progress)
+        found = evaluation.evaluate(request, progress, console.say)
     if as_json:
         typer.echo(found.metrics(), nl=False)
     else:

@@ -78,8 +78,8 @@ def parity(
     run: Run = DEFAULT,
 ) -> None:
     """Compare the prompts that a server makes of conversations with those of training."""
+    from mcp_lora.evaluate import parity as parities
     from mcp_lora.prompts import chat_template
-    from mcp_lora.serve import parity as parities
 
     found = parities.parity(url, chat_template.load(runs.read_run(run)))
     for difference in found.differences:

@@ -8,7 +8,7 @@ import operator
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -22,6 +22,7 @@ from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import predict, questions
 from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
+from mcp_lora.evaluate.parity import parity
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.stats import Difference, Proportion, difference, proportion
 from mcp_lora.prompts import chat_template, render
@@ -116,11 +117,14 @@ class Request:
 
 
 def evaluate(
-    request: Request, progress: Callable[[str, float], None] = lambda step, fraction: None
+    request: Request,
+    progress: Callable[[str, float], None] = lambda step, fraction: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Let models answer a run's held-out questions greedily, and score the answers.
 
-    `progress` receives the fraction of a model's questions that are answered.
+    `progress` receives the fraction of a model's questions that are answered; `say` logs a warning if a
+    server's prompts are not those of training.
 
     Raises McpLoraError if there is no adapter, nothing is held out, the engine or the server fails, or the
     run's folder cannot be written.
@@ -130,6 +134,12 @@ def evaluate(
     if ADAPTER in request.models and not request.endpoint:
         adapter = runs.adapter(run, request.checkpoint)
     template, every, asked, length = prepared.template, prepared.every, prepared.asked, prepared.length
+    if server := request.endpoint:
+        with suppress(McpLoraError):  # asking it says more
+            compared = parity(server.url, template, server.model)
+            if compared.differences:
+                what = f"{len(compared.differences)} of {compared.count} prompts are not those of training"
+                say(f"warning: {what}: {compared.differences[0]}; see mcp-lora parity {server.url} {run}")
     judge, answers = Judge(template), {}
     common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
     try:

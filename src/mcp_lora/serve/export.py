@@ -14,12 +14,12 @@ from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import evaluation, predict
 from mcp_lora.evaluate.answers import Judge, Response
+from mcp_lora.evaluate.parity import parity
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import ChatTemplate, hub_arguments
 from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.chat import run_engine
-from mcp_lora.serve.parity import parity
 from mcp_lora.train import manifest, runs
 
 # The largest difference of a logit that merging may cause, relative to the largest logit: merged weights are

@@ -106,6 +106,7 @@ def running(
     params.chat_template = chat_template or ""
     params.use_jinja, params.ui = True, False
     params.n_ctx, params.n_parallel, params.kv_unified = context, _PARALLEL, True
+    params.cpuparams.poll = 0  # threads that wait do not keep other processes from the cores
     params.verbosity = 1  # errors
     if adapter:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]

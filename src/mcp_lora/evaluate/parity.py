@@ -74,12 +74,13 @@ PROBES: dict[str, tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]] = {
 }
 
 
-def parity(url: str, template: ChatTemplate) -> Parity:
+def parity(url: str, template: ChatTemplate, model: str | None = None) -> Parity:
     """Compare a server's prompts with those of a chat template.
 
     Args:
         url: the server's base URL, with /v1; its key is OPENAI_API_KEY in the environment.
         template: the chat template of the run that it serves.
+        model: its name on the server; by default the last of the list.
 
     Raises McpLoraError if the server does not answer.
     """
@@ -93,7 +94,7 @@ def parity(url: str, template: ChatTemplate) -> Parity:
             OpenAI(base_url=url, api_key=key) as client,
             httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=60) as http,
         ):
-            model = client.models.list().data[-1].id
+            model = model or client.models.list().data[-1].id
             for name, (messages, tools) in PROBES.items():
                 try:
                     expected = template.prompt(messages, tools)

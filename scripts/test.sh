@@ -12,4 +12,6 @@ ruff format --check .
 echo "== mypy"
 mypy
 echo "== pytest"
-pytest -n 2 --dist loadfile "$@"  # a file's tests share what they have trained
+# Two workers, the long files first; a file's tests share what they have trained. One thread for each, as two
+# would wait for each other.
+OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

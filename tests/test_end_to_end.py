@@ -162,8 +162,9 @@ def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
 
 
 def test_two_processes_share_the_questions_and_give_the_same_answers(
-    project: Path, aborting: dict[str, str]
+    project: Path, aborting: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # of which torchrun speaks if there are several
     kept = (project / "outputs/mcp_lora/eval/base.jsonl").rename(project / "base.jsonl")
     words = [BIN / "mcp-lora", "eval", "--base-only", "--batch-size", "1"]
     done = run(words, project, NPROC_PER_NODE="2", **aborting)

@@ -142,9 +142,12 @@ def test_commands_of_the_servers(project: Path, tmp_path: Path) -> None:
     template = ["--chat-template", str(target / "serving/chat_template.jinja")]
     assert command("vllm") == [
         *("vllm", "serve", config["model_name_or_path"], "--enable-lora", "--max-lora-rank", "64"),
-        *("--lora-modules", f"mcp-lora={target}", "--generation-config", str(target / "serving"), *template),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", *where),
+        *("--lora-modules", f"mcp-lora={target}", *template, *where),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+        *("--generation-config", str(target / "serving")),
     ]
+    ends = json.loads((target / "serving/generation_config.json").read_text())
+    assert ends == {"eos_token_id": [2]}
     with pytest.raises(McpLoraError, match="merged model: mcp-lora export"):
         command("sglang")
     (gguf,) = command("llama.cpp")[2:3]
@@ -155,13 +158,13 @@ def test_commands_of_the_servers(project: Path, tmp_path: Path) -> None:
     template = ["--chat-template", str(merged / "chat_template.jinja")]
     assert command("sglang", target=merged, python=Path("/v/python"), api_key="k", port=1) == [
         *("/v/python", "-m", "sglang.launch_server", "--model-path", str(merged), *template),
-        *("--tool-call-parser", "qwen25", "--served-model-name", "mcp-lora"),
-        *("--host", "127.0.0.1", "--port", "1", "--api-key", "k"),
+        *("--host", "127.0.0.1", "--port", "1"),
+        *("--tool-call-parser", "qwen25", "--served-model-name", "mcp-lora", "--api-key", "k"),
     ]
     assert command("vllm", target=merged, python=Path("/v/python")) == [
         *("/v/python", "-m", "vllm.entrypoints.cli.main", "serve", str(merged)),
-        *("--served-model-name", "mcp-lora", *template),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", *where),
+        *("--served-model-name", "mcp-lora", *template, *where),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
     with pytest.raises(McpLoraError, match="--engine llama.cpp"):
         command("vllm", target=Path("x.gguf"))

@@ -66,7 +66,8 @@ def serve(
     request = servers.Request(target, show or engine, host, port, api_key, python)
     if show:
         argv = servers.command(request)
-        typer.echo(shlex.join(argv))
+        secret = ["env", f"VLLM_API_KEY={api_key}"] if show == "vllm" and api_key else []
+        typer.echo(shlex.join([*secret, *argv]))
         if show == "llama.cpp" and not Path(argv[2]).is_file():
             console.say(f"to make this file: mcp-lora export {target} --gguf f16 --output {argv[2]}")
         return

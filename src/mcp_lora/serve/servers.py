@@ -69,6 +69,12 @@ class Request:
     api_key: str | None = None
     python: Path | None = None
 
+    def __post_init__(self) -> None:
+        """Raise McpLoraError if it would listen to other machines without a key."""
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.api_key:
+            what = f"{self.host} can be reached from other machines"
+            raise McpLoraError(f"{what}: mcp-lora serve --host {self.host} --api-key KEY")
+
     @property
     def is_run(self) -> bool:
         """Whether the target is a run's folder."""
@@ -80,44 +86,52 @@ def command(request: Request) -> list[str]:
 
     Raises McpLoraError if the engine cannot serve the target, or no parser is known for its calls.
     """
-    target, python = request.target, str(request.python or sys.executable)
+    target = request.target
     where = ["--host", request.host, "--port", str(request.port)]
     if request.engine == "llama.cpp":
         words = ["llama-server", "--model", str(_gguf(request)), "--alias", NAME, "--jinja"]
         return [*words, "--ctx-size", str(llama_cpp.CONTEXT), *where, *_key(request)]
     if target.suffix == ".gguf":
         raise McpLoraError(f"{target} is a GGUF file: mcp-lora serve {target} --engine llama.cpp")
+    if request.engine == "sglang" and request.is_run:  # run-time LoRA loses calls (sgl-project/sglang#30744)
+        what = "SGLang serves a merged model"
+        raise McpLoraError(f"{what}: mcp-lora export {target}, and mcp-lora serve outputs/merged_model")
     config = _config(request)
     template = chat_template.load(config)
     vllm_parser, sglang_parser = parser(template)
-    files = target
-    if request.is_run:  # what an export has in its own folder
+    files = target  # the template and the tokens that end an answer, as an export has them
+    if request.is_run:
         files = target / "serving"
         complete(files, template)
-    words = ["--chat-template", str((files / runs.CHAT_TEMPLATE).absolute())]
+    words = ["--chat-template", str((files / runs.CHAT_TEMPLATE).absolute()), *where]
+    named = ["--served-model-name", NAME]
     if request.engine == "sglang":
-        if request.is_run:  # its adapters at run time lose calls (sgl-project/sglang#30744)
-            what = "SGLang serves a merged model"
-            raise McpLoraError(f"{what}: mcp-lora export {target}, and mcp-lora serve outputs/merged_model")
-        words += ["--tool-call-parser", sglang_parser, "--served-model-name", NAME, *where, *_key(request)]
+        words += ["--tool-call-parser", sglang_parser, *named, *_key(request)]
+        python = str(request.python or sys.executable)
         return [python, "-m", "sglang.launch_server", "--model-path", str(target), *words]
-    words += ["--enable-auto-tool-choice", "--tool-call-parser", vllm_parser, *where]
-    vllm = [python, "-m", "vllm.entrypoints.cli.main", "serve"] if request.python else ["vllm", "serve"]
-    if not request.is_run:
-        return [*vllm, str(target), "--served-model-name", NAME, *words]
-    adapter = runs.adapter(target).absolute()
+    words += ["--enable-auto-tool-choice", "--tool-call-parser", vllm_parser]
+    if request.is_run:
+        model, words = str(config["model_name_or_path"]), [*_lora(target), *words]
+        words += ["--generation-config", str(files.absolute())]
+        words += ["--revision", str(config["model_revision"])] if config.get("model_revision") else []
+        words += ["--trust-remote-code"] if config.get("trust_remote_code") else []
+        words += ["--quantization", "bitsandbytes"] if config.get("quantization_bit") == 4 else []
+    else:
+        model, words = str(target), [*named, *words]
+    if request.python:
+        return [str(request.python), "-m", "vllm.entrypoints.cli.main", "serve", model, *words]
+    return ["vllm", "serve", model, *words]
+
+
+def _lora(run: Path) -> list[str]:
+    """Return vLLM's options for a run's adapter."""
+    adapter = runs.adapter(run).absolute()
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
     allowed = next((one for one in RANKS if one >= rank), None)
     if allowed is None:
-        raise McpLoraError(f"vLLM allows LoRA ranks up to {RANKS[-1]}, not {rank}: mcp-lora export {target}")
-    lora = ["--enable-lora", "--max-lora-rank", str(allowed), "--lora-modules", f"{NAME}={adapter}"]
-    # the tokens that end an answer, which may not be the base's
-    lora += ["--generation-config", str(files.absolute())]
-    lora += ["--revision", str(config["model_revision"])] if config.get("model_revision") else []
-    lora += ["--trust-remote-code"] if config.get("trust_remote_code") else []
-    lora += ["--quantization", "bitsandbytes"] if config.get("quantization_bit") == 4 else []
-    return [*vllm, str(config["model_name_or_path"]), *lora, *words]
+        raise McpLoraError(f"vLLM allows LoRA ranks up to {RANKS[-1]}, not {rank}: mcp-lora export {run}")
+    return ["--enable-lora", "--max-lora-rank", str(allowed), "--lora-modules", f"{NAME}={adapter}"]
 
 
 def _key(request: Request) -> list[str]:
@@ -139,9 +153,6 @@ def serve(
     Raises McpLoraError if the port is in use, the server is not installed, cannot load the model, or ends by
     itself.
     """
-    if request.host not in ("127.0.0.1", "localhost", "::1") and not request.api_key:
-        what = f"{request.host} can be reached from other machines"
-        raise McpLoraError(f"{what}: mcp-lora serve --host {request.host} --api-key KEY")
     request = replace(request, engine=request.engine or _present(request))
     if _is_in_use(request):
         raise McpLoraError(f"port {request.port} is in use: mcp-lora serve --port {request.port + 1}")

@@ -317,6 +317,7 @@ def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: An
     (tmp_path / "no.gguf").write_bytes(b"GGUF")
     assert "is it a GGUF file" in fails(str(tmp_path / "no.gguf"))
     assert "--gguf f16 --output missing.gguf" in fails("missing.gguf")
+    assert "nowhere.invalid is not an address" in fails("--host", "nowhere.invalid", "--api-key", "k")
     assert "is not installed here: mcp-lora serve --python" in fails("--engine", "vllm")
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\necho 'ValueError: no such model' >&2; exit 3\n")

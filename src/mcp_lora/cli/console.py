@@ -129,7 +129,7 @@ def counts(counted: dict[str, int]) -> str:
 
 def say(text: str) -> None:
     """Print a message on stderr; if quiet, only warnings and errors."""
-    if not QUIET or text.startswith(("warning: ", "error: ")):
+    if not QUIET or text.startswith("error: ") or "warning: " in text:
         typer.echo(f"mcp-lora: {harmless(text)}", err=True)
 
 

@@ -89,6 +89,6 @@ def parity(
     if found.left_out:
         what += f"; {found.left_out} are rejected by the chat template"
     if found.differences:
-        again = f"serve it with {run / runs.CHAT_TEMPLATE}, as in mcp-lora serve {run} --print vllm"
+        again = f"serve it with the chat template that is named by mcp-lora serve {run} --print vllm"
         raise McpLoraError(f"{what}: {again}", 1)
     console.say(what)

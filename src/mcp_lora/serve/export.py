@@ -142,6 +142,7 @@ def push(name: str, exported: Path | None = None, card: str = "") -> str:
 
 
 def copy_adapter(adapter: Path, folder: Path) -> None:
+    """Copy an adapter and its tokenizer, without checkpoints and optimizer states, into a new folder."""
     folder.mkdir()
     for name in _ADAPTER:
         for file in adapter.glob(name):

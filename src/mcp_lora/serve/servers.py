@@ -1,4 +1,4 @@
-"""Serve an adapter through OpenAI's protocol: the commands of four servers, and one that runs.
+"""Serve an adapter through OpenAI's protocol: the commands of vLLM, SGLang and llama.cpp, and one that runs.
 
 A server parses the calls in answers with a parser that has a name. It depends on how the chat template
 writes calls, not on the model's name: PARSERS.
@@ -20,7 +20,7 @@ from typing import Any
 
 from mcp_lora.data.calls import without_thought
 from mcp_lora.engine import launch
-from mcp_lora.errors import Interrupted, McpLoraError
+from mcp_lora.errors import Interrupted, McpLoraError, explained
 from mcp_lora.evaluate.evaluation import adapter_hash
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
@@ -30,7 +30,6 @@ from mcp_lora.serve.llama_cpp import NAME
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine
 
-ENGINES = ("vllm", "sglang", "llama.cpp")
 # How a call starts, and what vLLM 0.32 (vllm/tool_parsers/__init__.py) and SGLang 0.5.23
 # (sglang/srt/function_call/function_call_parser.py) call the parser of that format.
 PARSERS = (
@@ -56,7 +55,7 @@ class Request:
 
     Attributes:
         target: a run's folder, an exported model's folder, or a GGUF file.
-        engine: one of ENGINES; by default vLLM if it is installed and there is a GPU, else llama.cpp.
+        engine: vllm, sglang or llama.cpp; by default the first two on a GPU if installed, else the last.
         host, port: where it listens.
         api_key: what requests must send, if anything.
         python: the interpreter of the environment with vLLM (by default) or SGLang.
@@ -205,7 +204,8 @@ def _present(request: Request) -> str:
 
 def _is_in_use(request: Request) -> bool:
     family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
-    with socket.socket(family) as probe:
+    unknown = explained(f"{request.host} is not an address", "mcp-lora serve --host 127.0.0.1")
+    with socket.socket(family) as probe, unknown:
         return bool(request.port) and probe.connect_ex((request.host, request.port)) == 0
 
 

@@ -18,12 +18,13 @@ import pytest
 from conftest import BIN, environment, make_project, run
 from gguf import GGUFReader
 
+from mcp_lora.engine import llama_cpp
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import evaluation, parity
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import export as exports
-from mcp_lora.serve import llama_cpp, servers
+from mcp_lora.serve import servers
 from mcp_lora.serve.servers import Request
 from mcp_lora.train import runs
 
@@ -58,11 +59,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gguf(project: Path) -> Path:
     kept = {file: file.read_bytes() for file in (project / "outputs/mcp_lora/eval").iterdir()}
-    done = run([BIN / "mcp-lora", "export", "--gguf", "f16"], project)
+    done = run([BIN / "mcp-lora", "export", "--ollama"], project)
     assert done.returncode == 0, done.stderr[-3000:]
     assert kept == {file: file.read_bytes() for file in (project / "outputs/mcp_lora/eval").iterdir()}
     assert "held-out questions have other calls than base + adapter" in done.stderr
-    return project / "outputs/merged_model.gguf"
+    return project / "outputs/ollama/model.gguf"
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_the_parsers_are_those_of_the_servers() -> None:
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_a_frozen_template_makes_the_prompts_of_training_without_arguments(thinking: bool) -> None:
+def test_a_frozen_template_makes_the_prompts_of_training(thinking: bool) -> None:
     compared = set()
     for name, text in chat_templates.templates():
         try:
@@ -107,10 +108,11 @@ def test_a_frozen_template_makes_the_prompts_of_training_without_arguments(think
                 expected = template.prompt(messages, tools)
             except Exception:  # it rejects a system message
                 continue
-            served = server.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, add_generation_prompt=True
-            )
-            assert served == expected, name
+            for arguments in ({}, {"enable_thinking": not thinking, "thinking": not thinking}):
+                served = server.apply_chat_template(
+                    messages, tools=tools or None, tokenize=False, add_generation_prompt=True, **arguments
+                )
+                assert served == expected, name
             compared.add(name)
     assert len(compared) > 90
 
@@ -166,6 +168,12 @@ def test_commands_of_the_servers(project: Path, tmp_path: Path) -> None:
         *("--served-model-name", "mcp-lora", *template, *where),
         *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     ]
+    (merged / "Modelfile").write_text("FROM ./model.gguf")
+    assert command("ollama", target=merged) == [
+        *("ollama", "create", "mcp-lora", "--file", str(merged / "Modelfile"))
+    ]
+    with pytest.raises(McpLoraError, match="no Modelfile: mcp-lora export RUN --ollama"):
+        command("ollama")
     with pytest.raises(McpLoraError, match="--engine llama.cpp"):
         command("vllm", target=Path("x.gguf"))
     with pytest.raises(McpLoraError, match="neither a run's folder"):
@@ -183,6 +191,9 @@ def test_another_rank_is_rounded_up_for_vllm(project: Path, tmp_path: Path) -> N
         assert words[words.index("--max-lora-rank") + 1] == allowed
     (target / "adapter_config.json").write_text(json.dumps(adapter | {"r": 1024}))
     with pytest.raises(McpLoraError, match="up to 512, not 1024"):
+        servers.command(Request(target, "vllm"))
+    (target / "adapter_config.json").write_text(json.dumps(adapter | {"modules_to_save": ["lm_head"]}))
+    with pytest.raises(McpLoraError, match="no adapter with lm_head, .*: mcp-lora export"):
         servers.command(Request(target, "vllm"))
 
 
@@ -281,6 +292,36 @@ def test_an_adapter_by_itself(project: Path, template: ChatTemplate) -> None:
     assert (project / "outputs/adapter.gguf").is_file()
 
 
+def test_the_modelfile_leaves_the_prompt_to_the_chat_template_of_the_gguf_file(
+    gguf: Path, template: ChatTemplate
+) -> None:
+    lines = gguf.with_name("Modelfile").read_text(encoding="utf-8").splitlines()
+    assert lines == [
+        *("FROM ./model.gguf", "REQUIRES 0.30.0", "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"),
+        *("PARAMETER num_ctx 16384", 'PARAMETER stop "<|im_end|>"'),
+    ]
+    field = GGUFReader(gguf).fields["tokenizer.chat_template"]
+    assert bytes(field.parts[field.data[0]]).decode() == template.frozen
+    assert {file.name for file in gguf.parent.iterdir()} == {"model.gguf", "Modelfile", "README.md"}
+
+
+def test_llama_cpp_evaluates_as_the_engine_does(project: Path) -> None:
+    def answers() -> dict[str, list[Any]]:
+        file = project / "outputs/mcp_lora/eval/adapter.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {row["question"]: row["calls"] for row in rows}
+
+    assert run([BIN / "mcp-lora", "eval"], project).returncode == 0
+    expected = answers()
+    done = run([BIN / "mcp-lora", "eval", "--with", "llama.cpp"], project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = answers()
+    assert found.keys() == expected.keys()
+    assert sum(found[key] != calls for key, calls in expected.items()) <= 1
+    done = run([BIN / "mcp-lora", "eval", "--with", "llama.cpp", "--endpoint", "u", "--endpoint-model", "m"], project)
+    assert done.returncode == 2 and "not both" in done.stderr
+
+
 def test_serve_is_one_command(project: Path, gguf: Path) -> None:
     # the run, for which it makes a file once
     argv = [BIN / "mcp-lora", "serve", "--port", "0"]
@@ -319,6 +360,7 @@ def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: An
     assert "--gguf f16 --output missing.gguf" in fails("missing.gguf")
     assert "nowhere.invalid is not an address" in fails("--host", "nowhere.invalid", "--api-key", "k")
     assert "is not installed here: mcp-lora serve --python" in fails("--engine", "vllm")
+    assert "only llama.cpp finds a free port" in fails("--engine", "vllm", "--port", "0")
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\necho 'ValueError: no such model' >&2; exit 3\n")
     stub.chmod(0o755)

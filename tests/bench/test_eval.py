@@ -5,13 +5,15 @@ The same questions of the shipped sample, put to SmolLM2-135M-Instruct and to an
     plain   the engine's own do_predict with its defaults, but greedy: 8 at a time, in the file's order, up
             to 1,024 tokens an answer
     ours    mcp-lora eval
+    llama   mcp-lora eval --with llama.cpp
 
-Both are timed with the engine's start.
+All are timed with the engine's start.
 """
 
 import json
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import yaml
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, ROOT, SAMPLE, environment
 
+from mcp_lora.data import calls
 from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.evaluate import evaluation, questions
 from mcp_lora.evaluate.answers import Judge, Response
@@ -63,8 +66,14 @@ def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pyt
         start = time.perf_counter()
         _run(BIN / "llamafactory-cli", "train", "plain.yaml")
         between = time.perf_counter()
-        found = evaluation.evaluate(evaluation.Request(run, limit=count, models=[model]))
+        request = evaluation.Request(run, limit=count, models=[model])
+        found = evaluation.evaluate(request)
         took = {"plain": between - start, "ours": time.perf_counter() - between}
+        between = time.perf_counter()
+        other = evaluation.evaluate(replace(request, llama_cpp=True))
+        took["llama"] = time.perf_counter() - between
+        pairs = zip(found.answers[model], other.answers[model], strict=True)
+        same_calls = sum(calls.same_calls(one.calls, another.calls) for one, another in pairs)
         seconds[model] = {name: each / count for name, each in took.items()}
         lines = (tmp_path / f"plain-{model}/generated_predictions.jsonl").read_text(encoding="utf-8")
         theirs = [json.loads(line)["predict"] for line in lines.splitlines()]
@@ -74,9 +83,12 @@ def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pyt
         rates = ", ".join(f"{name} {1 / each:.3f} a second" for name, each in seconds[model].items())
         ratio = seconds[model]["plain"] / seconds[model]["ours"]
         print(f"\n{model}: {count} questions, {rates}: {ratio:.2f} times; {same} answers begin alike")
-    plain, ours = (sum(each[name] for each in seconds.values()) for name in ("plain", "ours"))
-    print(f"a question put to both: ours is {plain / ours:.2f} times as fast")
+        print(f"{same_calls} have the same calls by llama.cpp")
+        assert same_calls >= count - 1
+    plain, ours, llama = (sum(each[name] for each in seconds.values()) for name in ("plain", "ours", "llama"))
+    print(f"a question put to both: ours is {plain / ours:.2f} times as fast, llama {plain / llama:.2f} times")
     assert plain / ours >= 1.5
+    assert ours / llama >= 1.2
 
 
 @pytest.mark.bench

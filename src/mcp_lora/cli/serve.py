@@ -14,7 +14,7 @@ from mcp_lora.serve import chat as chats
 from mcp_lora.train import runs
 from mcp_lora.train.runs import DEFAULT
 
-_OUTPUT = "Folder or .gguf file to write; outputs/merged_model, outputs/adapter or with .gguf by default."
+_OUTPUT = "Folder or .gguf file to write; by default outputs/merged_model, adapter or ollama, or with .gguf."
 _PYTHON = "Python of the environment with vLLM (default) or SGLang."
 _KEY = "A key that every request must send."
 _PUSH = "Upload it to the Hugging Face hub, into a private repository."
@@ -34,17 +34,18 @@ def export(
     checkpoint: Checkpoint = None,
     gguf: Annotated[Literal["f32", "f16", "bf16", "q8_0"] | None, Option(help="Write a GGUF file.")] = None,
     adapter_only: Annotated[bool, Option("--adapter-only", help="Without the base model.")] = False,
+    ollama: Annotated[bool, Option("--ollama", help="Write a GGUF file and a Modelfile for Ollama.")] = False,
     push: Annotated[str | None, Option(metavar="OWNER/NAME", help=_PUSH)] = None,
 ) -> None:
     """Merge the adapter into the base model, or export it by itself, and check the result."""
     from mcp_lora.serve import export as exports
 
     default = "outputs/adapter" if adapter_only else "outputs/merged_model"
-    output = output or Path(f"{default}.gguf" if gguf else default)
+    output = output or Path("outputs/ollama" if ollama else f"{default}.gguf" if gguf else default)
     if push:  # a repository that cannot be written is noticed before the work
         exports.push(push)
     with console.progress() as progress:
-        note = exports.export(run, output, checkpoint, gguf, adapter_only, progress)
+        note = exports.export(run, output, checkpoint, gguf, adapter_only, ollama, progress)
     console.say(f"{output}: {note}")
     if push:
         card = exports.model_card(run, runs.adapter(run, checkpoint))
@@ -58,7 +59,9 @@ def serve(
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     api_key: Annotated[str | None, Option(envvar="MCP_LORA_API_KEY", help=_KEY)] = None,
     python: Annotated[Path | None, Option(help=_PYTHON)] = None,
-    show: Annotated[Literal["vllm", "sglang", "llama.cpp"] | None, Option("--print", help=_PRINT)] = None,
+    show: Annotated[
+        Literal["vllm", "sglang", "llama.cpp", "ollama"] | None, Option("--print", help=_PRINT)
+    ] = None,
 ) -> None:
     """Serve the adapter through OpenAI's protocol, with tool calls."""
     from mcp_lora.serve import servers
@@ -68,6 +71,8 @@ def serve(
         argv = servers.command(request)
         secret = ["env", f"VLLM_API_KEY={api_key}"] if show == "vllm" and api_key else []
         typer.echo(shlex.join([*secret, *argv]))
+        if show == "ollama":
+            console.say("to ask it then: ollama run mcp-lora, or http://127.0.0.1:11434/v1")
         if show == "llama.cpp" and not Path(argv[2]).is_file():
             console.say(f"to make this file: mcp-lora export {target} --gguf f16 --output {argv[2]}")
         return

@@ -213,17 +213,18 @@ class ChatTemplate:
 
     @property
     def frozen(self) -> str:
-        """The template's text with these arguments and the date as defaults, for servers that pass none."""
+        """The template's text with these arguments and the date set, whatever a server passes.
+
+        Ollama switches thinking on by itself where a template can think (its server/routes.go).
+        """
         text = str(self.tokenizer.chat_template)
-        defaults = "".join(
-            f"{{% set {key} = {key} | default({json.dumps(value)}) %}}"
-            for key, value in self.server_arguments.items()
-        )
+        known = self.server_arguments.items()
+        fixed = "".join(f"{{% set {key} = {json.dumps(value)} %}}" for key, value in known)
         formats = sorted({*re.findall(r"strftime_now\(\s*[\"']([^\"']+)", text)})
         if formats:
             dates = json.dumps({form: DATE.strftime(form) for form in formats})
-            defaults += f"{{% macro strftime_now(format) %}}{{{{ {dates}[format] }}}}{{% endmacro %}}"
-        return defaults + text
+            fixed += f"{{% macro strftime_now(format) %}}{{{{ {dates}[format] }}}}{{% endmacro %}}"
+        return fixed + text
 
     def read(self, text: str, schemas: Schemas | None = None) -> Reading:
         """Return the calls in an answer; `schemas` are those of the candidate tools' parameters, by name."""

@@ -1,4 +1,4 @@
-"""Export a run's adapter: merged into its base, by itself, or as GGUF, and check what is exported."""
+"""Export a run's adapter: merged, by itself, as GGUF or for Ollama, and check what is exported."""
 
 import gc
 import json
@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import calls, files
-from mcp_lora.engine import api
+from mcp_lora.engine import api, llama_cpp
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import evaluation, predict
-from mcp_lora.evaluate.answers import Judge, Response
+from mcp_lora.evaluate.answers import Judge
 from mcp_lora.evaluate.parity import parity
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import ChatTemplate, hub_arguments
-from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.chat import run_engine
 from mcp_lora.train import manifest, runs
 
@@ -52,16 +51,18 @@ def export(
     checkpoint: str | None = None,
     gguf: str | None = None,
     adapter_only: bool = False,
+    ollama: bool = False,
     progress: Callable[[str, float], None] = lambda step, fraction: None,
 ) -> str:
     """Export a run's adapter into `output`, which appears only once it is complete and checked.
 
     Args:
         run: the run's folder.
-        output: a folder, or with `gguf` a file.
+        output: a folder, or with `gguf` alone a file.
         checkpoint: the checkpoint of the adapter; by default the newest.
         gguf: one of OTHER_CALLS, to write a GGUF file.
         adapter_only: without the base.
+        ollama: write a folder with a GGUF file (by default f16) and a Modelfile for Ollama.
         progress: receives the fraction of the questions that a GGUF file has answered.
 
     Returns:
@@ -78,8 +79,11 @@ def export(
         raise McpLoraError(f"{run} {why}: mcp-lora export {run} --adapter-only")
     if output.exists():
         raise McpLoraError(f"{output} exists: {again}")
+    if ollama and adapter_only:
+        raise McpLoraError(f"Ollama gets a merged model: mcp-lora export {run} --ollama")
     config = runs.read_run(run)
     template = chat_template.load(config)
+    gguf = gguf or ("f16" if ollama else None)
     if gguf:
         llama_cpp.require()
         llama_cpp.converters()
@@ -105,7 +109,14 @@ def export(
                 llama_cpp.convert(folder, file, gguf)
             served = (base, file, template.frozen) if adapter_only else (file, None, None)
             note = _check_answers(run, adapter, template, served, gguf, progress)
-        (file if gguf else folder).rename(output)
+        made = file if gguf else folder
+        if ollama:
+            made = new / "ollama"
+            made.mkdir()
+            file.rename(made / "model.gguf")
+            (folder / "README.md").rename(made / "README.md")
+            (made / "Modelfile").write_text(modelfile(template), encoding="utf-8")
+        made.rename(output)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return note
@@ -180,6 +191,18 @@ def _update(file: Path, changes: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def modelfile(template: ChatTemplate) -> str:
+    """Return the Modelfile for `model.gguf` in the same folder.
+
+    It has no TEMPLATE, which is written in Go: without one Ollama, from 0.30, renders prompts by the file's
+    own chat template (its llm/llama_server.go).
+    """
+    values = ["temperature 0", "repeat_penalty 1", f"num_ctx {llama_cpp.CONTEXT}"]
+    values += [f'stop "{end}"' for end in sorted({*template.ends.values()})]
+    lines = ["FROM ./model.gguf", "REQUIRES 0.30.0", *(f"PARAMETER {value}" for value in values)]
+    return "\n".join(lines) + "\n"
+
+
 def response_template(template: ChatTemplate) -> dict[str, Any] | None:
     """Return how to parse answers in Hermes format, None for other formats.
 
@@ -215,7 +238,7 @@ def model_card(run: Path, adapter: Path) -> str:
     lines += ["---", "", f"# {name}, tuned to call MCP tools", ""]
     lines += ["The licence is that of the base model, and of the data.", "", "## Training", ""]
     if data:
-        rejected = sum(data["rejected"].values())
+        rejected = sum(data.get("rejected", {}).values())
         tools = f"{data['tools']} tools of {data['servers']} servers"
         lines.append(
             f"- {data['read']} rows, {rejected} of them rejected; {tools}; written: {data['written']}"
@@ -270,11 +293,8 @@ def _check_answers(
         if differences := parity(url, template).differences:
             what = "the GGUF file's prompts are not those of training, nothing is exported"
             raise McpLoraError(f"{what}: {'; '.join(differences)}", 1)
-        for done, question in enumerate(asked, 1):
-            tokens = llama_cpp.complete(url, template.ids(question.prompt), length)
-            answer = template.without_end(template.tokenizer.decode(tokens))
-            made = judge(question, Response(question.prompt, answer, [])).calls
-            other += not calls.same_calls(made, expected[question.key])
+        for done, (question, response) in enumerate(predict.complete(asked, url, template, length), 1):
+            other += not calls.same_calls(judge(question, response).calls, expected[question.key])
             progress("asking llama.cpp", done / len(asked))
     if not asked:
         return f"the same prompts as in training; warning: its answers are not checked ({problem})"

@@ -1,4 +1,4 @@
-"""Serve an adapter through OpenAI's protocol: the commands of vLLM, SGLang and llama.cpp, and one that runs.
+"""Serve an adapter through OpenAI's protocol: the commands of the servers, and one that runs.
 
 A server parses the calls in answers with a parser that has a name. It depends on how the chat template
 writes calls, not on the model's name: PARSERS.
@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data.calls import without_thought
-from mcp_lora.engine import launch
+from mcp_lora.engine import launch, llama_cpp
+from mcp_lora.engine.llama_cpp import NAME
 from mcp_lora.errors import Interrupted, McpLoraError, explained
 from mcp_lora.evaluate.evaluation import adapter_hash
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
-from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.export import complete, export
-from mcp_lora.serve.llama_cpp import NAME
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine
 
@@ -55,7 +54,8 @@ class Request:
 
     Attributes:
         target: a run's folder, an exported model's folder, or a GGUF file.
-        engine: vllm, sglang or llama.cpp; by default the first two on a GPU if installed, else the last.
+        engine: vllm, sglang, llama.cpp or ollama (which is not started); by default one of the first two on
+            a GPU if installed, else llama.cpp.
         host, port: where it listens.
         api_key: what requests must send, if anything.
         python: the interpreter of the environment with vLLM (by default) or SGLang.
@@ -90,6 +90,11 @@ def command(request: Request) -> list[str]:
     if request.engine == "llama.cpp":
         words = ["llama-server", "--model", str(_gguf(request)), "--alias", NAME, "--jinja"]
         return [*words, "--ctx-size", str(llama_cpp.CONTEXT), *where, *_key(request)]
+    if request.engine == "ollama":
+        if not (target / "Modelfile").is_file():
+            what = f"{target} contains no Modelfile: mcp-lora export RUN --ollama"
+            raise McpLoraError(f"{what}, and mcp-lora serve outputs/ollama --print ollama")
+        return ["ollama", "create", NAME, "--file", str(target / "Modelfile")]
     if target.suffix == ".gguf":
         raise McpLoraError(f"{target} is a GGUF file: mcp-lora serve {target} --engine llama.cpp")
     if request.engine == "sglang" and request.is_run:  # run-time LoRA loses calls (sgl-project/sglang#30744)
@@ -127,6 +132,9 @@ def _lora(run: Path) -> list[str]:
     adapter = runs.adapter(run).absolute()
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
+    if saved := settings.get("modules_to_save"):
+        what = f"vLLM serves no adapter with {', '.join(saved)}, only a merged model"
+        raise McpLoraError(f"{what}: mcp-lora export {run}")
     allowed = next((one for one in RANKS if one >= rank), None)
     if allowed is None:
         raise McpLoraError(f"vLLM allows LoRA ranks up to {RANKS[-1]}, not {rank}: mcp-lora export {run}")
@@ -173,6 +181,8 @@ def serve(
             threading.Event().wait()
     else:
         argv = command(request)
+        if not request.port:
+            raise McpLoraError("only llama.cpp finds a free port: mcp-lora serve --port 8000")
         if not shutil.which(argv[0]):
             what = f"{argv[0]} is not installed here"
             raise McpLoraError(f"{what}: mcp-lora serve --python PATH, or --engine llama.cpp")

@@ -23,6 +23,8 @@ _INPUTS = (
     "Tool-call data: files (.json, .jsonl, .jsonl.gz, .parquet), folders, globs; "
     "by default the newest data/filtered/filtered_*.json."
 )
+_CANDIDATES = "Tools per sample, including the gold tool; 4-10: another number for each training sample."
+_QUESTIONS = "Single-turn questions that share the candidates of one training sample."
 _TURNS = "Up to the first call, the whole conversation, or one sample per call."
 _STRICT_SCHEMA = "Reject parameters that the schema does not define."
 _REDACT = "Replace keys, mail addresses and home folders; by default in session logs."
@@ -34,11 +36,12 @@ def convert(
     tools: Annotated[list[str] | None, Option(metavar="PATH", help="A tool catalogue; repeatable.")] = None,
     turns: Annotated[Literal["call", "all", "each"], Option(help=_TURNS)] = "call",
     max_observation: Annotated[int, Option(min=1, help="Maximum characters of a tool's result.")] = 4000,
-    candidates: Annotated[int, Option(min=1, help="Tools per sample, including the gold tool.")] = 10,
+    candidates: Annotated[str, Option(metavar="N|N-M", help=_CANDIDATES)] = "10",
     holdout_servers: Annotated[float, Option(min=0, max=0.9, help="Fraction of servers held out.")] = 0.0,
     holdout_tools: Annotated[float, Option(min=0, max=0.9, help="Fraction of tools held out.")] = 0.0,
     test: Annotated[float, Option(min=0, max=0.9, help="Fraction of other rows held out.")] = 0.1,
     no_call: Annotated[float, Option(min=0, max=1, help="Fraction of extra no-call samples.")] = 0.0,
+    questions_per_sample: Annotated[int, Option(min=1, help=_QUESTIONS)] = 1,
     seed: Annotated[int, Option(help="Decides what is held out, and the candidates.")] = 42,
     drop_reasoning: Annotated[bool, Option("--drop-reasoning", help="Leave out the reasoning.")] = False,
     strict_schema: Annotated[bool, Option("--strict-schema", help=_STRICT_SCHEMA)] = False,
@@ -52,15 +55,19 @@ def convert(
     bound = "0" if strict else max_rejects
     if not re.fullmatch(r"\d+(\.\d+)?%?", bound):
         raise McpLoraError(f"--max-rejects {bound}: neither a percentage nor a number: --max-rejects 5%")
+    low, _, high = candidates.partition("-")
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", candidates) or int(high or low) < int(low):
+        raise McpLoraError(f"--candidates {candidates}: neither a number nor a range: --candidates 4-10")
     held_out = (holdout_servers, holdout_tools, test)
     settings = conversion.Settings(
         inputs or [],
         tools or [],
         turns,
         max_observation,
-        candidates,
+        candidates if high else int(low),
         *held_out,
         no_call,
+        questions_per_sample,
         seed,
         drop_reasoning,
         strict_schema,

@@ -27,10 +27,12 @@ class Settings:
         turns: "call" ends a sample at the first call, "all" keeps the whole conversation, "each" makes one
             sample per call, with the messages before it as context.
         max_observation: maximum characters of a tool's result.
-        candidates: candidate tools per sample, including the gold tool.
+        candidates: candidate tools per sample, including the gold tool: a number, or "4-10" for each training
+            sample another; a held-out question has the most.
         holdout_servers, holdout_tools: fraction of the servers and of the tools to hold out.
         test: fraction of the other rows to hold out, from 0 to below 1.
         no_call: fraction of rows that get an extra sample without the gold tool.
+        questions_per_sample: questions in a training sample, if rows have one each.
         seed: decides what is held out, the candidate tools and their order.
         drop_reasoning: leave out the reasoning.
         strict_schema: reject calls with parameters that the tool's schema does not define.
@@ -42,11 +44,12 @@ class Settings:
     tools: list[str] = field(default_factory=list)
     turns: str = "call"
     max_observation: int = 4000
-    candidates: int = 10
+    candidates: int | str = 10
     holdout_servers: float = 0.0
     holdout_tools: float = 0.0
     test: float = 0.1
     no_call: float = 0.0
+    questions_per_sample: int = 1
     seed: int = 42
     drop_reasoning: bool = False
     strict_schema: bool = False

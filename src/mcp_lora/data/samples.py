@@ -28,6 +28,7 @@ from typing import IO, Any
 import msgspec
 
 from mcp_lora.data.catalogue import Catalogue
+from mcp_lora.data.conversations import Asked, Conversation, conversations
 from mcp_lora.data.files import BUFFER
 from mcp_lora.data.formats import refusal
 from mcp_lora.data.records import Settings, Tool
@@ -72,6 +73,9 @@ class Samples:
         self._split = split.within(rows.kept)
         self.pool = Pool(catalogue, self._split)
         self._kept = {*rows.kept.values()}
+        low, _, high = str(settings.candidates).partition("-")
+        self._candidates = int(low), int(high or low)
+        self._asked: list[Asked] = []  # for conversations
         self._open = contextlib.ExitStack()
         self._files: dict[str, list[IO[bytes]]] = {}
 
@@ -86,7 +90,11 @@ class Samples:
                 split = self._split_of(row, gold, row.split_hash in held_out)
                 if split != "train" and not _calls(row.messages):
                     split = "no_call"  # its calls are context, the gold answer is not to call
-                count, unseen = self._settings.candidates, split == "unseen_server"
+                rows.statistics[row.file, row.format].written[split] += 1
+                count, unseen = self._count(row.split_hash, split), split == "unseen_server"
+                if split == "train" and self._settings.questions_per_sample > 1 and _is_single(row.messages):
+                    self._collect(row, own, gold)
+                    continue
                 sampled = self.pool.sample(own, row.called, count, row.split_hash, unseen)
                 server = gold[0].server if gold else ""
                 # A test sample ends with the gold call.
@@ -97,7 +105,6 @@ class Samples:
                         self._write(split, messages, sampled, server)
                 else:
                     self._write(split, row.messages, sampled, server)
-                rows.statistics[row.file, row.format].written[split] += 1
                 if gold and row.no_call_hash < self._settings.no_call * 2**64:
                     # As many candidates as with the gold tool, or their number would give it away.
                     count = len(sampled) + len(gold)
@@ -106,8 +113,37 @@ class Samples:
                     self._write_no_call(split, row, distractors)
                 if place % 1000 == 0:
                     progress("writing", place / rows.count)
+            size = self._settings.questions_per_sample
+            for one in conversations(self._asked, size, lambda key: self._count(key, "train")):
+                self._write("train", one.messages, self._shared(one), "")
             for _, array in self._files.values():
                 array.write(b"\n]\n")
+
+    def _count(self, content: int, split: str) -> int:
+        """Return the number of candidates; a held-out question has the most."""
+        low, high = self._candidates
+        return low + content % (high - low + 1) if split == "train" else high
+
+    def _collect(self, row: Row, own: list[Tool], gold: list[Tool]) -> None:
+        """Keep a row's question for a conversation, and once more for a refusal if it gets one."""
+        self._asked.append(Asked(row.split_hash, row.messages, own, gold))
+        if gold and row.no_call_hash < self._settings.no_call * 2**64:
+            refused = [*row.messages[:-1], _refusal(row.messages)]
+            self._asked.append(Asked(row.split_hash, refused, own, gold, refuses=True))
+            self.extra["train"] += 1
+
+    def _shared(self, conversation: Conversation) -> list[Tool]:
+        """Sample the candidates of all questions of a conversation, without what its refusals lack."""
+        own: dict[str, Tool] = {}
+        for one in sorted(conversation.asked, key=lambda one: one.refuses):
+            own = {tool.name: tool for tool in one.own} | own
+        for one in conversation.asked:
+            own |= {tool.name: tool for tool in one.gold}
+        lacking = {tool.name for one in conversation.asked if one.refuses for tool in one.gold}
+        called = {tool.name for one in conversation.asked for tool in one.gold}
+        count = conversation.candidates + len(lacking)
+        sampled = self.pool.sample([*own.values()], called, count, conversation.asked[0].key)
+        return [tool for tool in sampled if tool.name not in lacking]
 
     def _tools_of(self, row: Row) -> tuple[list[Tool], list[Tool]]:
         """Return the tools of a row, and the gold tools among them."""
@@ -151,8 +187,7 @@ class Samples:
         if not distractors:
             return
         asked = _up_to_the_call(row.messages)[:-1]
-        question = next(message["content"] for message in reversed(asked) if message["role"] == "user")
-        answer = {"role": "assistant", "content": refusal(question)}
+        answer = _refusal(asked)
         split = "train" if split == "train" else "no_call"
         self._write(split, [*asked, answer], distractors, "")
         self.extra[split] += 1
@@ -196,6 +231,16 @@ def _calls(messages: list[Any]) -> list[int]:
         for place, message in enumerate(messages)
         if "tool_calls" in message and message.get("weight") != 0
     ]
+
+
+def _is_single(messages: list[Any]) -> bool:
+    return [message["role"] for message in messages] == ["system", "user", "assistant"]
+
+
+def _refusal(messages: list[Any]) -> dict[str, Any]:
+    """Return the answer to the last question that no candidate tool fits."""
+    question = next(message["content"] for message in reversed(messages) if message["role"] == "user")
+    return {"role": "assistant", "content": refusal(question)}
 
 
 def _up_to_the_call(messages: list[Any]) -> list[Any]:

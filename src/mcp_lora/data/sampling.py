@@ -122,7 +122,7 @@ class Pool:
             return
         for tool in self._shuffled(tools, size - len(candidates)):
             if tool.name not in candidates and (tool.server, tool.name) not in excluded:
-                if any(_are_alike(tool, other) for other in gold):
+                if any(are_alike(tool, other) for other in gold):
                     self.synonyms += 1
                     continue
                 candidates[tool.name] = tool
@@ -136,7 +136,7 @@ class Pool:
         yield from self._random.sample(tools, len(tools))
 
 
-def _are_alike(one: Tool, other: Tool) -> bool:
+def are_alike(one: Tool, other: Tool) -> bool:
     """Tell whether tools of two servers do the same; tools of one server never count as alike."""
     if one.server and one.server == other.server:
         return False

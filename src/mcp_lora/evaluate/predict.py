@@ -99,16 +99,13 @@ def by_llama_cpp(
 ) -> Generator[tuple[Question, Response]]:
     """Put questions to a running server of llama.cpp, which answers at most `length` tokens freely.
 
-    A request with tools would bind the answer to their schemas.
+    A request with tools would bind the answer to their schemas. The questions are asked one after the other,
+    as answers at the same time would be rounded differently each time.
     """
-
-    def ask(question: Question) -> tuple[Question, Response]:
+    for question in questions:
         tokens = llama_cpp.complete(url, template.ids(question.prompt), length)
         text = template.without_end(template.tokenizer.decode(tokens))
-        return question, Response(question.prompt, text, [], "cut off" if len(tokens) >= length else None)
-
-    with ThreadPool(llama_cpp.PARALLEL) as pool:
-        yield from pool.imap_unordered(ask, questions)
+        yield question, Response(question.prompt, text, [], "cut off" if len(tokens) >= length else None)
 
 
 def by_endpoint(

@@ -289,9 +289,7 @@ def _check_answers(
         for question, response in predict.by_engine(asked, template, settings, None, command):
             expected[question.key] = judge(question, response).calls
     other, longest = 0, max((len(template.ids(question.prompt)) for question in asked), default=0)
-    with llama_cpp.running(
-        *served, context=max(llama_cpp.CONTEXT, llama_cpp.PARALLEL * (longest + length))
-    ) as url:
+    with llama_cpp.running(*served, context=max(llama_cpp.CONTEXT, longest + length)) as url:
         if differences := parity(url, template).differences:
             what = "the GGUF file's prompts are not those of training, nothing is exported"
             raise McpLoraError(f"{what}: {'; '.join(differences)}", 1)

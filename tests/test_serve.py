@@ -305,23 +305,6 @@ def test_the_modelfile_leaves_the_prompt_to_the_chat_template_of_the_gguf_file(
     assert {file.name for file in gguf.parent.iterdir()} == {"model.gguf", "Modelfile", "README.md"}
 
 
-def test_llama_cpp_evaluates_as_the_engine_does(project: Path) -> None:
-    def answers() -> dict[str, list[Any]]:
-        file = project / "outputs/mcp_lora/eval/adapter.jsonl"
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return {row["question"]: row["calls"] for row in rows}
-
-    assert run([BIN / "mcp-lora", "eval"], project).returncode == 0
-    expected = answers()
-    done = run([BIN / "mcp-lora", "eval", "--with", "llama.cpp"], project)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = answers()
-    assert found.keys() == expected.keys()
-    assert sum(found[key] != calls for key, calls in expected.items()) <= 1
-    done = run([BIN / "mcp-lora", "eval", "--with", "llama.cpp", "--endpoint", "u", "--endpoint-model", "m"], project)
-    assert done.returncode == 2 and "not both" in done.stderr
-
-
 def test_serve_is_one_command(project: Path, gguf: Path) -> None:
     # the run, for which it makes a file once
     argv = [BIN / "mcp-lora", "serve", "--port", "0"]

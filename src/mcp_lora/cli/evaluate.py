@@ -3,7 +3,7 @@
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -16,7 +16,6 @@ from mcp_lora.errors import McpLoraError
 from mcp_lora.train.runs import DEFAULT
 
 _REQUIRE = "Exit with 1 if not met; repeatable."
-_WITH = "Let llama.cpp answer, not LLaMA-Factory: faster on a CPU."
 _RUNS = f"A run's folder, by default {DEFAULT}; several are compared."
 
 
@@ -29,7 +28,6 @@ def evaluate(
     adapter_only: Annotated[bool, Option("--adapter-only", help="Ask only the adapter.")] = False,
     endpoint: Annotated[str | None, Option(metavar="URL", help="Ask an OpenAI-compatible server.")] = None,
     endpoint_model: Annotated[str | None, Option(metavar="NAME", help="Its model's name.")] = None,
-    engine: Annotated[Literal["llama.cpp"] | None, Option("--with", help=_WITH)] = None,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Maximum tokens per answer.")] = None,
     gpus: Gpus = None,
     batch_size: Annotated[int, Option(min=1, help="Questions per batch on a GPU.")] = 16,
@@ -41,8 +39,6 @@ def evaluate(
 
     if bool(endpoint) != bool(endpoint_model):
         raise McpLoraError("use both options or neither: mcp-lora eval --endpoint URL --endpoint-model NAME")
-    if endpoint and engine:
-        raise McpLoraError("a server answers by itself: mcp-lora eval with --endpoint, or --with, not both")
     if base_only + adapter_only + bool(endpoint) > 1:
         raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: use one of them")
     request = evaluation.Request(
@@ -52,7 +48,6 @@ def evaluate(
         limit=limit,
         models=[evaluation.BASE] * (not adapter_only) + [evaluation.ADAPTER] * (not base_only),
         endpoint=evaluation.Endpoint(endpoint, endpoint_model) if endpoint and endpoint_model else None,
-        llama_cpp=bool(engine),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         gpus=gpus,

@@ -19,7 +19,7 @@ _PARTS = ("conversion/", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "gg
 NAME = "mcp-lora"  # the model's name on a server
 CONTEXT = 16384  # tokens, shared by all requests of a server
 _SMALLER = "mcp-lora eval, to see the longest questions"
-PARALLEL = 4  # requests that are answered at the same time; others wait
+_PARALLEL = 4  # requests that are answered at the same time; others wait
 
 
 def convert(model: Path, target: Path, dtype: str) -> None:
@@ -105,7 +105,7 @@ def running(
     params.api_keys = [api_key] if api_key else []
     params.chat_template = chat_template or ""
     params.use_jinja, params.ui = True, False
-    params.n_ctx, params.n_parallel, params.kv_unified = context, PARALLEL, True
+    params.n_ctx, params.n_parallel, params.kv_unified = context, _PARALLEL, True
     params.cpuparams.poll = 0  # threads that wait do not keep other processes from the cores
     params.verbosity = 1  # errors
     if adapter:

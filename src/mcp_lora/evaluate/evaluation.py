@@ -98,7 +98,6 @@ class Request:
         limit: maximum questions per split.
         models: BASE, ADAPTER or both.
         endpoint: evaluate this server instead, and compare it with the base model if its answers exist.
-        llama_cpp: let llama.cpp answer, not LLaMA-Factory.
         max_new_tokens: tokens per answer; by default those of the longest gold answer and a margin.
         batch_size: questions per batch of each process; halved if memory runs out.
         gpus: number of GPUs that the questions are sharded across; by default all.
@@ -111,7 +110,6 @@ class Request:
     limit: int | None = None
     models: Sequence[str] = (BASE, ADAPTER)
     endpoint: Endpoint | None = None
-    llama_cpp: bool = False
     max_new_tokens: int | None = None
     batch_size: int = 16
     gpus: int | None = None
@@ -234,13 +232,9 @@ def _models(request: Request, template: ChatTemplate, adapter: Path | None, leng
         loaded = adapter if name == ADAPTER else None
         settings = runs.serving_config(request.run, loaded)
         settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
-        identity: Any = loaded and adapter_hash(loaded)
         command, gpus = f"mcp-lora eval {request.run}", request.gpus
         ask = partial(predict.by_engine, template=template, settings=settings, gpus=gpus, command=command)
-        if request.llama_cpp:
-            identity = [identity, "llama.cpp"]
-            ask = partial(predict.by_llama_cpp, template=template, settings=settings)
-        yield _Model(name, name, identity, ask)
+        yield _Model(name, name, loaded and adapter_hash(loaded), ask)
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:

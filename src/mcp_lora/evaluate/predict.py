@@ -1,4 +1,4 @@
-r"""Put questions to a model: with LLaMA-Factory's prediction, llama.cpp, or at an OpenAI-compatible server.
+r"""Put questions to a model: with LLaMA-Factory's prediction, or at an OpenAI-compatible server.
 
 The engine writes generated_predictions.jsonl, in the order of the questions; one line:
 
@@ -20,7 +20,7 @@ from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate.answers import Response
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import render
-from mcp_lora.prompts.chat_template import ChatTemplate, model_folder
+from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train.machine import detect_machine
 
 # Starting the engine takes up to a minute, and an interruption loses the answers of the current chunk.
@@ -95,45 +95,17 @@ def by_engine(
 
 
 def by_llama_cpp(
-    questions: Sequence[Question], template: ChatTemplate, settings: dict[str, Any]
-) -> Generator[tuple[Question, Response]]:
-    """Let llama.cpp answer greedily, on the CPU, with the base and the adapter in f16.
-
-    Args:
-        questions: rendered, in any order.
-        template: the model's chat template.
-        settings: its keys: the model's settings, adapter, max_new_tokens.
-
-    Raises McpLoraError if llama.cpp's server is not installed, or llama.cpp does not know the model.
-    """
-    llama_cpp.require()
-    source, adapter = model_folder(settings), settings.get("adapter_name_or_path")
-    with tempfile.TemporaryDirectory(prefix="mcp-lora-") as place:
-        base, lora = Path(place, "base.gguf"), Path(place, "adapter.gguf")
-        llama_cpp.convert(source, base, "f16")
-        if adapter:
-            llama_cpp.convert_adapter(Path(adapter), source, lora, "f16")
-        length = settings["max_new_tokens"]
-        context = llama_cpp.PARALLEL * (max(len(template.ids(one.prompt)) for one in questions) + length)
-        with llama_cpp.running(base, lora if adapter else None, template.frozen, context=context) as url:
-            yield from complete(questions, url, template, length)
-
-
-def complete(
     questions: Sequence[Question], url: str, template: ChatTemplate, length: int
 ) -> Generator[tuple[Question, Response]]:
     """Put questions to a running server of llama.cpp, which answers at most `length` tokens freely.
 
-    A request with tools would bind the answer to their schemas.
+    A request with tools would bind the answer to their schemas. The questions are asked one after the other,
+    as answers at the same time would be rounded differently each time.
     """
-
-    def ask(question: Question) -> tuple[Question, Response]:
+    for question in questions:
         tokens = llama_cpp.complete(url, template.ids(question.prompt), length)
         text = template.without_end(template.tokenizer.decode(tokens))
-        return question, Response(question.prompt, text, [], "cut off" if len(tokens) >= length else None)
-
-    with ThreadPool(llama_cpp.PARALLEL) as pool:
-        yield from pool.imap_unordered(ask, questions)
+        yield question, Response(question.prompt, text, [], "cut off" if len(tokens) >= length else None)
 
 
 def by_endpoint(

@@ -293,7 +293,7 @@ def _check_answers(
         if differences := parity(url, template).differences:
             what = "the GGUF file's prompts are not those of training, nothing is exported"
             raise McpLoraError(f"{what}: {'; '.join(differences)}", 1)
-        for done, (question, response) in enumerate(predict.complete(asked, url, template, length), 1):
+        for done, (question, response) in enumerate(predict.by_llama_cpp(asked, url, template, length), 1):
             other += not calls.same_calls(judge(question, response).calls, expected[question.key])
             progress("asking llama.cpp", done / len(asked))
     if not asked:

@@ -80,7 +80,9 @@ def demo() -> None:
     held_out = "2 candidates per question; questions, tools and a server held out"
     console.say(f"1/4 convert: the shipped sample, {held_out}")
     sample = [str(conversion.shipped_sample())]
-    data.convert(sample, out, candidates=2, test=0.12, holdout_tools=0.15, holdout_servers=0.15, no_call=0.2)
+    data.convert(
+        sample, out, candidates="2", test=0.12, holdout_tools=0.15, holdout_servers=0.15, no_call=0.2
+    )
     console.say("2/4 train: SmolLM2-135M-Instruct on the CPU, five to twenty minutes")
     train.train(config=Path("demo"), model=demo_model.NAME, overwrite=True)
     console.say("3/4 eval: the held-out questions, put to the base model and to the adapter")

@@ -96,6 +96,61 @@ def test_conversations_of_several_turns_stay_samples_of_their_own(tmp_path: Path
     assert Counter(len(answers(sample)) for sample in samples) == {2: 6, 3: 4}
 
 
+def row(question: str, answer: Any, *tools: str) -> dict[str, Any]:
+    """A row that brings tools, and calls one of them or answers with text."""
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    functions = [{"name": name, "description": "", "parameters": parameters} for name in tools]
+    message: dict[str, Any] = {"role": "assistant", "content": answer}
+    if answer in tools:
+        call = {"function": {"name": answer, "arguments": '{"a": 1}'}}
+        message = {"role": "assistant", "tool_calls": [call]}
+    return {
+        "messages": [{"role": "user", "content": question}, message],
+        "tools": [{"type": "function", "function": function} for function in functions],
+    }
+
+
+def test_a_row_without_a_call_keeps_its_own_candidates(tmp_path: Path) -> None:
+    rows = [
+        row("What is the weather?", "No tool tells the weather.", "calculate", "convert_currency"),
+        row("How many euros?", "No tool converts.", "calculate", "get_weather"),
+        row("Is it raining?", "get_weather", "get_weather", "calculate"),
+    ]
+    file = write_json(tmp_path / "rows.json", rows)
+    convert(Settings([str(file)], test=0.0, questions_per_sample=4), tmp_path / "out")
+    found = {}
+    for sample in dataset.samples(tmp_path / "out", "train"):
+        names = {tool["function"]["name"] for tool in sample["tools"]}
+        found |= {question: names for question, _ in answers(sample)}
+    for one in rows[:2]:
+        assert found[one["messages"][0]["content"]] == {*names_of(one)}
+
+
+def names_of(one: dict[str, Any]) -> list[str]:
+    return [tool["function"]["name"] for tool in one["tools"]]
+
+
+def test_what_another_row_brings_does_not_do_what_a_refusal_lacks(tmp_path: Path) -> None:
+    rows = [
+        row("Is it raining?", "get_weather", "get_weather", "calculate"),
+        row("What is 1 + 2?", "calculate", "calculate", "weather_get"),
+    ]
+    file = write_json(tmp_path / "rows.json", rows)
+    convert(Settings([str(file)], test=0.0, no_call=1.0, questions_per_sample=4), tmp_path / "out")
+    for sample in dataset.samples(tmp_path / "out", "train"):
+        weather = {"get_weather", "weather_get"} & {*names_of(sample)}
+        called = [answer != refusal(question) for question, answer in answers(sample) if "rain" in question]
+        assert len(weather) <= 1 and (not called or weather == ({"get_weather"} if all(called) else set()))
+
+
+def test_a_refusal_needs_a_candidate(tmp_path: Path) -> None:
+    rows = [row(f"Is it raining in {city}?", "get_weather", "get_weather") for city in ("Rome", "Oslo")]
+    file = write_json(tmp_path / "rows.json", rows)
+    stats = convert(Settings([str(file)], test=0.0, no_call=1.0, questions_per_sample=4), tmp_path / "out")
+    assert stats["no_call_samples"] == {} and stats["written"] == {"train": 2}
+    assert all(sample["tools"] for sample in dataset.samples(tmp_path / "out", "train"))
+
+
 @pytest.mark.parametrize("wrong", ["0", "4-", "10-4", "x"])
 def test_a_wrong_number_of_candidates_is_an_error(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -18,13 +18,12 @@ import pytest
 from conftest import BIN, environment, make_project, run
 from gguf import GGUFReader
 
-from mcp_lora.engine import llama_cpp
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import evaluation, parity
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import export as exports
-from mcp_lora.serve import servers
+from mcp_lora.serve import llama_cpp, servers
 from mcp_lora.serve.servers import Request
 from mcp_lora.train import runs
 
@@ -102,14 +101,15 @@ def test_a_frozen_template_makes_the_prompts_of_training(thinking: bool) -> None
             template = ChatTemplate(chat_templates.tokenizer_of(text), thinking)
         except McpLoraError:
             continue
-        server = chat_templates.tokenizer_of(template.frozen)
+        server, firm = (chat_templates.tokenizer_of(template.frozen(firmly)) for firmly in (False, True))
         for messages, tools in list(parity.PROBES.values())[:3]:
             try:
                 expected = template.prompt(messages, tools)
             except Exception:  # it rejects a system message
                 continue
-            for arguments in ({}, {"enable_thinking": not thinking, "thinking": not thinking}):
-                served = server.apply_chat_template(
+            other = {"enable_thinking": not thinking, "thinking": not thinking, "date_string": "1 Jan 1970"}
+            for tokenizer, arguments in ((server, {}), (firm, other)):
+                served = tokenizer.apply_chat_template(
                     messages, tools=tools or None, tokenize=False, add_generation_prompt=True, **arguments
                 )
                 assert served == expected, name
@@ -122,7 +122,7 @@ def test_a_first_token_that_llama_cpp_adds_makes_no_difference(
 ) -> None:
     """As Llama 3 and Mistral: the template writes it, and llama.cpp shows prompts without it."""
     with_first = copy.deepcopy(template)
-    with_first.tokenizer.chat_template = "{{ bos_token }}" + template.frozen
+    with_first.tokenizer.chat_template = "{{ bos_token }}" + template.frozen()
     file = tmp_path / "first.gguf"
     change = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--force", "--chat-template"]
     subprocess.run([*change, with_first.tokenizer.chat_template, gguf, file], check=True, capture_output=True)
@@ -282,7 +282,9 @@ def test_an_adapter_by_itself(project: Path, template: ChatTemplate) -> None:
     assert (folder / "adapter_model.safetensors").read_bytes() == (
         project / "outputs/mcp_lora/adapter_model.safetensors"
     ).read_bytes()
-    assert (folder / "chat_template.jinja").read_text() == template.frozen == template.tokenizer.chat_template
+    assert (
+        (folder / "chat_template.jinja").read_text() == template.frozen() == template.tokenizer.chat_template
+    )
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [template.tokenizer.convert_tokens_to_ids("<|im_end|>")]
     card = (folder / "README.md").read_text()
@@ -301,8 +303,21 @@ def test_the_modelfile_leaves_the_prompt_to_the_chat_template_of_the_gguf_file(
         *("PARAMETER num_ctx 16384", 'PARAMETER stop "<|im_end|>"'),
     ]
     field = GGUFReader(gguf).fields["tokenizer.chat_template"]
-    assert bytes(field.parts[field.data[0]]).decode() == template.frozen
+    assert bytes(field.parts[field.data[0]]).decode() == template.frozen(firmly=True)
     assert {file.name for file in gguf.parent.iterdir()} == {"model.gguf", "Modelfile", "README.md"}
+
+
+def test_ollama_gets_no_model_that_it_prompts_in_its_own_way(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder = project / "outputs/mcp_lora"
+    with pytest.raises(McpLoraError, match="a merged model: mcp-lora export .* --ollama"):
+        exports.check_ollama(run_folder, adapter_only=True)
+    exports.check_ollama(run_folder, adapter_only=False)
+    (tmp_path / "config.json").write_text('{"model_type": "gemma4_text"}')
+    monkeypatch.setattr(chat_template, "model_folder", lambda config: tmp_path)
+    with pytest.raises(McpLoraError, match="prompts of its own for gemma4_text"):
+        exports.check_ollama(run_folder, adapter_only=False)
 
 
 def test_serve_is_one_command(project: Path, gguf: Path) -> None:

@@ -24,11 +24,11 @@ from conftest import BIN, CHAT_TEMPLATE, ROOT, SAMPLE, environment
 
 from mcp_lora.data import calls
 from mcp_lora.data.conversion import Settings, convert
-from mcp_lora.engine import llama_cpp
-from mcp_lora.evaluate import evaluation, predict, questions
+from mcp_lora.evaluate import evaluation, questions
 from mcp_lora.evaluate.answers import Judge, Response
 from mcp_lora.evaluate.evaluation import ADAPTER, BASE
 from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.export import export
 from mcp_lora.train import runs
 from mcp_lora.train.machine import Machine
@@ -80,18 +80,21 @@ def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pyt
         rates = ", ".join(f"{name} {1 / each:.3f} a second" for name, each in seconds[model].items())
         ratio = seconds[model]["plain"] / seconds[model]["ours"]
         print(f"\n{model}: {count} questions, {rates}: {ratio:.2f} times; {same} answers begin alike")
-        expected = found.answers[model]
     export(run, tmp_path / "merged.gguf", gguf="f16")
     prepared = evaluation.prepare(request)
-    judge = Judge(prepared.template)
+    judge, template, same = Judge(prepared.template), prepared.template, 0
     with llama_cpp.running(tmp_path / "merged.gguf", None, None) as url:
         start = time.perf_counter()
-        pairs = [*predict.by_llama_cpp(prepared.asked, url, prepared.template, prepared.length)]
-        llama = (time.perf_counter() - start) / len(pairs)
-    made = {question.key: judge(question, response).calls for question, response in pairs}
-    same = sum(calls.same_calls(made[answer.question], answer.calls) for answer in expected)
-    print(f"llama: {1 / llama:.3f} a second, the same calls for {same} of {len(expected)}")
-    assert same >= len(expected) - 1
+        texts = [
+            template.tokenizer.decode(llama_cpp.complete(url, template.ids(one.prompt), prepared.length))
+            for one in prepared.asked
+        ]
+        llama = (time.perf_counter() - start) / len(texts)
+    for question, text, answer in zip(prepared.asked, texts, found.answers[ADAPTER], strict=True):
+        made = judge(question, Response("", template.without_end(text), [])).calls
+        same += calls.same_calls(made, answer.calls)
+    print(f"llama: {1 / llama:.3f} a second, the same calls for {same} of {len(texts)}")
+    assert same >= len(texts) - 1
     plain, ours = (sum(each[name] for each in seconds.values()) for name in ("plain", "ours"))
     print(f"a question put to both: ours is {plain / ours:.2f} times as fast")
     assert plain / ours >= 1.5

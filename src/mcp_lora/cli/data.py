@@ -23,7 +23,9 @@ _INPUTS = (
     "Tool-call data: files (.json, .jsonl, .jsonl.gz, .parquet), folders, globs; "
     "by default the newest data/filtered/filtered_*.json."
 )
-_CANDIDATES = "Tools per sample, including the gold tool; 4-10: another number for each training sample."
+_CANDIDATES = (
+    "Tools per sample, including the gold tool; 4-10 varies it from one training sample to the next."
+)
 _QUESTIONS = "Single-turn questions that share the candidates of one training sample."
 _TURNS = "Up to the first call, the whole conversation, or one sample per call."
 _STRICT_SCHEMA = "Reject parameters that the schema does not define."

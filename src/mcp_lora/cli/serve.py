@@ -14,7 +14,7 @@ from mcp_lora.serve import chat as chats
 from mcp_lora.train import runs
 from mcp_lora.train.runs import DEFAULT
 
-_OUTPUT = "Folder or .gguf file to write; by default outputs/merged_model, adapter or ollama, or with .gguf."
+_OUTPUT = "Folder or .gguf file to write; outputs/merged_model, outputs/adapter or outputs/ollama by default."
 _PYTHON = "Python of the environment with vLLM (default) or SGLang."
 _KEY = "A key that every request must send."
 _PUSH = "Upload it to the Hugging Face hub, into a private repository."
@@ -72,7 +72,7 @@ def serve(
         secret = ["env", f"VLLM_API_KEY={api_key}"] if show == "vllm" and api_key else []
         typer.echo(shlex.join([*secret, *argv]))
         if show == "ollama":
-            console.say("to ask it then: ollama run mcp-lora, or http://127.0.0.1:11434/v1")
+            console.say("then ask it: ollama run mcp-lora, or http://127.0.0.1:11434/v1")
         if show == "llama.cpp" and not Path(argv[2]).is_file():
             console.say(f"to make this file: mcp-lora export {target} --gguf f16 --output {argv[2]}")
         return

@@ -1,6 +1,6 @@
 """Several questions of single-turn rows in one training sample.
 
-Most of a sample's tokens are its tools: with ten candidates some 1,200, of which the call is 60. Eight
+The tools are most of a sample: with ten candidates some 1,000 tokens, against 60 for the call. Eight
 questions about the same candidates train eight calls for one reading of them. Each answer has the prompt
 that a server would send at that moment (see ChatTemplate.encode).
 """
@@ -18,8 +18,8 @@ _AHEAD = 8  # conversations' worth of questions from which the next one is made
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """A question of a single-turn row.
+class Exchange:
+    """The question and answer of a single-turn row.
 
     Attributes:
         key: a hash of the question.
@@ -42,35 +42,37 @@ class Conversation:
 
     size: int
     candidates: int
-    asked: list[Asked] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
 
-    def add(self, one: Asked) -> bool:
+    def add(self, one: Exchange) -> bool:
         """Add a question if it fits; tell whether it did.
 
-        No question is asked twice, none can be answered by a tool that another's refusal lacks, and at most
-        half of them call the same tool.
+        No question is asked twice, none can be answered by a tool that another's refusal lacks, and no tool
+        is called more than `size` / 2 times.
         """
-        if len(self.asked) == self.size or one.key in (other.key for other in self.asked):
+        if len(self.exchanges) == self.size or one.key in (other.key for other in self.exchanges):
             return False
-        if self.asked and one.messages[0] != self.asked[0].messages[0]:
+        if self.exchanges and one.messages[0] != self.exchanges[0].messages[0]:
             return False
-        for other in self.asked:
+        for other in self.exchanges:
             for tool, known in product(one.gold, other.gold):
                 is_same = tool == known and one.refuses == other.refuses
                 if not is_same and (tool.name == known.name or are_alike(tool, known)):
                     return False
-        called = Counter(tool.name for each in (*self.asked, one) if not each.refuses for tool in each.gold)
+        called = Counter(
+            tool.name for each in (*self.exchanges, one) if not each.refuses for tool in each.gold
+        )
         most = max(called.values(), default=0)
-        if self.asked and (len(called) > self.candidates // 2 or most > self.size // 2):
+        if self.exchanges and (len(called) > self.candidates // 2 or most > self.size // 2):
             return False
-        self.asked.append(one)
+        self.exchanges.append(one)
         return True
 
     @property
     def messages(self) -> list[dict[str, Any]]:
         """The whole conversation, in OpenAI's format."""
-        made, numbers = [self.asked[0].messages[0]], count(1)
-        for one in self.asked:
+        made, numbers = [self.exchanges[0].messages[0]], count(1)
+        for one in self.exchanges:
             _, question, answer = one.messages
             calls = [call | {"id": f"call_{next(numbers)}"} for call in answer.get("tool_calls", ())]
             made += [question, answer | {"tool_calls": calls} if calls else answer]
@@ -78,20 +80,20 @@ class Conversation:
 
 
 def conversations(
-    questions: Iterable[Asked], size: int, candidates: Callable[[int], int]
+    exchanges: Iterable[Exchange], size: int, candidates: Callable[[int], int]
 ) -> Iterator[Conversation]:
-    """Yield conversations in which every question is asked once, with neighbours of the same server.
+    """Yield conversations that contain every exchange once, those of one server together.
 
     Args:
-        questions: held in memory.
-        size: questions in a conversation, at most.
+        exchanges: all of them are held in memory.
+        size: exchanges in a conversation, at most.
         candidates: returns the number of candidates for a hash.
     """
 
-    def place(one: Asked) -> tuple[str, int]:
+    def place(one: Exchange) -> tuple[str, int]:
         return one.gold[0].server if one.gold else "", one.key
 
-    ordered, waiting = iter(sorted(questions, key=place)), list[Asked]()
+    ordered, waiting = iter(sorted(exchanges, key=place)), list[Exchange]()
     while waiting := [*waiting, *islice(ordered, max(0, _AHEAD * size - len(waiting)))]:
         made = Conversation(size, candidates(waiting[0].key))
         waiting = [one for one in waiting if not made.add(one)]

@@ -27,8 +27,8 @@ class Settings:
         turns: "call" ends a sample at the first call, "all" keeps the whole conversation, "each" makes one
             sample per call, with the messages before it as context.
         max_observation: maximum characters of a tool's result.
-        candidates: candidate tools per sample, including the gold tool: a number, or "4-10" for each training
-            sample another; a held-out question has the most.
+        candidates: candidate tools per sample, including the gold tool: a number, or "4-10" to vary it from
+            one training sample to the next, while held-out questions get the maximum.
         holdout_servers, holdout_tools: fraction of the servers and of the tools to hold out.
         test: fraction of the other rows to hold out, from 0 to below 1.
         no_call: fraction of rows that get an extra sample without the gold tool.

@@ -28,12 +28,12 @@ from typing import IO, Any
 import msgspec
 
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.conversations import Asked, Conversation, conversations
+from mcp_lora.data.conversations import Conversation, Exchange, conversations
 from mcp_lora.data.files import BUFFER
 from mcp_lora.data.formats import refusal
 from mcp_lora.data.records import Settings, Tool
 from mcp_lora.data.rows import Progress, Row, Rows
-from mcp_lora.data.sampling import Pool, Split
+from mcp_lora.data.sampling import Pool, Split, are_alike
 
 # The splits, and the name of each as a LLaMA-Factory dataset.
 SPLITS = {
@@ -75,7 +75,7 @@ class Samples:
         self._kept = {*rows.kept.values()}
         low, _, high = str(settings.candidates).partition("-")
         self._candidates = int(low), int(high or low)
-        self._asked: list[Asked] = []  # for conversations
+        self._exchanges: list[Exchange] = []  # for conversations
         self._open = contextlib.ExitStack()
         self._files: dict[str, list[IO[bytes]]] = {}
 
@@ -84,15 +84,18 @@ class Samples:
         rows = self._rows
         some = self._split.servers or self._split.tools
         held_out = {row.split_hash for row in rows if self._held_out(self._tools_of(row)[1])} if some else ()
+        size = self._settings.questions_per_sample
         with self._open:
             for place, row in enumerate(rows):
+                if place % 1000 == 0:
+                    progress("writing", place / rows.count)
                 own, gold = self._tools_of(row)
                 split = self._split_of(row, gold, row.split_hash in held_out)
                 if split != "train" and not _calls(row.messages):
                     split = "no_call"  # its calls are context, the gold answer is not to call
                 rows.statistics[row.file, row.format].written[split] += 1
                 count, unseen = self._count(row.split_hash, split), split == "unseen_server"
-                if split == "train" and self._settings.questions_per_sample > 1 and _is_single(row.messages):
+                if gold and split == "train" and size > 1 and _is_single(row.messages):
                     self._collect(row, own, gold)
                     continue
                 sampled = self.pool.sample(own, row.called, count, row.split_hash, unseen)
@@ -111,11 +114,10 @@ class Samples:
                     more = self.pool.sample(own, row.called, count, row.split_hash, unseen)
                     distractors = [tool for tool in more if tool.name not in row.called][: len(sampled)]
                     self._write_no_call(split, row, distractors)
-                if place % 1000 == 0:
-                    progress("writing", place / rows.count)
-            size = self._settings.questions_per_sample
-            for one in conversations(self._asked, size, lambda key: self._count(key, "train")):
-                self._write("train", one.messages, self._shared(one), "")
+            for one in conversations(self._exchanges, size, lambda key: self._count(key, "train")):
+                if tools := self._shared(one):  # none, if these are refusals without any distractor
+                    self._write("train", one.messages, tools, "")
+                    self.extra += Counter(train=sum(exchange.refuses for exchange in one.exchanges))
             for _, array in self._files.values():
                 array.write(b"\n]\n")
 
@@ -125,24 +127,23 @@ class Samples:
         return low + content % (high - low + 1) if split == "train" else high
 
     def _collect(self, row: Row, own: list[Tool], gold: list[Tool]) -> None:
-        """Keep a row's question for a conversation, and once more for a refusal if it gets one."""
-        self._asked.append(Asked(row.split_hash, row.messages, own, gold))
-        if gold and row.no_call_hash < self._settings.no_call * 2**64:
+        """Keep a row's exchange for a conversation, and once more with a refusal if it gets one."""
+        self._exchanges.append(Exchange(row.split_hash, row.messages, own, gold))
+        if row.no_call_hash < self._settings.no_call * 2**64:
             refused = [*row.messages[:-1], _refusal(row.messages)]
-            self._asked.append(Asked(row.split_hash, refused, own, gold, refuses=True))
-            self.extra["train"] += 1
+            self._exchanges.append(Exchange(row.split_hash, refused, own, gold, refuses=True))
 
     def _shared(self, conversation: Conversation) -> list[Tool]:
-        """Sample the candidates of all questions of a conversation, without what its refusals lack."""
-        own: dict[str, Tool] = {}
-        for one in sorted(conversation.asked, key=lambda one: one.refuses):
-            own = {tool.name: tool for tool in one.own} | own
-        for one in conversation.asked:
-            own |= {tool.name: tool for tool in one.gold}
-        lacking = {tool.name for one in conversation.asked if one.refuses for tool in one.gold}
-        called = {tool.name for one in conversation.asked for tool in one.gold}
+        """Sample the candidates of a conversation, without what its refusals lack."""
+        exchanges = conversation.exchanges
+        gold = {tool.name: tool for exchange in exchanges for tool in exchange.gold}
+        lacking = {tool.name for exchange in exchanges if exchange.refuses for tool in exchange.gold}
+        every = [tool for exchange in exchanges for tool in exchange.own]
+        # what one row brings may do the same as another's gold tool
+        own = [tool for tool in every if not any(are_alike(tool, other) for other in gold.values())]
+        own = [*({tool.name: tool for tool in own} | gold).values()]
         count = conversation.candidates + len(lacking)
-        sampled = self.pool.sample([*own.values()], called, count, conversation.asked[0].key)
+        sampled = self.pool.sample(own, gold, count, exchanges[0].key)
         return [tool for tool in sampled if tool.name not in lacking]
 
     def _tools_of(self, row: Row) -> tuple[list[Tool], list[Tool]]:

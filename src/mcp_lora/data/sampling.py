@@ -99,14 +99,15 @@ class Pool:
         near: Sequence[Tool] = [tool for tool in own if tool.name not in called]
         candidates = {tool.name: tool for tool in gold}
         first = size = max(count, len(candidates))
+        unlike: Sequence[Tool] = ()
         if gold and not near:
-            near = self._by_server.get(gold[0].server, []) if gold[0].server else []
+            near, unlike = (self._by_server.get(gold[0].server, []) if gold[0].server else []), gold
             first = (len(candidates) + size + 1) // 2
         excluded = set() if unseen_server else self._held_out
-        self._fill(candidates, first, near, excluded)
+        self._fill(candidates, first, near, excluded, unlike)
         if gold:
             self._fill(candidates, size, self._seen, set(), gold)
-        self._fill(candidates, size, near, excluded)
+        self._fill(candidates, size, near, excluded, unlike)
         return sorted(candidates.values(), key=lambda tool: self._random.random())
 
     def _fill(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
-from mcp_lora.engine import launch, llama_cpp
+from mcp_lora.engine import launch
 from mcp_lora.engine.topology import find as find_topology
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate.answers import Response
@@ -92,20 +92,6 @@ def by_engine(
             # the end and padding tokens may be the same, so only the length shows truncation
             cut = len(template.ids(text)) >= settings["max_new_tokens"]
             yield question, Response(question.prompt, text, [], "cut off" if cut else None)
-
-
-def by_llama_cpp(
-    questions: Sequence[Question], url: str, template: ChatTemplate, length: int
-) -> Generator[tuple[Question, Response]]:
-    """Put questions to a running server of llama.cpp, which answers at most `length` tokens freely.
-
-    A request with tools would bind the answer to their schemas. The questions are asked one after the other,
-    as answers at the same time would be rounded differently each time.
-    """
-    for question in questions:
-        tokens = llama_cpp.complete(url, template.ids(question.prompt), length)
-        text = template.without_end(template.tokenizer.decode(tokens))
-        yield question, Response(question.prompt, text, [], "cut off" if len(tokens) >= length else None)
 
 
 def by_endpoint(

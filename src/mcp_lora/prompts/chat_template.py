@@ -211,15 +211,15 @@ class ChatTemplate:
         text = str(self.tokenizer.chat_template)
         return {key: value for key, value in known.items() if re.search(rf"\b{key}\b", text)}
 
-    @property
-    def frozen(self) -> str:
-        """The template's text with these arguments and the date set, whatever a server passes.
+    def frozen(self, firmly: bool = False) -> str:
+        """Return the template's text with these arguments and the date as defaults, or set `firmly`.
 
         Ollama switches thinking on by itself where a template can think (its server/routes.go).
         """
-        text = str(self.tokenizer.chat_template)
-        known = self.server_arguments.items()
-        fixed = "".join(f"{{% set {key} = {json.dumps(value)} %}}" for key, value in known)
+        text, fixed = str(self.tokenizer.chat_template), ""
+        for key, known in self.server_arguments.items():
+            value = json.dumps(known) if firmly else f"{key} | default({json.dumps(known)})"
+            fixed += f"{{% set {key} = {value} %}}"
         formats = sorted({*re.findall(r"strftime_now\(\s*[\"']([^\"']+)", text)})
         if formats:
             dates = json.dumps({form: DATE.strftime(form) for form in formats})

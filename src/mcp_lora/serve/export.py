@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import calls, files
-from mcp_lora.engine import api, llama_cpp
+from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import evaluation, predict
-from mcp_lora.evaluate.answers import Judge
+from mcp_lora.evaluate.answers import Judge, Response
 from mcp_lora.evaluate.parity import parity
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import ChatTemplate, hub_arguments
+from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.chat import run_engine
 from mcp_lora.train import manifest, runs
 
@@ -28,6 +29,8 @@ PROMPT = "Which tools can you call, and what time is it in Tokyo?"
 # The fraction of the questions, at least one, that a GGUF file may answer by other calls: where two tokens
 # are about equally likely, rounding decides between them.
 OTHER_CALLS = {"f32": 0.1, "f16": 0.1, "bf16": 0.1, "q8_0": 0.25}
+# Model types whose chat template Ollama ignores (its server/create.go).
+_RENDERED_BY_OLLAMA = ("gemma4", "laguna", "nemotron_h")
 _QUESTIONS = 5  # of each split, to check a GGUF file with
 _ADAPTER = ("adapter_*", "tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.txt")
 
@@ -73,15 +76,16 @@ def export(
     """
     api.require()
     adapter = runs.adapter(run, checkpoint)
-    again = shlex.join(["mcp-lora", "export", str(run), "--output", "OTHER"])
+    words = ["--ollama"] * ollama
+    again = shlex.join(["mcp-lora", "export", str(run), *words, "--output", "OTHER"])
     if runs.is_quantized(run) and not adapter_only:
         why = "was trained on a quantized base, and merging into it loses precision"
         raise McpLoraError(f"{run} {why}: mcp-lora export {run} --adapter-only")
     if output.exists():
         raise McpLoraError(f"{output} exists: {again}")
-    if ollama and adapter_only:
-        raise McpLoraError(f"Ollama gets a merged model: mcp-lora export {run} --ollama")
     config = runs.read_run(run)
+    if ollama:
+        check_ollama(run, adapter_only)
     template = chat_template.load(config)
     gguf = gguf or ("f16" if ollama else None)
     if gguf:
@@ -98,7 +102,7 @@ def export(
             note = "the adapter as it was trained"
         else:
             note = _merge(run, adapter, folder)
-        complete(folder, template)
+        complete(folder, template, ollama)
         (folder / "README.md").write_text(model_card(run, adapter), encoding="utf-8")
         if gguf:
             if adapter_only:
@@ -107,7 +111,7 @@ def export(
                 llama_cpp.convert(source, base, gguf)
             else:
                 llama_cpp.convert(folder, file, gguf)
-            served = (base, file, template.frozen) if adapter_only else (file, None, None)
+            served = (base, file, template.frozen()) if adapter_only else (file, None, None)
             note = _check_answers(run, adapter, template, served, gguf, progress)
         made = file if gguf else folder
         if ollama:
@@ -175,10 +179,13 @@ def _merge(run: Path, adapter: Path, folder: Path) -> str:
     return str(found)
 
 
-def complete(folder: Path, template: ChatTemplate) -> None:
-    """Add what a server requires: the chat template, the tokens that end an answer, how calls are parsed."""
+def complete(folder: Path, template: ChatTemplate, firmly: bool = False) -> None:
+    """Add what a server requires: the chat template, the tokens that end an answer, how calls are parsed.
+
+    With `firmly` no request can change the arguments that the chat template was trained with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / runs.CHAT_TEMPLATE).write_text(template.frozen, encoding="utf-8")
+    (folder / runs.CHAT_TEMPLATE).write_text(template.frozen(firmly), encoding="utf-8")
     ends = {*template.ends.values(), template.tokenizer.eos_token}
     ids = sorted(map(template.tokenizer.convert_tokens_to_ids, ends))
     _update(folder / "generation_config.json", {"eos_token_id": ids})
@@ -189,6 +196,17 @@ def complete(folder: Path, template: ChatTemplate) -> None:
 def _update(file: Path, changes: dict[str, Any]) -> None:
     content = files.load(file, "mcp-lora export") | changes
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_ollama(run: Path, adapter_only: bool) -> None:
+    """Raise McpLoraError if Ollama would not serve a run's model as it was trained."""
+    if adapter_only:
+        raise McpLoraError(f"Ollama serves a merged model: mcp-lora export {run} --ollama")
+    source = chat_template.model_folder(runs.read_run(run))
+    kind = str(files.load(source / "config.json", "copy the model again").get("model_type"))
+    if kind.startswith(_RENDERED_BY_OLLAMA):
+        what = f"Ollama has prompts of its own for {kind}, which are not those of training"
+        raise McpLoraError(f"{what}: mcp-lora export {run} --gguf f16, and mcp-lora serve FILE.gguf")
 
 
 def modelfile(template: ChatTemplate) -> str:
@@ -238,7 +256,7 @@ def model_card(run: Path, adapter: Path) -> str:
     lines += ["---", "", f"# {name}, tuned to call MCP tools", ""]
     lines += ["The licence is that of the base model, and of the data.", "", "## Training", ""]
     if data:
-        rejected = sum(data.get("rejected", {}).values())
+        rejected = sum(data["rejected"].values())
         tools = f"{data['tools']} tools of {data['servers']} servers"
         lines.append(
             f"- {data['read']} rows, {rejected} of them rejected; {tools}; written: {data['written']}"
@@ -252,7 +270,7 @@ def model_card(run: Path, adapter: Path) -> str:
             values = (f"{key} {_percent(one)}" for key, one in each.items())
             lines.append(f"- {split}, {found['count']} questions, {model}: {', '.join(values)}")
     lines += ["", "In % with 95 % intervals." if metrics else "", "", "## Use", ""]
-    lines.append("The prompt must contain the candidate tools, rendered by `chat_template.jinja`.")
+    lines.append("The prompt must contain the candidate tools, rendered by the chat template.")
     return "\n".join(lines) + "\n"
 
 
@@ -293,8 +311,11 @@ def _check_answers(
         if differences := parity(url, template).differences:
             what = "the GGUF file's prompts are not those of training, nothing is exported"
             raise McpLoraError(f"{what}: {'; '.join(differences)}", 1)
-        for done, (question, response) in enumerate(predict.by_llama_cpp(asked, url, template, length), 1):
-            other += not calls.same_calls(judge(question, response).calls, expected[question.key])
+        for done, question in enumerate(asked, 1):
+            tokens = llama_cpp.complete(url, template.ids(question.prompt), length)
+            answer = template.without_end(template.tokenizer.decode(tokens))
+            made = judge(question, Response(question.prompt, answer, [])).calls
+            other += not calls.same_calls(made, expected[question.key])
             progress("asking llama.cpp", done / len(asked))
     if not asked:
         return f"the same prompts as in training; warning: its answers are not checked ({problem})"

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data.calls import without_thought
-from mcp_lora.engine import launch, llama_cpp
-from mcp_lora.engine.llama_cpp import NAME
+from mcp_lora.engine import launch
 from mcp_lora.errors import Interrupted, McpLoraError, explained
 from mcp_lora.evaluate.evaluation import adapter_hash
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.export import complete, export
+from mcp_lora.serve.llama_cpp import NAME
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine
 
@@ -133,8 +134,10 @@ def _lora(run: Path) -> list[str]:
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
     if saved := settings.get("modules_to_save"):
-        what = f"vLLM serves no adapter with {', '.join(saved)}, only a merged model"
-        raise McpLoraError(f"{what}: mcp-lora export {run}")
+        what = f"vLLM serves no adapter with {', '.join(saved)}"
+        if runs.is_quantized(run):
+            raise McpLoraError(f"{what}, and a quantized base cannot be merged: mcp-lora chat {run}")
+        raise McpLoraError(f"{what}, only a merged model: mcp-lora export {run}")
     allowed = next((one for one in RANKS if one >= rank), None)
     if allowed is None:
         raise McpLoraError(f"vLLM allows LoRA ranks up to {RANKS[-1]}, not {rank}: mcp-lora export {run}")

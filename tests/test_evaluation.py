@@ -404,6 +404,6 @@ def test_an_adapter_is_looked_for_before_anything_is_asked(run: Path) -> None:
 
 
 def test_a_server_that_is_not_there_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "_RETRIES", 0)
+    monkeypatch.setattr(predict, "RETRIES", 0)
     with pytest.raises(McpLoraError, match="http://127.0.0.1:9/v1 does not answer"):
         evaluate(Request(run, limit=1, endpoint=Endpoint("http://127.0.0.1:9/v1", "m")))

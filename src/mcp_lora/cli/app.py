@@ -61,7 +61,7 @@ def _options(
     console.QUIET = quiet
 
 
-def _interrupted(number: int, frame: Any) -> None:
+def interrupted(number: int, frame: Any) -> None:
     """Handle a signal like any other error, so that started processes are stopped."""
     raise Interrupted(128 + number)
 
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
             os.environ.pop(name, None)
     words = sys.argv[1:] if arguments is None else arguments
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupted)
+        signal.signal(number, interrupted)
     try:
         if empty := [place for place, word in enumerate(words) if not word or re.match(r"--\S+=$", word)]:
             what = " ".join(words[max(0, empty[0] - 1) : empty[0] + 1])

@@ -21,7 +21,7 @@ from mcp_lora.errors import McpLoraError, explained
 _WRAPPERS = ("ChildFailedError", "CalledProcessError")
 # What torch reports: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. …,
 # RuntimeError: CUDA error: out of memory, RuntimeError: … DefaultCPUAllocator: can't allocate memory: …
-_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory")
+OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory")
 # glibc returns large buffers to the kernel after each use, and training on a CPU allocates them again for
 # every layer.
 _KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -39,7 +39,7 @@ class Outcome:
     @property
     def out_of_memory(self) -> bool:
         """Whether it ran out of memory, on a GPU or in RAM."""
-        return bool(self.code) and bool(_OUT_OF_MEMORY.search(_last_error(self.stderr)))
+        return bool(self.code) and bool(OUT_OF_MEMORY.search(_last_error(self.stderr)))
 
     @property
     def aborted_at_exit(self) -> bool:

@@ -28,7 +28,7 @@ CHUNK = 1000
 KEY = "OPENAI_API_KEY"
 _AT_ONCE = 8  # concurrent requests to a server
 _BATCH = "per_device_eval_batch_size"
-_RETRIES = 5  # after temporary failures of a server, with exponential backoff
+RETRIES = 5  # after temporary failures of a server, with exponential backoff
 
 
 def by_engine(
@@ -113,7 +113,7 @@ def by_endpoint(
     from openai import OpenAI
 
     arguments = {"chat_template_kwargs": template.server_arguments} if template.server_arguments else None
-    client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=_RETRIES)
+    client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=RETRIES)
     failures: list[Exception] = []
 
     def ask(question: Question) -> tuple[Question, Response] | None:

@@ -138,12 +138,14 @@ class Samples:
         exchanges = conversation.exchanges
         gold = {tool.name: tool for exchange in exchanges for tool in exchange.gold}
         lacking = {tool.name for exchange in exchanges if exchange.refuses for tool in exchange.gold}
-        every = [tool for exchange in exchanges for tool in exchange.own]
-        # what one row brings may do the same as another's gold tool
-        own = [tool for tool in every if not any(are_alike(tool, other) for other in gold.values())]
-        own = [*({tool.name: tool for tool in own} | gold).values()]
+        # of several definitions of a tool that is not gold, one beside a call counts
+        refusals_first = sorted(exchanges[::-1], key=lambda exchange: not exchange.refuses)
+        own = {tool.name: tool for exchange in refusals_first for tool in exchange.own} | gold
+        for name, tool in [*own.items()]:  # what one row brings may do the same as another's gold tool
+            if name not in gold and any(are_alike(tool, other) for other in gold.values()):
+                del own[name]
         count = conversation.candidates + len(lacking)
-        sampled = self.pool.sample(own, gold, count, exchanges[0].key)
+        sampled = self.pool.sample([*own.values()], gold, count, exchanges[0].key)
         return [tool for tool in sampled if tool.name not in lacking]
 
     def _tools_of(self, row: Row) -> tuple[list[Tool], list[Tool]]:

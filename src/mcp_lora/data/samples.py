@@ -139,7 +139,7 @@ class Samples:
         gold = {tool.name: tool for exchange in exchanges for tool in exchange.gold}
         lacking = {tool.name for exchange in exchanges if exchange.refuses for tool in exchange.gold}
         # of several definitions of a tool that is not gold, one beside a call counts
-        refusals_first = sorted(exchanges[::-1], key=lambda exchange: not exchange.refuses)
+        refusals_first = sorted(exchanges, key=lambda exchange: exchange.refuses)[::-1]
         own = {tool.name: tool for exchange in refusals_first for tool in exchange.own} | gold
         for name, tool in [*own.items()]:  # what one row brings may do the same as another's gold tool
             if name not in gold and any(are_alike(tool, other) for other in gold.values()):

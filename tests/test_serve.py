@@ -152,7 +152,8 @@ def test_commands_of_the_servers(project: Path, tmp_path: Path) -> None:
     assert ends == {"eos_token_id": [2]}
     with pytest.raises(McpLoraError, match="merged model: mcp-lora export"):
         command("sglang")
-    (gguf,) = command("llama.cpp")[2:3]
+    _, _, gguf, *words = command("llama.cpp")
+    assert words == [*("--alias", "mcp-lora", "--jinja", "--ctx-size", "16384", "--predict", "2048"), *where]
     assert gguf.startswith(str(target / "merged-")) and gguf.endswith("-f16.gguf")
     merged = tmp_path / "merged"
     exports.copy_adapter(target, merged)
@@ -222,6 +223,30 @@ def test_a_gguf_file_answers_calls_to_several_clients(
         with pytest.raises(openai.APIStatusError) as broken:
             client.chat.completions.create(model="x", messages="broken")  # type: ignore[arg-type]
         assert 400 <= broken.value.status_code < 500 and ask("Tokyo") == alone[0]
+
+
+PROBE = ("canitoolcall==0.1.1", "jsonschema==4.26.0", "attrs==26.1.0", "referencing==0.37.0")
+PROBE += ("jsonschema-specifications==2025.9.1", "rpds-py==2026.9.1")
+
+
+@pytest.mark.slow
+def test_canitoolcalls_probe_finds_nothing_that_is_the_servers(gguf: Path) -> None:
+    """What a model of 135 million parameters trained for two steps calls is another matter."""
+    found = ":".join(str(chat_templates.fetched(package)) for package in PROBE)
+    with llama_cpp.running(gguf, None, None) as url:
+        argv = [sys.executable, "-m", "canitoolcall", "probe", "--base-url", url, "--model", "mcp-lora"]
+        done = subprocess.run(
+            [*argv, "--timeout", "300", "--json", "-"],
+            env=environment(PYTHONPATH=found),
+            capture_output=True,
+            text=True,
+        )
+    outcomes = json.loads(done.stdout)["outcomes"]
+    assert len(outcomes) == 27 and "error" not in {one["status"] for one in outcomes}
+    equal = [one["status"] for one in outcomes if one["check"] == "stream_equals_nonstream"]
+    assert equal == ["pass"] * 9
+    passed = {one["scenario_id"] for one in outcomes if one["status"] == "pass" and not one["stream"]}
+    assert "forced-tool-choice" in passed
 
 
 def test_parity_is_shown_and_another_template_is_found_out(

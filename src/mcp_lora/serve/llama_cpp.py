@@ -18,6 +18,8 @@ SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 _PARTS = ("conversion/", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "gguf-py/gguf/")
 NAME = "mcp-lora"  # the model's name on a server
 CONTEXT = 16384  # tokens, shared by all requests of a server
+# Tokens of an answer, at most, to a request without max_tokens: small models may never end one.
+ANSWER = 2048
 _SMALLER = "mcp-lora eval, to see the longest questions"
 _PARALLEL = 4  # requests that are answered at the same time; others wait
 
@@ -106,6 +108,7 @@ def running(
     params.chat_template = chat_template or ""
     params.use_jinja, params.ui = True, False
     params.n_ctx, params.n_parallel, params.kv_unified = context, _PARALLEL, True
+    params.n_predict = ANSWER
     params.cpuparams.poll = 0  # threads that wait do not keep other processes from the cores
     params.verbosity = 1  # errors
     if adapter:

@@ -90,7 +90,8 @@ def command(request: Request) -> list[str]:
     where = ["--host", request.host, "--port", str(request.port)]
     if request.engine == "llama.cpp":
         words = ["llama-server", "--model", str(_gguf(request)), "--alias", NAME, "--jinja"]
-        return [*words, "--ctx-size", str(llama_cpp.CONTEXT), *where, *_key(request)]
+        words += ["--ctx-size", str(llama_cpp.CONTEXT), "--predict", str(llama_cpp.ANSWER)]
+        return [*words, *where, *_key(request)]
     if request.engine == "ollama":
         if not (target / "Modelfile").is_file():
             what = f"{target} contains no Modelfile: mcp-lora export RUN --ollama"

@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import chat_templates
 import pytest
 from conftest import SAMPLE, write_json
 
@@ -11,6 +12,8 @@ from mcp_lora.cli.app import main
 from mcp_lora.data import dataset
 from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.data.formats import refusal
+from mcp_lora.data.records import RowError
+from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts import chat_template, render
 
 HELD_OUT = {"test": 0.12, "holdout_tools": 0.15, "holdout_servers": 0.15, "no_call": 0.3}
@@ -73,6 +76,24 @@ def test_each_answer_is_trained_after_the_prompt_that_a_server_sends(
             template.ids(template.prompt(sample["messages"][:place], sample["tools"])) for place in turns
         ]
         assert [encoded.input_ids[:start] for start in starts] == prompts
+
+
+def test_templates_that_rewrite_earlier_turns_save_nothing(tmp_path: Path) -> None:
+    """And are named in docs/convert.md."""
+    convert(Settings([str(SAMPLE)], questions_per_sample=8, test=0.0), tmp_path)
+    found = Counter[str]()
+    (sample, *_) = (one for one in dataset.samples(tmp_path, "train") if len(answers(one)) == 8)
+    for _, text in chat_templates.templates():
+        try:
+            template = chat_template.ChatTemplate(chat_templates.tokenizer_of(text))
+        except McpLoraError:
+            continue
+        try:
+            found[f"{len(template.encode(sample))} samples"] += 1
+        except RowError:
+            found["rejected"] += 1
+    print(dict(found))
+    assert found == {"1 samples": 71, "8 samples": 28, "rejected": 4}
 
 
 def test_conversations_of_several_turns_stay_samples_of_their_own(tmp_path: Path) -> None:

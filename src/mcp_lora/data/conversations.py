@@ -1,8 +1,8 @@
 """Several questions of single-turn rows in one training sample.
 
-The tools are most of a sample: with ten candidates some 1,000 tokens, against 60 for the call. Eight
-questions about the same candidates train eight calls for one reading of them. Each answer has the prompt
-that a server would send at that moment (see ChatTemplate.encode).
+The tools are most of a sample: with ten candidates the shipped sample's have 1,235 tokens on average, of
+which the answer is 37. Eight questions about the same candidates train eight calls for one reading of them.
+Each answer has the prompt that a server would send at that moment (see ChatTemplate.encode).
 """
 
 from collections import Counter

@@ -7,7 +7,6 @@ values, and every way of spoiling one argument.
 """
 
 import json
-import subprocess
 import sys
 import types
 import zipfile
@@ -20,9 +19,9 @@ from typing import Any
 import pytest
 
 from mcp_lora.data.records import ToolCall
+from mcp_lora.evaluate import benchmark
 from mcp_lora.evaluate.score import judge
 
-PACKAGE = "bfcl-eval==2026.3.23"
 PARTS = ("simple_python", "multiple", "parallel", "parallel_multiple")
 CATEGORIES = (*PARTS, "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
@@ -34,9 +33,7 @@ Checker = Callable[[list[Any], list[Any], list[Any], str], bool]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked wheel; without what it depends on, an old numpy among it."""
     folder = tmp_path_factory.mktemp("bfcl")
-    argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
-    subprocess.run(argv, check=True, capture_output=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as packed:
+    with zipfile.ZipFile(benchmark.wheel()) as packed:
         packed.extractall(folder)
     return folder
 

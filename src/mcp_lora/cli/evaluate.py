@@ -3,7 +3,7 @@
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -15,6 +15,7 @@ from mcp_lora.data import conversion
 from mcp_lora.errors import McpLoraError
 from mcp_lora.train.runs import DEFAULT
 
+_BENCHMARK = "Ask the questions of the Berkeley Function Calling Leaderboard instead."
 _REQUIRE = "Exit with 1 if not met; repeatable."
 _RUNS = f"A run's folder, by default {DEFAULT}; several are compared."
 
@@ -23,6 +24,7 @@ def evaluate(
     run: Run = DEFAULT,
     checkpoint: Checkpoint = None,
     split: Annotated[list[str] | None, Option(help=f"{SPLITS}; all by default.")] = None,
+    benchmark: Annotated[Literal["bfcl"] | None, Option(help=_BENCHMARK)] = None,
     limit: Annotated[int | None, Option(min=1, help="Questions of each split; all by default.")] = None,
     base_only: Annotated[bool, Option("--base-only", help="Ask only the base model.")] = False,
     adapter_only: Annotated[bool, Option("--adapter-only", help="Ask only the adapter.")] = False,
@@ -39,12 +41,15 @@ def evaluate(
 
     if bool(endpoint) != bool(endpoint_model):
         raise McpLoraError("use both options or neither: mcp-lora eval --endpoint URL --endpoint-model NAME")
+    if benchmark and split:
+        raise McpLoraError("--split is of the held-out questions: mcp-lora eval --benchmark bfcl --limit 20")
     if base_only + adapter_only + bool(endpoint) > 1:
         raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: use one of them")
     request = evaluation.Request(
         run=run,
         checkpoint=checkpoint,
         splits=split or [],
+        benchmark=bool(benchmark),
         limit=limit,
         models=[evaluation.BASE] * (not adapter_only) + [evaluation.ADAPTER] * (not base_only),
         endpoint=evaluation.Endpoint(endpoint, endpoint_model) if endpoint and endpoint_model else None,

@@ -25,6 +25,7 @@ from mcp_lora.data import files
 from mcp_lora.data.calls import call_of
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import ToolCall
+from mcp_lora.evaluate import benchmark
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict, judge
 from mcp_lora.prompts.chat_template import ChatTemplate
@@ -84,6 +85,7 @@ class Judge:
         named = [(question.tools[call.name], call.arguments) for call in calls if call.name in schemas]
         valid = all(self._catalogue.problem(tool, arguments) is None for tool, arguments in named)
         verdict = judge(question.expected, calls, schemas, broken, valid, response.failed)
+        verdict = benchmark.judged(question, calls, verdict)
         about = (question.key, question.split, question.server, question.instruction, question.expected)
         return Answer(*about, *response, calls, verdict)
 

@@ -20,7 +20,7 @@ from mcp_lora.data import files
 from mcp_lora.data.records import RowError
 from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluate import predict, questions
+from mcp_lora.evaluate import benchmark, predict, questions
 from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
 from mcp_lora.evaluate.parity import parity
 from mcp_lora.evaluate.questions import Question
@@ -31,7 +31,6 @@ from mcp_lora.train import manifest, runs
 
 BASE, ADAPTER = "base", "adapter"
 ASKED = "adapter.sha256"  # the file with the hash of the adapter that was evaluated
-# The metrics of a split; for no_call only the last one.
 METRICS = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
 _THOUGHT = 1024  # tokens
 _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -95,6 +94,7 @@ class Request:
         run: the run's folder.
         checkpoint: the checkpoint of the adapter; by default the newest.
         splits: names from questions.SPLITS; by default all that exist.
+        benchmark: ask the leaderboard's questions instead (see mcp_lora.evaluate.benchmark).
         limit: maximum questions per split.
         models: BASE, ADAPTER or both.
         endpoint: evaluate this server instead, and compare it with the base model if its answers exist.
@@ -107,6 +107,7 @@ class Request:
     run: Path
     checkpoint: str | None = None
     splits: Sequence[str] = ()
+    benchmark: bool = False
     limit: int | None = None
     models: Sequence[str] = (BASE, ADAPTER)
     endpoint: Endpoint | None = None
@@ -141,10 +142,11 @@ def evaluate(
                 what = f"{len(compared.differences)} of {compared.count} prompts are not those of training"
                 say(f"warning: {what}: {compared.differences[0]}; see mcp-lora parity {server.url} {run}")
     judge, answers = Judge(template), {}
+    folder = run / "eval" / (benchmark.NAME if request.benchmark else "")
     common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
     try:
         for model in _models(request, template, adapter, length):
-            file = run / "eval" / f"{quote(model.stem, safe='')}.jsonl"
+            file = folder / f"{quote(model.stem, safe='')}.jsonl"
             book = Notebook(file, every, [*common, model.identity], judge)
             missing = book.missing(asked)
             if missing and not model.ask:
@@ -161,7 +163,7 @@ def evaluate(
             (run / "eval" / ASKED).write_text(adapter_hash(adapter), encoding="utf-8")
         # metrics of some questions do not overwrite those of all
         name = "metrics.json" if len(asked) == len(every) else "metrics_part.json"
-        (run / "eval" / name).write_text(evaluation.metrics(), encoding="utf-8")
+        (folder / name).write_text(evaluation.metrics(), encoding="utf-8")
     except OSError as error:
         what = f"{error.filename or run / 'eval'} cannot be written ({error.strerror})"
         raise McpLoraError(f"{what}: free space or fix permissions, and mcp-lora eval {run}") from None
@@ -192,8 +194,13 @@ def prepare(request: Request) -> Prepared:
     run, config = request.run, runs.read_run(request.run)
     folder = Path(config["dataset_dir"])
     manifest.check_data(run, folder)
-    wanted, read = questions.chosen(folder, request.splits), questions.read(folder, [])
-    if idle := [one.text for one in request.requirements if one.metric.split(".")[0] not in wanted]:
+    if request.benchmark:
+        read = benchmark.questions(request.limit)
+        wanted = list(dict.fromkeys(question.split for question in read))
+    else:
+        wanted, read = questions.chosen(folder, request.splits), questions.read(folder, [])
+    asked_for = [(one.text, {one.metric, one.metric.rpartition(".")[0]}) for one in request.requirements]
+    if idle := [text for text, splits in asked_for if splits.isdisjoint(wanted)]:
         raise McpLoraError(f"--require {idle[0]}: the splits are {', '.join(wanted)}: mcp-lora eval {run}")
     template = chat_template.load(config)
     # of all splits, as kept answers are only valid for one max_new_tokens
@@ -253,7 +260,7 @@ def _split(split: str, answers: dict[str, list[Answer]]) -> Split:
     first: dict[str, list[bool]] = {}
     for name, each in answers.items():
         verdicts = [answer.verdict for answer in each if answer.split == split]
-        metrics = METRICS[-1:] if split == "no_call" else METRICS
+        metrics = _metrics(split)
         hits = {metric: [getattr(verdict, metric) for verdict in verdicts] for metric in metrics}
         found = replace(found, count=len(verdicts))
         found.figures[name] = {metric: proportion(sum(hit), len(hit)) for metric, hit in hits.items()}
@@ -264,6 +271,13 @@ def _split(split: str, answers: dict[str, list[Answer]]) -> Split:
     return found
 
 
+def _metrics(split: str) -> tuple[str, ...]:
+    """Return the metrics of a split, the decisive one last in those of the benchmark."""
+    if split in ("no_call", f"{benchmark.NAME}.irrelevance", f"{benchmark.NAME}.live_irrelevance"):
+        return ("abstained",)
+    return ("valid", "schema", "tool", "ast") if split.startswith(benchmark.NAME) else METRICS
+
+
 def _weaknesses(
     answers: dict[str, list[Answer]], place: Callable[[Answer], tuple[str, str]]
 ) -> list[Weakness]:
@@ -271,7 +285,7 @@ def _weaknesses(
     grouped: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for name, each in answers.items():
         for answer in each:
-            if answer.expected:
+            if answer.expected and not answer.split.startswith(benchmark.NAME):
                 grouped[place(answer)][name].append(answer.verdict.ast)
     weaknesses = [
         Weakness(*where, {name: proportion(sum(hits), len(hits)) for name, hits in each.items()})
@@ -283,7 +297,7 @@ def _weaknesses(
 
 @dataclass(frozen=True)
 class Requirement:
-    """A bound on a metric, SPLIT.METRIC, and its text: unseen_tool.ast>=0.6."""
+    """A bound on a metric, SPLIT.METRIC or bfcl.CATEGORY, and its text: unseen_tool.ast>=0.6."""
 
     text: str
     metric: str
@@ -301,7 +315,8 @@ def requirement(text: str) -> Requirement:
         example = 'mcp-lora eval --require "unseen_tool.ast>=0.6"'
         raise McpLoraError(f"--require {text} is not SPLIT.METRIC>=VALUE: {example}")
     metric, split, name, sign, bound, percent = found.groups()
-    if split not in questions.SPLITS or name not in METRICS:
+    of_benchmark = split == benchmark.NAME and name in benchmark.CATEGORIES
+    if not of_benchmark and (split not in questions.SPLITS or name not in METRICS):
         splits, names = " or ".join(questions.SPLITS), " or ".join(METRICS)
         raise McpLoraError(f"--require {text}: a metric is SPLIT.NAME, with {splits} and {names}")
     return Requirement(text.strip(), metric, _SIGNS[sign], float(bound) / (100 if percent else 1))
@@ -315,7 +330,11 @@ def unmet(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[s
     name = list(evaluation.answers)[-1]
     there: dict[str, float] = {}
     for split, each in evaluation.splits.items():
-        there |= {f"{split}.{metric}": found.share for metric, found in each.figures[name].items()}
+        shares = {metric: found.share for metric, found in each.figures[name].items()}
+        if split.startswith(benchmark.NAME):
+            there[split] = shares[_metrics(split)[-1]]
+        else:
+            there |= {f"{split}.{metric}": share for metric, share in shares.items()}
     for one in requirements:
         if one.metric not in there:
             raise McpLoraError(f"--require {one.text}: no {one.metric}, only {', '.join(there)}")
@@ -341,6 +360,9 @@ def _rendered(
             fitted = render.fit(template, question.sample, settings)
         except RowError as error:
             left_out[error.reason] += 1
+            continue
+        if fitted.dropped and question.split.startswith(benchmark.NAME):  # it would be an easier one
+            left_out["longer than cutoff_len"] += 1
             continue
         (sample,) = fitted.samples
         fitting.append(Question(question.split, dict(fitted.row), sample.prompt, sample.target))

@@ -37,6 +37,7 @@ def by_engine(
     settings: dict[str, Any],
     gpus: int | None,
     command: str,
+    exactly: bool = False,
 ) -> Generator[tuple[Question, Response]]:
     """Let LLaMA-Factory answer greedily, in batches of questions of similar length.
 
@@ -48,12 +49,20 @@ def by_engine(
         settings: its keys: the model's settings, adapter, max_new_tokens, batch size.
         gpus: number of GPUs that the questions are sharded across; by default all.
         command: the command to run again after a failure.
+        exactly: on a CPU, compute in the precision of the model's files, not in bf16 where it is faster: 115
+            instead of 349 s for 89 questions with ten candidates, of which 9 got another answer.
 
     Raises McpLoraError if the engine fails.
     """
-    visible = detect_machine().gpus
+    machine = detect_machine()
+    visible = machine.gpus
     # what a shell has left (NPROC_PER_NODE) counts only on a CPU, where it is the one way to say so
     topology = find_topology({} if visible else os.environ, visible, gpus, nodes=1, node_rank=0)
+    # PyTorch emulates bf16 on a processor that lacks it
+    precision: dict[str, Any] = {}
+    if not visible:
+        emulated = {} if machine.bf16 else {"infer_dtype": "float32"}
+        precision = {"bf16_full_eval": True} if machine.bf16 and not exactly else emulated
     encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
     longest_first = sorted(encoded, key=lambda one: -len(one[1]))
     for start in range(0, len(questions), CHUNK):
@@ -61,20 +70,24 @@ def by_engine(
         with tempfile.TemporaryDirectory(prefix="mcp-lora-") as place:
             folder = Path(place)
             render.write(folder / "prompts", [(prompt, target) for _, prompt, target in chunk])
-            config = settings | {
-                "model_name_or_path": template.stopping_model(settings, folder / "model"),
-                "stage": "sft",
-                "do_predict": True,
-                "predict_with_generate": True,
-                "do_sample": False,  # the engine samples at temperature 0.95 by default
-                "skip_special_tokens": False,  # keeps [TOOL_CALLS] and the like in the output
-                "template": render.TEMPLATE,
-                "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
-                "tokenized_path": str(folder / "prompts"),
-                "use_cpu": not visible,
-                "report_to": "none",
-                "output_dir": str(folder / "answers"),
-            }
+            config = (
+                precision
+                | settings
+                | {
+                    "model_name_or_path": template.stopping_model(settings, folder / "model"),
+                    "stage": "sft",
+                    "do_predict": True,
+                    "predict_with_generate": True,
+                    "do_sample": False,  # the engine samples at temperature 0.95 by default
+                    "skip_special_tokens": False,  # keeps [TOOL_CALLS] and the like in the output
+                    "template": render.TEMPLATE,
+                    "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
+                    "tokenized_path": str(folder / "prompts"),
+                    "use_cpu": not visible,
+                    "report_to": "none",
+                    "output_dir": str(folder / "answers"),
+                }
+            )
             environment = launch.engine_environment(settings, topology, visible, os.environ)
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are the output that matters
             # a log also takes the engine's stdout, which would be between our results

@@ -24,6 +24,7 @@ from mcp_lora.data import files
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import answers
 from mcp_lora.evaluate.answers import Answer
+from mcp_lora.evaluate.benchmark import NAME
 from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, adapter_hash, summarise
 from mcp_lora.evaluate.score import ERRORS
 from mcp_lora.train import manifest, runs, steps
@@ -133,7 +134,9 @@ def _read(folder: Path, name: str) -> Run:
     states = [folder, *runs.complete_checkpoints(folder)[::-1]]
     again = f"remove it, and mcp-lora report {folder}"
     logs = (files.load(place / "trainer_state.json", again).get("log_history") for place in states)
-    kept = {unquote(file.stem): answers.read(file) for file in sorted((folder / "eval").glob("*.jsonl"))}
+    kept: dict[str, list[Answer]] = defaultdict(list)
+    for file in chain(*(sorted((folder / "eval").glob(f"{place}*.jsonl")) for place in ("", f"{NAME}/"))):
+        kept[unquote(file.stem)] += answers.read(file)
     models = [BASE, *(name for name in kept if name not in (BASE, ADAPTER)), ADAPTER]
     asked = {model: kept[model] for model in models if kept.get(model)}
     return Run(name, folder, config, manifest.read(folder), next(filter(None, logs), []), asked)

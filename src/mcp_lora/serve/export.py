@@ -4,7 +4,7 @@ import gc
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,21 @@ from mcp_lora.prompts.chat_template import ChatTemplate, hub_arguments
 from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.chat import run_engine
 from mcp_lora.train import manifest, runs
+from mcp_lora.train.machine import detect_machine, too_big
 
 # The largest difference of a logit that merging may cause, relative to the largest logit: merged weights are
 # rounded to the model's dtype, while a separate adapter is not.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 PROMPT = "Which tools can you call, and what time is it in Tokyo?"
-# The fraction of the questions, at least one, that a GGUF file may answer by other calls: where two tokens
-# are about equally likely, rounding decides between them.
+# The fraction of the questions, at least one, that may be answered by other calls: where two tokens are about
+# equally likely, rounding decides between them.
 OTHER_CALLS = {"f32": 0.1, "f16": 0.1, "bf16": 0.1, "q8_0": 0.25}
 # Model types whose chat template Ollama ignores (its server/create.go).
 _RENDERED_BY_OLLAMA = ("gemma4", "laguna", "nemotron_h")
-_QUESTIONS = 5  # of each split, to check a GGUF file with
+_QUESTIONS = 5  # of each split, to check an export with
 _ADAPTER = ("adapter_*", "tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.txt")
+
+_Answers = Callable[[Sequence[Question], int], Iterable[tuple[Question, Response]]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,13 @@ def export(
             else:
                 llama_cpp.convert(folder, file, gguf)
             served = (base, file, template.frozen()) if adapter_only else (file, None, None)
-            note = _check_answers(run, adapter, template, served, gguf, progress)
+            answers = _by_llama_cpp(template, served, progress)
+            exact = f"mcp-lora export {run} --gguf f32"
+            note = _check_answers(run, adapter, template, answers, exact, OTHER_CALLS[gguf])
+        elif not adapter_only and not too_big(str(config["model_name_or_path"]), detect_machine()):
+            answers = _by_engine(run, template, None, folder)
+            again = f"mcp-lora export {run} --adapter-only"
+            note += f"; {_check_answers(run, adapter, template, answers, again, OTHER_CALLS['bf16'])}"
         made = file if gguf else folder
         if ollama:
             made = new / "ollama"
@@ -279,17 +288,14 @@ def _percent(found: Mapping[str, float]) -> str:
 
 
 def _check_answers(
-    run: Path,
-    adapter: Path,
-    template: ChatTemplate,
-    served: tuple[Path, Path | None, str | None],
-    dtype: str,
-    progress: Callable[[str, float], None],
+    run: Path, adapter: Path, template: ChatTemplate, answers: _Answers, command: str, tolerance: float
 ) -> str:
-    """Compare a served GGUF file with base + adapter: its prompts, and its calls on held-out questions.
+    """Compare the calls of what is exported with those of base + adapter on held-out questions.
 
-    `served` are the model, and an adapter and a chat template that are not in it. It answers freely, token by
-    token, while llama.cpp binds the answer to a request with tools to their schemas.
+    Args:
+        answers: yields the answers to questions, of a maximum number of tokens, of what is exported.
+        command: the command to run if they are not the same.
+        tolerance: the fraction that may differ.
     """
     request = evaluation.Request(run, limit=_QUESTIONS)
     asked: list[Question] = []
@@ -301,29 +307,57 @@ def _check_answers(
     except McpLoraError as error:
         problem = str(error)
     if asked:
-        settings = runs.serving_config(run, adapter)
-        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
-        command = f"mcp-lora export {run} --gguf {dtype}"
-        for question, response in predict.by_engine(asked, template, settings, None, command):
+        for question, response in _by_engine(run, template, adapter)(asked, length):
             expected[question.key] = judge(question, response).calls
-    other, longest = 0, max((len(template.ids(question.prompt)) for question in asked), default=0)
-    with llama_cpp.running(*served, context=max(llama_cpp.CONTEXT, longest + length)) as url:
-        if differences := parity(url, template).differences:
-            what = "the GGUF file's prompts are not those of training, nothing is exported"
-            raise McpLoraError(f"{what}: {'; '.join(differences)}", 1)
-        for done, question in enumerate(asked, 1):
-            tokens = llama_cpp.complete(url, template.ids(question.prompt), length)
-            answer = template.without_end(template.tokenizer.decode(tokens))
-            made = judge(question, Response(question.prompt, answer, [])).calls
-            other += not calls.same_calls(made, expected[question.key])
-            progress("asking llama.cpp", done / len(asked))
+    made = {question.key: judge(question, response).calls for question, response in answers(asked, length)}
     if not asked:
-        return f"the same prompts as in training; warning: its answers are not checked ({problem})"
-    most = max(int(len(asked) > 1), int(OTHER_CALLS[dtype] * len(asked)))
+        return f"warning: its answers are not checked ({problem})"
+    other = sum(not calls.same_calls(made[key], right) for key, right in expected.items())
+    most = max(int(len(asked) > 1), int(tolerance * len(asked)))
     what = f"{other} of {len(asked)} held-out questions have other calls than base + adapter"
     if other > most:
-        raise McpLoraError(f"as {dtype} {what}, at most {most} may: mcp-lora export {run} --gguf f32", 1)
+        raise McpLoraError(f"{what}, at most {most} may, nothing is exported: {command}", 1)
     return f"{what} (tolerance {most})"
+
+
+def _by_engine(
+    run: Path, template: ChatTemplate, adapter: Path | None, merged: Path | None = None
+) -> _Answers:
+    """Let LLaMA-Factory answer: base + adapter, or a merged model."""
+
+    def answers(asked: Sequence[Question], length: int) -> Iterable[tuple[Question, Response]]:
+        settings = runs.serving_config(run, adapter)
+        settings |= {"model_name_or_path": str(merged)} if merged else {}
+        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": evaluation.Request.batch_size}
+        return predict.by_engine(asked, template, settings, None, f"mcp-lora export {run}", exactly=True)
+
+    return answers
+
+
+def _by_llama_cpp(
+    template: ChatTemplate,
+    served: tuple[Path, Path | None, str | None],
+    progress: Callable[[str, float], None],
+) -> _Answers:
+    """Let llama.cpp answer, once its prompts are those of training.
+
+    `served` are the model, and an adapter and a chat template that are not in it. It answers freely, token by
+    token, while llama.cpp binds the answer to a request with tools to their schemas.
+    """
+
+    def answers(asked: Sequence[Question], length: int) -> Iterable[tuple[Question, Response]]:
+        longest = max((len(template.ids(question.prompt)) for question in asked), default=0)
+        with llama_cpp.running(*served, context=max(llama_cpp.CONTEXT, longest + length)) as url:
+            if differences := parity(url, template).differences:
+                what = "the GGUF file's prompts are not those of training, nothing is exported"
+                raise McpLoraError(f"{what}: {'; '.join(differences)}", 1)
+            for done, question in enumerate(asked, 1):
+                tokens = llama_cpp.complete(url, template.ids(question.prompt), length)
+                answer = template.without_end(template.tokenizer.decode(tokens))
+                yield question, Response(question.prompt, answer, [])
+                progress("asking llama.cpp", done / len(asked))
+
+    return answers
 
 
 def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Comparison:

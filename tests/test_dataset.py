@@ -681,3 +681,31 @@ def test_a_row_of_failed_calls_counts_as_a_sample_only_if_there_is_one(tmp_path:
     stats = converted(tmp_path / "out", source, turns="each", test=0.0)
     assert sum(stats["written"].values()) + sum(stats["rejected"].values()) == 2
     assert stats["samples"].get("train", 0) >= stats["written"].get("train", 0), stats["rejected"]
+
+
+def test_plain_conversations_are_trained_on_if_they_are_kept(tmp_path: Path) -> None:
+    said = [
+        {"role": "user", "content": "Who wrote Hamlet?"},
+        {"role": "assistant", "content": "Shakespeare."},
+    ]
+    other = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    rows = [
+        {"messages": said},
+        {"messages": other, "tools": []},
+        {"conversations": [{"from": "human", "value": "What is 1 + 1?"}, {"from": "gpt", "value": "2"}]},
+    ]
+    file = write_json(tmp_path / "plain.json", rows)
+    inputs = [str(SAMPLE), str(file)]
+    rejected = convert(Settings(inputs, test=0.5), tmp_path / "out")
+    assert rejected["rejected"] == {"no-tool": 3}
+    kept = convert(Settings(inputs, test=0.5, keep_plain=True, questions_per_sample=8), tmp_path / "out")
+    assert kept["rejected"] == {} and kept["written"]["train"] == rejected["written"]["train"] + 3
+    plain = [sample for sample in dataset.samples(tmp_path / "out", "train") if not sample["tools"]]
+    assert [sample["messages"][:1] for sample in plain] == [
+        said[:1],
+        other[:1],
+        [{"role": "user", "content": "What is 1 + 1?"}],
+    ]
+    # as LLaMA-Factory would render it by itself
+    array = json.loads((tmp_path / "out" / "mcp_train_data.json").read_text(encoding="utf-8"))
+    assert [(row["system"], row["tools"]) for row in array if not row["tools"]] == [("", "")] * 3

@@ -133,6 +133,7 @@ def test_an_export_says_what_base_and_adapter_say(project: Path, tiny_model: Pat
     done = succeed(project, "export", "--checkpoint", steps(project / "outputs/mcp_lora"))
     found = re.search(r"difference of a logit is (\S+) \(tolerance (\S+)\)", done.stderr)
     assert found and float(found[1]) <= float(found[2])
+    assert re.search(r"0 of \d+ held-out questions have other calls than base \+ adapter", done.stderr)
     merged = project / "outputs/merged_model"
     assert (merged / "model.safetensors").is_file() and not (merged / "Modelfile").exists()
     assert "<tools>" in (merged / "chat_template.jinja").read_text(encoding="utf-8")
@@ -156,6 +157,10 @@ def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
             [call._asdict() for call in chat_template.called(sample["messages"][-1])] for sample in held_out
         ]
         assert all("<|im_start|>" in json.loads(line)["prompt"] for line in lines)
+    plain = metrics["plain_chat"]
+    assert plain["questions"] == 100 and plain["divergence"] > 0 and "Plain chat has moved by" in done.stdout
+    kept = project / "outputs/mcp_lora/eval/plain_chat.json"
+    assert {key: json.loads(kept.read_text())[key] for key in plain} == plain
     done = run([BIN / "mcp-lora", "eval", "--require", "seen.exact>=0.99"], project)
     assert done.returncode == 1 and "seen.exact is 0.000, and seen.exact>=0.99 is required" in done.stderr
     assert "predict" not in done.stdout  # the engine was not started
@@ -260,6 +265,19 @@ def test_two_ranks_under_the_deepspeed_launcher(
     (made,) = (project / "data/two/rendered").glob("*/rendered.json")
     assert f"Loaded tokenized dataset from {made.parent}" in output
     assert len(collated(project / "outputs/two/run.yaml")) == json.loads(made.read_text())["samples"]
+
+
+def test_the_leaderboard_judges_both_models(project: Path) -> None:
+    words = ["eval", "--benchmark", "bfcl", "--limit", "1", "--require", "bfcl.irrelevance<0.5"]
+    done = run([BIN / "mcp-lora", *words], project)
+    assert done.returncode == 1 and "bfcl.irrelevance is 1.000" in done.stderr, done.stderr[-3000:]
+    assert "bfcl.live_multiple: 1 held-out questions" in done.stdout
+    metrics = json.loads((project / "outputs/mcp_lora/eval/bfcl/metrics.json").read_text())
+    assert len(metrics["splits"]) == 10 and metrics["tools"] == []
+    assert {*metrics["splits"]["bfcl.simple"]["figures"]["adapter"]} == {"valid", "schema", "tool", "ast"}
+    succeed(project, "report")
+    page = (project / "outputs/mcp_lora/report.html").read_text(encoding="utf-8")
+    assert "<h3>bfcl.parallel</h3>" in page and "<h3>seen</h3>" in page and "nats per token" in page
 
 
 def test_what_shapes_the_model_reaches_eval_chat_and_export(project: Path, tiny_model: Path) -> None:

@@ -4,6 +4,7 @@ import ast
 import copy
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,6 +312,24 @@ def test_what_is_not_equivalent_is_not_exported(project: Path, monkeypatch: pyte
     with pytest.raises(McpLoraError, match="have other calls than base \\+ adapter, at most") as refused:
         exports.export(Path("outputs/mcp_lora"), Path("outputs/other.gguf"), gguf="f16")
     assert refused.value.code == 1 and sorted(Path("outputs").iterdir()) == before
+
+
+def test_a_merged_model_that_answers_otherwise_is_not_exported(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    compare = exports.compare
+
+    def damaging(config: dict[str, Any], adapter: Path, merged: Path) -> exports.Comparison:
+        found = compare(config, adapter, merged)
+        shutil.copy(Path(config["model_name_or_path"]) / "model.safetensors", merged)  # the base's
+        return found
+
+    monkeypatch.setattr(exports, "compare", damaging)
+    before = sorted(Path("outputs").iterdir())
+    with pytest.raises(McpLoraError, match="other calls than base .*mcp-lora export .*--adapter-only"):
+        exports.export(Path("outputs/mcp_lora"), Path("outputs/other"))
+    assert sorted(Path("outputs").iterdir()) == before
 
 
 def test_an_adapter_by_itself(project: Path, template: ChatTemplate) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from mcp_lora.cli import console, data, evaluate, serve, train
+from mcp_lora.cli import console, data, demo, evaluate, serve, train
 from mcp_lora.engine.topology import worker_rank
 from mcp_lora.errors import Interrupted, McpLoraError
 
@@ -39,7 +39,7 @@ for command, name, example in (
     (serve.export, "export", "outputs/mcp_lora --gguf f16"),
     (serve.serve, "serve", "outputs/mcp_lora --print vllm"),
     (serve.parity, "parity", "http://127.0.0.1:8000/v1 outputs/mcp_lora"),
-    (evaluate.demo, "demo", ""),
+    (demo.demo, "demo", "--minutes 60"),
 ):
     app.command(name, epilog=f"Example: mcp-lora {name} {example}".rstrip())(command)
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mcp_lora.data import dataset
+from mcp_lora.evaluate.plain_chat import HIGH
 from mcp_lora.prompts import chat_template as prompts
 
 QUIET = False  # set by --quiet
@@ -106,6 +107,9 @@ def show_evaluation(evaluation: Any) -> None:
         for model, errors in split.errors.items():
             if errors:
                 typer.echo(f"errors of {model}: {counts(errors)}")
+    if found := evaluation.plain_chat:
+        advice = "; that is much: mcp-lora convert --keep-plain" * (found.divergence > HIGH)
+        typer.echo(f"\nPlain chat has moved by {found.divergence:.2f} nats per token{advice}")
     last, worst = list(evaluation.answers)[-1], []
     for place in evaluation.tools[:5]:
         right, server = place.right[last], f" of {place.server}" if place.server else ""

@@ -29,6 +29,7 @@ _CANDIDATES = (
 _QUESTIONS = "Single-turn questions that share the candidates of one training sample."
 _TURNS = "Up to the first call, the whole conversation, or one sample per call."
 _STRICT_SCHEMA = "Reject parameters that the schema does not define."
+_PLAIN = "Also train on conversations without tools, so that plain chat stays as it was."
 _REDACT = "Replace keys, mail addresses and home folders; by default in session logs."
 
 
@@ -48,6 +49,7 @@ def convert(
     drop_reasoning: Annotated[bool, Option("--drop-reasoning", help="Leave out the reasoning.")] = False,
     strict_schema: Annotated[bool, Option("--strict-schema", help=_STRICT_SCHEMA)] = False,
     keep_failed: Annotated[bool, Option("--keep-failed", help="Also train on calls that failed.")] = False,
+    keep_plain: Annotated[bool, Option("--keep-plain", help=_PLAIN)] = False,
     redact: Annotated[bool | None, Option("--redact/--no-redact", help=_REDACT)] = None,
     explain: Annotated[int | None, Option(min=1, help="Only show one row at each step.")] = None,
     strict: Annotated[bool, Option("--strict", help="Exit with 1 if a row is rejected.")] = False,
@@ -74,6 +76,7 @@ def convert(
         drop_reasoning,
         strict_schema,
         keep_failed,
+        keep_plain,
         redact,
     )
     if explain:

@@ -1,17 +1,13 @@
-"""eval, report, demo."""
+"""eval and report."""
 
-import os
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
 
-from mcp_lora import demo_model
-from mcp_lora.cli import console, data, train
+from mcp_lora.cli import console
 from mcp_lora.cli.options import SPLITS, AsJson, Checkpoint, Gpus, Run
-from mcp_lora.data import conversion
 from mcp_lora.errors import McpLoraError
 from mcp_lora.train.runs import DEFAULT
 
@@ -76,23 +72,3 @@ def report(runs: Annotated[list[Path] | None, Argument(metavar="RUN", help=_RUNS
     from mcp_lora.report.page import write
 
     console.say(f"the report is {write(runs or [DEFAULT])}")
-
-
-def demo() -> None:
-    """Run the whole pipeline on the CPU, with the embedded model and the shipped sample."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    start, out, run = time.monotonic(), Path("data/demo"), Path("outputs/demo")
-    held_out = "2 candidates per question; questions, tools and a server held out"
-    console.say(f"1/4 convert: the shipped sample, {held_out}")
-    sample = [str(conversion.shipped_sample())]
-    data.convert(
-        sample, out, candidates="2", test=0.12, holdout_tools=0.15, holdout_servers=0.15, no_call=0.2
-    )
-    console.say("2/4 train: SmolLM2-135M-Instruct on the CPU, five to twenty minutes")
-    train.train(config=Path("demo"), model=demo_model.NAME, overwrite=True)
-    console.say("3/4 eval: the held-out questions, put to the base model and to the adapter")
-    evaluate(run)
-    console.say("4/4 report: the results as one HTML page")
-    report([run])
-    minutes = (time.monotonic() - start) / 60
-    console.say(f"done in {minutes:.0f} minutes. Open {run / 'report.html'}; next: mcp-lora chat {run}")

@@ -37,6 +37,7 @@ class Settings:
         drop_reasoning: leave out the reasoning.
         strict_schema: reject calls with parameters that the tool's schema does not define.
         keep_failed: train on calls whose result is an error.
+        keep_plain: train on conversations without tools, too.
         redact: replace keys, mail addresses and home folders; None redacts session logs only.
     """
 
@@ -54,6 +55,7 @@ class Settings:
     drop_reasoning: bool = False
     strict_schema: bool = False
     keep_failed: bool = False
+    keep_plain: bool = False
     redact: bool | None = None
 
 

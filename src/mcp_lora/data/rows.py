@@ -156,7 +156,7 @@ class Rows:
         if settings.turns == "call":
             every, kept = (sum(len(turn.calls) for turn in each) for each in (content.turns, turns))
             content.later = every - kept
-        if turns[0].role != SYSTEM:
+        if turns[0].role != SYSTEM and own:  # plain chat has none
             turns.insert(0, Turn(SYSTEM, SYSTEM_MESSAGE))
         # ids do not make a row different
         said = [(turn.role, turn.text, turn.calls, turn.reasoning, turn.trained) for turn in turns]

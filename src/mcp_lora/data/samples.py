@@ -163,6 +163,8 @@ class Samples:
 
     def _split_of(self, row: Row, gold: list[Tool], asked_in_a_test: bool) -> str:
         """Return a row's split: no question is in both training and test."""
+        if not row.own:  # without tools there is nothing to test
+            return "train"
         if test := self._held_out(gold):
             return test
         # One question of each tool is always trained on, or the tool would not be seen. It is the one with
@@ -219,10 +221,10 @@ def llama_factory(sample: Mapping[str, Any]) -> dict[str, Any]:
             turns.append({"from": "function_call", "value": value})
         elif message["role"] == "assistant":
             turns.append({"from": "gpt", "value": content})
-    tools = [tool["function"] for tool in sample["tools"]]
+    tools, first = [tool["function"] for tool in sample["tools"]], sample["messages"][0]
     return {
         "conversations": turns,
-        "system": sample["messages"][0]["content"],
+        "system": first["content"] if first["role"] == "system" else "",
         "tools": msgspec.json.encode(tools).decode() if tools else "",
     }
 

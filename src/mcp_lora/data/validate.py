@@ -58,7 +58,7 @@ def check(content: Content, catalogue: Catalogue, settings: Settings) -> list[Tu
         raise RowError("no-instruction", "there is no question with an answer")
     if not trained:
         raise RowError("failed-call", "every call failed, and there is nothing else to train on")
-    if not content.tools:
+    if not content.tools and (not settings.keep_plain or any(turn.calls for turn in turns)):
         raise RowError("no-tool", "there is no candidate tool")
     return [_checked(turn, content, catalogue, settings.strict_schema) for turn in turns]
 

@@ -20,9 +20,10 @@ from mcp_lora.data import files
 from mcp_lora.data.records import RowError
 from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluate import benchmark, predict, questions
+from mcp_lora.evaluate import benchmark, plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
 from mcp_lora.evaluate.parity import parity
+from mcp_lora.evaluate.plain_chat import PlainChat
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.stats import Difference, Proportion, difference, proportion
 from mcp_lora.prompts import chat_template, render
@@ -30,6 +31,7 @@ from mcp_lora.prompts.chat_template import IGNORED, ChatTemplate
 from mcp_lora.train import manifest, runs
 
 BASE, ADAPTER = "base", "adapter"
+PLAIN_CHAT = "plain_chat.json"
 ASKED = "adapter.sha256"  # the file with the hash of the adapter that was evaluated
 METRICS = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
 _THOUGHT = 1024  # tokens
@@ -62,7 +64,8 @@ class Weakness:
 class Evaluation:
     """Metrics by split, servers and tools with the last model's worst ones first, and every answer.
 
-    `left_out` counts the questions that could not be asked, by reason.
+    `left_out` counts the questions that could not be asked, by reason. `plain_chat` is what has changed
+    without tools, if base and adapter were both asked.
     """
 
     splits: dict[str, Split]
@@ -71,6 +74,7 @@ class Evaluation:
     answers: dict[str, list[Answer]]
     left_out: dict[str, int] = field(default_factory=dict)
     max_new_tokens: int = 0
+    plain_chat: PlainChat | None = None
 
     def metrics(self) -> str:
         """Return everything except the answers as JSON: the content of metrics.json."""
@@ -159,7 +163,9 @@ def evaluate(
                         progress(f"asking {model.name}", done / len(missing))
             answers[model.name] = book.answers(asked)
         evaluation = replace(summarise(answers), left_out=prepared.left_out, max_new_tokens=length)
-        if adapter:
+        if adapter and not request.benchmark and len(request.models) > 1:
+            evaluation = replace(evaluation, plain_chat=_plain_chat(run, adapter, template, say))
+        if adapter and not request.benchmark:
             (run / "eval" / ASKED).write_text(adapter_hash(adapter), encoding="utf-8")
         # metrics of some questions do not overwrite those of all
         name = "metrics.json" if len(asked) == len(every) else "metrics_part.json"
@@ -168,6 +174,32 @@ def evaluate(
         what = f"{error.filename or run / 'eval'} cannot be written ({error.strerror})"
         raise McpLoraError(f"{what}: free space or fix permissions, and mcp-lora eval {run}") from None
     return evaluation
+
+
+def _plain_chat(
+    run: Path, adapter: Path, template: ChatTemplate, say: Callable[[str], None]
+) -> PlainChat | None:
+    """Return what the adapter has changed in plain chat, measured once.
+
+    It is not measured where the base is not that of its files: quantized, or with more tokens.
+    """
+    config = runs.read_run(run)
+    if (kept := kept_plain_chat(run, adapter)) or runs.is_quantized(run) or config.get("resize_vocab"):
+        return kept
+    try:
+        found = plain_chat.measure(config, adapter, template, plain_chat.questions())
+    except (RuntimeError, ValueError, OSError) as error:  # out of memory
+        say(f"warning: plain chat is not compared: {' '.join(str(error).split())[:200]}")
+        return None
+    row = asdict(found) | {"adapter": adapter_hash(adapter)}
+    (run / "eval" / PLAIN_CHAT).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return found
+
+
+def kept_plain_chat(run: Path, adapter: Path) -> PlainChat | None:
+    """Return what was measured of this adapter of a run in plain chat, if anything."""
+    row = files.load(run / "eval" / PLAIN_CHAT, f"remove it, and mcp-lora eval {run}")
+    return PlainChat(**row) if row.pop("adapter", "") == adapter_hash(adapter) else None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import answers
 from mcp_lora.evaluate.answers import Answer
 from mcp_lora.evaluate.benchmark import NAME
-from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, adapter_hash, summarise
+from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, adapter_hash, kept_plain_chat, summarise
+from mcp_lora.evaluate.plain_chat import HIGH
 from mcp_lora.evaluate.score import ERRORS
 from mcp_lora.train import manifest, runs, steps
 
@@ -108,6 +109,12 @@ def _render(found: Sequence[Run]) -> str:
         validated=any(run.curve("eval_loss") for run in found),
         usage=None if several else _usage(found[0]),
         stale=[run.folder for run in found if _is_stale(run)],
+        plain_chat=[
+            (run.name, kept)
+            for run in found
+            if run.adapter and (kept := kept_plain_chat(run.folder, run.adapter))
+        ],
+        high=HIGH,
     )
 
 

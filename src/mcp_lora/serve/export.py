@@ -15,9 +15,10 @@ from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import evaluation, predict
 from mcp_lora.evaluate.answers import Judge, Response
 from mcp_lora.evaluate.parity import parity
+from mcp_lora.evaluate.plain_chat import with_adapter
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import chat_template, render
-from mcp_lora.prompts.chat_template import ChatTemplate, hub_arguments
+from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.chat import run_engine
 from mcp_lora.train import manifest, runs
@@ -367,7 +368,6 @@ def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Compariso
     than the export and takes seconds for one prompt.
     """
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trusted = bool(config.get("trust_remote_code"))
@@ -376,19 +376,14 @@ def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Compariso
 
     def logits(model: Any) -> Any:
         with torch.inference_mode():
-            return model.eval()(ids).logits.float()
+            return model(ids).logits.float()
 
     exported = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", trust_remote_code=trusted)
     dtype, vocabulary = exported.dtype, exported.get_input_embeddings().weight.shape[0]
     after = logits(exported)
     del exported
     gc.collect()
-    model = AutoModelForCausalLM.from_pretrained(
-        str(config["model_name_or_path"]), dtype=dtype, **hub_arguments(config)
-    )
-    if vocabulary != model.get_input_embeddings().weight.shape[0]:  # resize_vocab
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    before = logits(PeftModel.from_pretrained(model, adapter))
+    before = logits(with_adapter(config, adapter, vocabulary, dtype=dtype))
     name = str(dtype).removeprefix("torch.")
     tolerance = TOLERANCE[name] * before.abs().max().item()
     return Comparison((before - after).abs().max().item(), tolerance, name)

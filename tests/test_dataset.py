@@ -684,28 +684,25 @@ def test_a_row_of_failed_calls_counts_as_a_sample_only_if_there_is_one(tmp_path:
 
 
 def test_plain_conversations_are_trained_on_if_they_are_kept(tmp_path: Path) -> None:
-    said = [
-        {"role": "user", "content": "Who wrote Hamlet?"},
-        {"role": "assistant", "content": "Shakespeare."},
-    ]
-    other = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
-    rows = [
-        {"messages": said},
-        {"messages": other, "tools": []},
-        {"conversations": [{"from": "human", "value": "What is 1 + 1?"}, {"from": "gpt", "value": "2"}]},
-    ]
-    file = write_json(tmp_path / "plain.json", rows)
-    inputs = [str(SAMPLE), str(file)]
+    asked = [f"Why is {number} a number?" for number in range(30)]
+    said = [[{"role": "user", "content": text}, {"role": "assistant", "content": "So."}] for text in asked]
+    more = [{"from": "human", "value": "And 1 + 1?"}, {"from": "gpt", "value": "2"}]
+    plain: list[Any] = [{"messages": each} for each in said]
+    plain += [{"messages": more_said, "tools": []} for more_said in (said[0] + said[1], said[2][:1])]
+    plain += [{"conversations": more}]
+    inputs = [str(SAMPLE), str(write_json(tmp_path / "plain.json", plain))]
     rejected = convert(Settings(inputs, test=0.5), tmp_path / "out")
-    assert rejected["rejected"] == {"no-tool": 3}
+    assert rejected["rejected"] == {"no-tool": 32, "no-instruction": 1}
     kept = convert(Settings(inputs, test=0.5, keep_plain=True, questions_per_sample=8), tmp_path / "out")
-    assert kept["rejected"] == {} and kept["written"]["train"] == rejected["written"]["train"] + 3
-    plain = [sample for sample in dataset.samples(tmp_path / "out", "train") if not sample["tools"]]
-    assert [sample["messages"][:1] for sample in plain] == [
-        said[:1],
-        other[:1],
-        [{"role": "user", "content": "What is 1 + 1?"}],
-    ]
+    # the conversation of two questions ends with the first answer, as an earlier row does
+    assert kept["rejected"] == {"no-instruction": 1, "duplicate": 1}
+    assert kept["written"] == rejected["written"] | {"train": rejected["written"]["train"] + 31}
+    trained = [one for one in dataset.samples(tmp_path / "out", "train") if not one["tools"]]
+    assert {*map(str, (one["messages"] for one in trained))} == {
+        *map(str, [*said, [{"role": "user", "content": "And 1 + 1?"}, {"role": "assistant", "content": "2"}]])
+    }
     # as LLaMA-Factory would render it by itself
-    array = json.loads((tmp_path / "out" / "mcp_train_data.json").read_text(encoding="utf-8"))
-    assert [(row["system"], row["tools"]) for row in array if not row["tools"]] == [("", "")] * 3
+    array = load(tmp_path / "out" / TRAIN_FILE)
+    assert {(row["system"], row["tools"]) for row in array if not row["tools"]} == {("", "")}
+    whole = convert(Settings(inputs, turns="all", keep_plain=True, test=0.5), tmp_path / "out")
+    assert whole["rejected"] == {"no-instruction": 1}

@@ -6,6 +6,21 @@ import subprocess
 import pytest
 from conftest import ROOT, environment
 
+from mcp_lora.cli.demo import plan
+
+COUNTS = [27, 33, 12, 17]  # questions of each split
+
+
+@pytest.mark.parametrize(
+    ("minutes", "rate", "limit", "tokens"),
+    [(10, 240.0, 14, 79_200), (15, 100.0, 9, 52_200), (60, 240.0, 33, 771_200), (5, 20.0, 5, 3_500)],
+)
+def test_the_time_decides_how_much_is_asked_and_trained(
+    minutes: int, rate: float, limit: int, tokens: int
+) -> None:
+    asked, epochs = plan(60 * minutes, rate, 35_000, COUNTS)
+    assert (asked, round(epochs * 35_000)) == (limit, tokens)
+
 
 @pytest.mark.demo
 def test_the_demos_figures() -> None:
@@ -14,16 +29,17 @@ def test_the_demos_figures() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    metrics = json.loads((ROOT / "outputs/demo/eval/metrics.json").read_text())
+    folder = ROOT / "outputs/demo/eval"  # of all questions, or on a slow machine of some
+    (file,) = (place for name in ("metrics", "metrics_part") if (place := folder / f"{name}.json").is_file())
+    metrics = json.loads(file.read_text())
     splits = metrics["splits"]
     assert list(splits) == ["seen", "unseen_tool", "unseen_server", "no_call"]
     base, adapter = (splits["seen"]["figures"][model] for model in ("base", "adapter"))
     assert base["valid"]["share"] <= 0.05
-    assert adapter["valid"]["share"] >= 0.95
-    assert adapter["tool"]["share"] >= 0.70
-    assert adapter["exact"]["share"] >= 0.40
-    assert splits["unseen_tool"]["gains"]["adapter"]["tool"]["low"] > 0.2
-    assert "held-out questions" in done.stdout
-    assert "the report is outputs/demo/report.html" in done.stderr
+    assert adapter["valid"]["share"] >= 0.85
+    assert adapter["tool"]["share"] >= 0.40
+    assert splits["unseen_tool"]["gains"]["adapter"]["tool"]["low"] > 0
+    assert metrics["plain_chat"]["divergence"] > 0
+    assert "The right tool of ten: 0 → " in done.stdout and "outputs/demo/report.html; next:" in done.stdout
     page = (ROOT / "outputs/demo/report.html").read_text(encoding="utf-8")
     assert page.count('<div class="card tile">') == len(splits)

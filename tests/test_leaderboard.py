@@ -7,10 +7,8 @@ values, and every way of spoiling one argument.
 """
 
 import json
-import sys
-import types
 import zipfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -39,20 +37,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checker(wheel: Path) -> Iterator[Checker]:
-    """The leaderboard's ast_checker; of the models that it knows there is none."""
-    models = types.ModuleType("bfcl_eval.constants.model_config")
-    vars(models)["MODEL_CONFIG_MAPPING"] = defaultdict(lambda: types.SimpleNamespace(underscore_to_dot=False))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(wheel))
-        patch.setitem(sys.modules, models.__name__, models)
-        from bfcl_eval.constants.enums import Language
-        from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
-
-        def check(functions: list[Any], answer: list[Any], accepted: list[Any], category: str) -> bool:
-            return bool(ast_checker(functions, answer, accepted, Language.PYTHON, category, "any")["valid"])
-
-        yield check
+def checker() -> Checker:
+    return benchmark.checker()
 
 
 def cases(wheel: Path, category: str) -> Iterator[tuple[list[Any], list[Any]]]:

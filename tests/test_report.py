@@ -15,10 +15,11 @@ from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import answers, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Response
-from mcp_lora.evaluate.evaluation import adapter_hash, summarise
+from mcp_lora.evaluate.evaluation import summarise
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.report import page as report
 from mcp_lora.train import manifest, runs
+from mcp_lora.train.runs import adapter_hash
 
 SCRIPT = "</script></pre><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>"
 MODELS = ("base", "endpoint-hosted", "adapter")

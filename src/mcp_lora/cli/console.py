@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mcp_lora.data import dataset
+from mcp_lora.evaluate.benchmark import is_asked_in
 from mcp_lora.evaluate.plain_chat import HIGH
 from mcp_lora.prompts import chat_template as prompts
 
@@ -102,14 +103,16 @@ def show_evaluation(evaluation: Any) -> None:
                 cells += [f"{100 * gain.difference:+.1f} ({reach})", f"{gain.p:.1g}"]
             rows.append(cells)
         columns = ["", *split.figures, *["difference", "p"] * len(split.gains)]
-        title = f"{name}: {split.count} held-out questions; % (95 % interval)"
+        kind = "" if is_asked_in(name) else "held-out "
+        title = f"{name}: {split.count} {kind}questions; % (95 % interval)"
         _table(title, columns, rows, texts=("",))
         for model, errors in split.errors.items():
             if errors:
                 typer.echo(f"errors of {model}: {counts(errors)}")
     if found := evaluation.plain_chat:
         advice = "; that is much: mcp-lora convert --keep-plain" * (found.divergence > HIGH)
-        typer.echo(f"\nPlain chat has moved by {found.divergence:.2f} nats per token{advice}")
+        moved = f"{found.divergence:.2f} nats per token, {found.first:.2f} at the first of an answer"
+        typer.echo(f"\nPlain chat has moved by {moved}{advice}")
     last, worst = list(evaluation.answers)[-1], []
     for place in evaluation.tools[:5]:
         right, server = place.right[last], f" of {place.server}" if place.server else ""

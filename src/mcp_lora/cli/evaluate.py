@@ -38,7 +38,7 @@ def evaluate(
     if bool(endpoint) != bool(endpoint_model):
         raise McpLoraError("use both options or neither: mcp-lora eval --endpoint URL --endpoint-model NAME")
     if benchmark and split:
-        raise McpLoraError("--split is of the held-out questions: mcp-lora eval --benchmark bfcl --limit 20")
+        raise McpLoraError("the benchmark has no --split: mcp-lora eval --benchmark bfcl --limit 20")
     if base_only + adapter_only + bool(endpoint) > 1:
         raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: use one of them")
     request = evaluation.Request(
@@ -62,7 +62,8 @@ def evaluate(
         console.show_evaluation(found)
     if found.left_out:
         console.say(f"warning: some questions cannot be asked: {console.counts(found.left_out)}")
-    console.say(f"all answers and metrics are in {run / 'eval'}; see them with mcp-lora report {run}")
+    place = run / "eval" / (benchmark or "")
+    console.say(f"all answers and metrics are in {place}; see them with mcp-lora report {run}")
     if missed := evaluation.unmet(found, request.requirements):
         raise McpLoraError(f"{'; '.join(missed)}. See what is wrong: mcp-lora report {run}", 1)
 

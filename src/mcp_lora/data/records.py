@@ -37,7 +37,7 @@ class Settings:
         drop_reasoning: leave out the reasoning.
         strict_schema: reject calls with parameters that the tool's schema does not define.
         keep_failed: train on calls whose result is an error.
-        keep_plain: train on conversations without tools, too.
+        keep_plain: train on conversations without tools, too, which are never held out.
         redact: replace keys, mail addresses and home folders; None redacts session logs only.
     """
 

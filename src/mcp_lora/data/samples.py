@@ -162,8 +162,8 @@ class Samples:
         return None
 
     def _split_of(self, row: Row, gold: list[Tool], asked_in_a_test: bool) -> str:
-        """Return a row's split: no question is in both training and test."""
-        if not row.own:  # without tools there is nothing to test
+        """Return a row's split: no question about tools is in both training and test."""
+        if not row.own:  # plain chat
             return "train"
         if test := self._held_out(gold):
             return test

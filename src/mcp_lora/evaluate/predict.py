@@ -31,13 +31,16 @@ _BATCH = "per_device_eval_batch_size"
 RETRIES = 5  # after temporary failures of a server, with exponential backoff
 
 
+class NoRoomError(McpLoraError):
+    """The model does not fit into memory."""
+
+
 def by_engine(
     questions: Sequence[Question],
     template: ChatTemplate,
     settings: dict[str, Any],
     gpus: int | None,
     command: str,
-    exactly: bool = False,
 ) -> Generator[tuple[Question, Response]]:
     """Let LLaMA-Factory answer greedily, in batches of questions of similar length.
 
@@ -49,20 +52,12 @@ def by_engine(
         settings: its keys: the model's settings, adapter, max_new_tokens, batch size.
         gpus: number of GPUs that the questions are sharded across; by default all.
         command: the command to run again after a failure.
-        exactly: on a CPU, compute in the precision of the model's files, not in bf16 where it is faster: 115
-            instead of 349 s for 89 questions with ten candidates, of which 9 got another answer.
 
-    Raises McpLoraError if the engine fails.
+    Raises NoRoomError if memory runs out for a single question, McpLoraError if the engine fails otherwise.
     """
-    machine = detect_machine()
-    visible = machine.gpus
+    visible = detect_machine().gpus
     # what a shell has left (NPROC_PER_NODE) counts only on a CPU, where it is the one way to say so
     topology = find_topology({} if visible else os.environ, visible, gpus, nodes=1, node_rank=0)
-    # PyTorch emulates bf16 on a processor that lacks it
-    precision: dict[str, Any] = {}
-    if not visible:
-        emulated = {} if machine.bf16 else {"infer_dtype": "float32"}
-        precision = {"bf16_full_eval": True} if machine.bf16 and not exactly else emulated
     encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
     longest_first = sorted(encoded, key=lambda one: -len(one[1]))
     for start in range(0, len(questions), CHUNK):
@@ -70,24 +65,20 @@ def by_engine(
         with tempfile.TemporaryDirectory(prefix="mcp-lora-") as place:
             folder = Path(place)
             render.write(folder / "prompts", [(prompt, target) for _, prompt, target in chunk])
-            config = (
-                precision
-                | settings
-                | {
-                    "model_name_or_path": template.stopping_model(settings, folder / "model"),
-                    "stage": "sft",
-                    "do_predict": True,
-                    "predict_with_generate": True,
-                    "do_sample": False,  # the engine samples at temperature 0.95 by default
-                    "skip_special_tokens": False,  # keeps [TOOL_CALLS] and the like in the output
-                    "template": render.TEMPLATE,
-                    "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
-                    "tokenized_path": str(folder / "prompts"),
-                    "use_cpu": not visible,
-                    "report_to": "none",
-                    "output_dir": str(folder / "answers"),
-                }
-            )
+            config = settings | {
+                "model_name_or_path": template.stopping_model(settings, folder / "model"),
+                "stage": "sft",
+                "do_predict": True,
+                "predict_with_generate": True,
+                "do_sample": False,  # the engine samples at temperature 0.95 by default
+                "skip_special_tokens": False,  # keeps [TOOL_CALLS] and the like in the output
+                "template": render.TEMPLATE,
+                "eval_dataset": "questions",  # the engine requires a name, and reads tokenized_path
+                "tokenized_path": str(folder / "prompts"),
+                "use_cpu": not visible,
+                "report_to": "none",
+                "output_dir": str(folder / "answers"),
+            }
             environment = launch.engine_environment(settings, topology, visible, os.environ)
             environment["LLAMAFACTORY_VERBOSITY"] = "WARN"  # the tables are the output that matters
             # a log also takes the engine's stdout, which would be between our results
@@ -96,8 +87,10 @@ def by_engine(
             while (outcome := launch.run_engine("train", config, environment, log=log)).code:
                 if outcome.aborted_at_exit and predicted.is_file():
                     break
-                if not outcome.out_of_memory or (size := config[_BATCH]) == 1:
+                if not outcome.out_of_memory:
                     raise outcome.error(command)
+                if (size := config[_BATCH]) == 1:
+                    raise NoRoomError(str(outcome.error(command)), outcome.code)
                 config[_BATCH] = settings[_BATCH] = size // 2
             rows: list[Any] = list(files.read(predicted))
         for (question, *_), row in zip(chunk, rows, strict=True):
@@ -108,7 +101,7 @@ def by_engine(
 
 
 def by_endpoint(
-    questions: Sequence[Question], url: str, model: str, max_tokens: int, template: ChatTemplate
+    questions: Sequence[Question], url: str, model: str, max_tokens: int, template: ChatTemplate, command: str
 ) -> Generator[tuple[Question, Response]]:
     """Ask an OpenAI-compatible server several questions at once; yield answers in the order of arrival.
 
@@ -120,10 +113,11 @@ def by_endpoint(
         model: its name on the server.
         max_tokens: tokens per answer.
         template: the model's chat template; requests set its arguments as in training.
+        command: the command to run again after a failure, without the server's options.
 
     Raises McpLoraError if the server cannot be reached, or rejects a request.
     """
-    from openai import OpenAI
+    from openai import OpenAI, omit
 
     arguments = {"chat_template_kwargs": template.server_arguments} if template.server_arguments else None
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=RETRIES)
@@ -137,7 +131,7 @@ def by_endpoint(
             reply = client.chat.completions.with_raw_response.create(
                 model=model,
                 messages=messages,
-                tools=question.sample["tools"],
+                tools=question.sample["tools"] or omit,
                 temperature=0,
                 max_tokens=max_tokens,
                 extra_body=arguments,
@@ -154,7 +148,7 @@ def by_endpoint(
     if failures:
         what = f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
         what += f"model, is the key in {KEY}? Its answers so far are kept"
-        raise McpLoraError(f"{what}: mcp-lora eval --endpoint {url} --endpoint-model {model}")
+        raise McpLoraError(f"{what}: {command} --endpoint {url} --endpoint-model {model}")
 
 
 def _parsed(prompt: str, body: str) -> Response:

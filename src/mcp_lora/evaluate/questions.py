@@ -22,7 +22,7 @@ SPLITS = tuple(split for split in dataset.SPLITS if split != "train")
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out sample of one of SPLITS.
+    """One held-out sample of one of SPLITS, or of a category of the benchmark.
 
     `prompt` and `target` are its text as rendered by the chat template; empty until it has been fitted.
     """

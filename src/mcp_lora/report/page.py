@@ -1,7 +1,7 @@
 """The report on a run, or on several side by side: one self-contained HTML file.
 
-It is made from the files in the runs' folders: run.yaml, manifest.json, trainer_state.json, eval/*.jsonl,
-and shows which of them are missing. Its Jinja template is page.html.
+It is made from the files in the runs' folders, and shows which of them are missing: run.yaml, manifest.json,
+trainer_state.json, eval/*.jsonl, eval/bfcl/*.jsonl, eval/plain_chat.json. Its Jinja template is page.html.
 """
 
 import difflib
@@ -22,11 +22,10 @@ from urllib.parse import unquote
 
 from mcp_lora.data import files
 from mcp_lora.errors import McpLoraError, explained
-from mcp_lora.evaluate import answers
+from mcp_lora.evaluate import answers, plain_chat
 from mcp_lora.evaluate.answers import Answer
 from mcp_lora.evaluate.benchmark import NAME
-from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, adapter_hash, kept_plain_chat, summarise
-from mcp_lora.evaluate.plain_chat import HIGH
+from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, summarise
 from mcp_lora.evaluate.score import ERRORS
 from mcp_lora.train import manifest, runs, steps
 
@@ -39,6 +38,7 @@ _OUTCOMES = ("lost", "wrong", "gained", "right")  # in the order in which exampl
 class Run:
     """The content of a run's folder: run.yaml, manifest.json or {}, the models' answers, the base's first.
 
+    `judged` are their answers to the benchmark's questions.
     `history` is the trainer's log, in transformers' keys, or the newest checkpoint's if training is not
     finished. `name` is the run's name on the page.
     """
@@ -49,6 +49,7 @@ class Run:
     manifest: dict[str, Any]
     history: list[dict[str, Any]]
     answers: dict[str, list[Answer]]
+    judged: dict[str, list[Answer]]
 
     @cached_property
     def adapter(self) -> Path | None:
@@ -84,6 +85,8 @@ def _render(found: Sequence[Run]) -> str:
     several = len(found) > 1
     adapters = {run.name: run.answers[ADAPTER] for run in found if ADAPTER in run.answers}
     by_model, left_out = _common(adapters if several else found[0].answers)
+    judged = {run.name: run.judged[ADAPTER] for run in found if ADAPTER in run.judged}
+    by_judged, unjudged = _common(judged if several else found[0].judged)
     base = Path(found[0].config["model_name_or_path"])
     wrong = {one.verdict.error for each in by_model.values() for one in each}
     curves: dict[str, list[Any]] = defaultdict(list)
@@ -101,6 +104,9 @@ def _render(found: Sequence[Run]) -> str:
         settings=_side_by_side([run.config for run in found]),
         evaluation=summarise(by_model) if by_model else None,
         models=list(by_model),
+        judged=summarise(by_judged) if by_judged else None,
+        judged_models=list(by_judged),
+        unjudged=unjudged,
         left_out=left_out,
         unasked=[run.folder for run in found if not (ADAPTER in run.answers if several else run.answers)],
         examples=_examples(by_model),
@@ -108,13 +114,14 @@ def _render(found: Sequence[Run]) -> str:
         curves=curves,
         validated=any(run.curve("eval_loss") for run in found),
         usage=None if several else _usage(found[0]),
-        stale=[run.folder for run in found if _is_stale(run)],
+        stale=[run.folder for run in found if _is_stale(run, "")],
+        judged_before=[run.folder for run in found if _is_stale(run, NAME)],
         plain_chat=[
             (run.name, kept)
             for run in found
-            if run.adapter and (kept := kept_plain_chat(run.folder, run.adapter))
+            if run.adapter and (kept := plain_chat.kept_of(run.folder, run.adapter))
         ],
-        high=HIGH,
+        high=plain_chat.HIGH,
     )
 
 
@@ -141,12 +148,14 @@ def _read(folder: Path, name: str) -> Run:
     states = [folder, *runs.complete_checkpoints(folder)[::-1]]
     again = f"remove it, and mcp-lora report {folder}"
     logs = (files.load(place / "trainer_state.json", again).get("log_history") for place in states)
-    kept: dict[str, list[Answer]] = defaultdict(list)
-    for file in chain(*(sorted((folder / "eval").glob(f"{place}*.jsonl")) for place in ("", f"{NAME}/"))):
-        kept[unquote(file.stem)] += answers.read(file)
+    asked, judged = (_answers(folder / "eval" / place) for place in ("", NAME))
+    return Run(name, folder, config, manifest.read(folder), next(filter(None, logs), []), asked, judged)
+
+
+def _answers(folder: Path) -> dict[str, list[Answer]]:
+    kept = {unquote(file.stem): answers.read(file) for file in sorted(folder.glob("*.jsonl"))}
     models = [BASE, *(name for name in kept if name not in (BASE, ADAPTER)), ADAPTER]
-    asked = {model: kept[model] for model in models if kept.get(model)}
-    return Run(name, folder, config, manifest.read(folder), next(filter(None, logs), []), asked)
+    return {model: kept[model] for model in models if kept.get(model)}
 
 
 def _common(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], int]:
@@ -247,10 +256,11 @@ def _calls(calls: Sequence[Any]) -> str:
     )
 
 
-def _is_stale(run: Run) -> bool:
-    """Tell whether the adapter has changed since it was evaluated."""
-    file = run.folder / "eval" / ASKED
-    return run.adapter is not None and file.is_file() and file.read_text("utf-8") != adapter_hash(run.adapter)
+def _is_stale(run: Run, place: str) -> bool:
+    """Tell whether the adapter has changed since it gave the answers in a folder of RUN/eval."""
+    file = run.folder / "eval" / place / ASKED
+    changed = run.adapter is not None and file.is_file()
+    return changed and file.read_text("utf-8") != runs.adapter_hash(run.adapter)
 
 
 def _usage(run: Run) -> dict[str, str] | None:

@@ -15,7 +15,6 @@ from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import evaluation, predict
 from mcp_lora.evaluate.answers import Judge, Response
 from mcp_lora.evaluate.parity import parity
-from mcp_lora.evaluate.plain_chat import with_adapter
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import ChatTemplate
@@ -101,11 +100,13 @@ def export(
         with explained(f"{output.parent} cannot be written", again):
             new.mkdir(parents=True)
         folder, file, base = new / "model", new / "model.gguf", new / "base.gguf"
+        dtype = ""
         if adapter_only:
             copy_adapter(adapter, folder)
             note = "the adapter as it was trained"
         else:
-            note = _merge(run, adapter, folder)
+            found = _merge(run, adapter, folder)
+            note, dtype = str(found), found.dtype
         complete(folder, template, ollama)
         (folder / "README.md").write_text(model_card(run, adapter), encoding="utf-8")
         if gguf:
@@ -118,11 +119,12 @@ def export(
             served = (base, file, template.frozen()) if adapter_only else (file, None, None)
             answers = _by_llama_cpp(template, served, progress)
             exact = f"mcp-lora export {run} --gguf f32"
-            note = _check_answers(run, adapter, template, answers, exact, OTHER_CALLS[gguf])
-        elif not adapter_only and not too_big(str(config["model_name_or_path"]), detect_machine()):
-            answers = _by_engine(run, template, None, folder)
-            again = f"mcp-lora export {run} --adapter-only"
-            note += f"; {_check_answers(run, adapter, template, answers, again, OTHER_CALLS['bf16'])}"
+            compared = _check_answers(run, adapter, template, answers, exact, OTHER_CALLS[gguf])
+            note = f"the same prompts as in training; {compared}"
+        elif not adapter_only and _is_slow(str(config["model_name_or_path"]), dtype):
+            note += "; warning: its answers are not compared, as that would take long without a GPU"
+        elif not adapter_only:
+            note += f"; {_check_merged(run, adapter, template, folder, dtype)}"
         made = file if gguf else folder
         if ollama:
             made = new / "ollama"
@@ -174,7 +176,7 @@ def copy_adapter(adapter: Path, folder: Path) -> None:
             shutil.copy(file, folder)
 
 
-def _merge(run: Path, adapter: Path, folder: Path) -> str:
+def _merge(run: Path, adapter: Path, folder: Path) -> Comparison:
     """Let the engine merge an adapter into its base; return how the two compare."""
     settings = runs.serving_config(run, adapter) | {"export_dir": str(folder), "export_size": 1}
     settings |= {"template": render.TEMPLATE}  # which keeps the tokenizer's chat template
@@ -186,7 +188,7 @@ def _merge(run: Path, adapter: Path, folder: Path) -> str:
     found = compare(settings, adapter, folder)
     if found.difference > found.tolerance:
         raise McpLoraError(f"the merged model is not equivalent, nothing is exported ({found})", code=1)
-    return str(found)
+    return found
 
 
 def complete(folder: Path, template: ChatTemplate, firmly: bool = False) -> None:
@@ -258,7 +260,7 @@ def model_card(run: Path, adapter: Path) -> str:
     name = Path(base).name if Path(base).is_absolute() else base
     data = record.get("conversion") or {}
     evaluated, metrics = run / "eval" / evaluation.ASKED, {}
-    if evaluated.is_file() and evaluated.read_text("utf-8") == evaluation.adapter_hash(adapter):
+    if evaluated.is_file() and evaluated.read_text("utf-8") == runs.adapter_hash(adapter):
         metrics = files.load(run / "eval" / "metrics.json", f"mcp-lora eval {run}")
     keys = ("lora_rank", "lora_alpha", "lora_dropout", "learning_rate", "num_train_epochs", "cutoff_len")
     lines = ["---", "tags: [lora, tool-calling, mcp]", "pipeline_tag: text-generation"]
@@ -289,14 +291,21 @@ def _percent(found: Mapping[str, float]) -> str:
 
 
 def _check_answers(
-    run: Path, adapter: Path, template: ChatTemplate, answers: _Answers, command: str, tolerance: float
+    run: Path,
+    adapter: Path,
+    template: ChatTemplate,
+    answers: _Answers,
+    command: str,
+    tolerance: float,
+    dtype: str = "",
 ) -> str:
-    """Compare the calls of what is exported with those of base + adapter on held-out questions.
+    """Compare the calls of what is exported with those of base + adapter, which the engine merges in memory.
 
     Args:
         answers: yields the answers to questions, of a maximum number of tokens, of what is exported.
         command: the command to run if they are not the same.
         tolerance: the fraction that may differ.
+        dtype: see `_by_engine`.
     """
     request = evaluation.Request(run, limit=_QUESTIONS)
     asked: list[Question] = []
@@ -307,12 +316,14 @@ def _check_answers(
         asked, length = prepared.asked, prepared.length
     except McpLoraError as error:
         problem = str(error)
-    if asked:
-        for question, response in _by_engine(run, template, adapter)(asked, length):
+    try:
+        for question, response in _by_engine(run, template, adapter, dtype)(asked, length):
             expected[question.key] = judge(question, response).calls
+    except predict.NoRoomError:
+        asked, problem = [], "the model does not fit into memory"
     made = {question.key: judge(question, response).calls for question, response in answers(asked, length)}
     if not asked:
-        return f"warning: its answers are not checked ({problem})"
+        return f"warning: its answers are not compared ({problem})"
     other = sum(not calls.same_calls(made[key], right) for key, right in expected.items())
     most = max(int(len(asked) > 1), int(tolerance * len(asked)))
     what = f"{other} of {len(asked)} held-out questions have other calls than base + adapter"
@@ -321,16 +332,33 @@ def _check_answers(
     return f"{what} (tolerance {most})"
 
 
+def _is_slow(model: str, dtype: str) -> bool:
+    """Tell whether asking a model would take hours: PyTorch emulates bf16 on a CPU that lacks it."""
+    machine = detect_machine()
+    emulated = dtype == "bfloat16" and not machine.bf16
+    return not machine.gpus and (emulated or bool(too_big(model, machine)))
+
+
+def _check_merged(run: Path, adapter: Path, template: ChatTemplate, folder: Path, dtype: str) -> str:
+    """Compare the calls of a merged model, whose dtype is `dtype`, in a folder."""
+    answers = _by_engine(run, template, None, dtype, folder)
+    again = f"mcp-lora export {run} --adapter-only"
+    return _check_answers(run, adapter, template, answers, again, OTHER_CALLS["bf16"], dtype)
+
+
 def _by_engine(
-    run: Path, template: ChatTemplate, adapter: Path | None, merged: Path | None = None
+    run: Path, template: ChatTemplate, adapter: Path | None, dtype: str, merged: Path | None = None
 ) -> _Answers:
-    """Let LLaMA-Factory answer: base + adapter, or a merged model."""
+    """Let LLaMA-Factory answer on one GPU: base + adapter, or a merged model; in bf16 if `dtype` is that."""
 
     def answers(asked: Sequence[Question], length: int) -> Iterable[tuple[Question, Response]]:
-        settings = runs.serving_config(run, adapter)
+        if not asked:
+            return []
+        settings = runs.serving_config(run, adapter) | {"bf16_full_eval": dtype == "bfloat16"}
         settings |= {"model_name_or_path": str(merged)} if merged else {}
-        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": evaluation.Request.batch_size}
-        return predict.by_engine(asked, template, settings, None, f"mcp-lora export {run}", exactly=True)
+        gpus = 1 if detect_machine().gpus else None
+        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": gpus or _QUESTIONS}
+        return predict.by_engine(asked, template, settings, gpus, f"mcp-lora export {run}")
 
     return answers
 
@@ -383,7 +411,7 @@ def compare(config: Mapping[str, Any], adapter: Path, merged: Path) -> Compariso
     after = logits(exported)
     del exported
     gc.collect()
-    before = logits(with_adapter(config, adapter, vocabulary, dtype=dtype))
+    before = logits(runs.loaded(config, adapter, vocabulary, dtype=dtype))
     name = str(dtype).removeprefix("torch.")
     tolerance = TOLERANCE[name] * before.abs().max().item()
     return Comparison((before - after).abs().max().item(), tolerance, name)

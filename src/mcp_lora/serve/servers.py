@@ -21,7 +21,6 @@ from typing import Any
 from mcp_lora.data.calls import without_thought
 from mcp_lora.engine import launch
 from mcp_lora.errors import Interrupted, McpLoraError, explained
-from mcp_lora.evaluate.evaluation import adapter_hash
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
@@ -234,7 +233,7 @@ def _gguf(request: Request) -> Path:
     if runs.is_quantized(request.target):
         what = f"the base of {request.target} is quantized, and llama.cpp needs a merged model"
         raise McpLoraError(f"{what}: mcp-lora serve {request.target} --print vllm")
-    return request.target / _KEPT.format(adapter_hash(runs.adapter(request.target))[:8])
+    return request.target / _KEPT.format(runs.adapter_hash(runs.adapter(request.target))[:8])
 
 
 def _config(request: Request) -> dict[str, Any]:

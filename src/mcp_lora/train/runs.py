@@ -23,6 +23,7 @@ from typing import Any
 from mcp_lora.data import files
 from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.prompts.chat_template import hub_arguments
 from mcp_lora.train import manifest
 from mcp_lora.train.recipe import read_config
 
@@ -285,3 +286,28 @@ def is_quantized(run: Path) -> bool:
     config = read_run(run)
     model = files.load(Path(config["model_name_or_path"]) / "config.json", "copy the model again")
     return bool(config.get("quantization_bit") or model.get("quantization_config"))
+
+
+def adapter_hash(adapter: Path) -> str:
+    """Return the hash of an adapter's weights."""
+    return files.sha256(next(iter(adapter.glob("adapter_model.*")), adapter / "adapter_config.json"))
+
+
+def loaded(config: Mapping[str, Any], adapter: Path, vocabulary: int | None = None, **how: Any) -> Any:
+    """Return the model that a configuration names, with an adapter, in evaluation mode.
+
+    Args:
+        config: in LLaMA-Factory's keys.
+        adapter: its folder.
+        vocabulary: number of embeddings, if the run has changed it (resize_vocab).
+        how: arguments of transformers' from_pretrained, such as dtype.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(config["model_name_or_path"]), **how, **hub_arguments(config)
+    )
+    if vocabulary and vocabulary != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return PeftModel.from_pretrained(model, adapter).eval()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -230,7 +229,10 @@ def prepare(request: Request) -> Prepared:
         there = ", ".join(split for split, found in by_split.items() if found)
         again = f"mcp-lora eval {run}" + " --benchmark bfcl" * benchmark.is_asked_in(idle[0].split)
         raise McpLoraError(f"--require {idle[0].text}: the splits are {there}: {again}")
-    asked = list(chain.from_iterable(found[: request.limit] for found in by_split.values()))
+    # by their hash, as questions about one tool often stand together
+    hashed = (sorted(found, key=operator.attrgetter("key")) for found in by_split.values())
+    some = {one.key for found in hashed for one in found[: request.limit]}
+    asked = [one for found in by_split.values() for one in found if one.key in some]
     if not asked:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         again = "mcp-lora train cutoff_len=8192" if request.benchmark else "mcp-lora inspect 1 --split seen"

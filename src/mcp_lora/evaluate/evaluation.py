@@ -262,8 +262,14 @@ def _models(request: Request, template: ChatTemplate, adapter: Path | None, leng
     if request.endpoint:
         yield _Model(BASE, BASE, [None, in_bf16], None)
         url, name = request.endpoint.url, request.endpoint.model
-        to = {"url": url, "model": name, "max_tokens": length, "command": request.command}
-        ask = partial(predict.by_endpoint, template=template, **to)
+        ask = partial(
+            predict.by_endpoint,
+            url=url,
+            model=name,
+            max_tokens=length,
+            template=template,
+            command=request.command,
+        )
         yield _Model(name, f"endpoint-{name}", asdict(request.endpoint), ask)
         return
     for name in request.models:

@@ -259,8 +259,9 @@ def _calls(calls: Sequence[Any]) -> str:
 def _is_stale(run: Run, place: str) -> bool:
     """Tell whether the adapter has changed since it gave the answers in a folder of RUN/eval."""
     file = run.folder / "eval" / place / ASKED
-    changed = run.adapter is not None and file.is_file()
-    return changed and file.read_text("utf-8") != runs.adapter_hash(run.adapter)
+    if run.adapter is None or not file.is_file():
+        return False
+    return file.read_text("utf-8") != runs.adapter_hash(run.adapter)
 
 
 def _usage(run: Run) -> dict[str, str] | None:

@@ -361,7 +361,9 @@ def test_whatever_a_server_sends_is_an_answer(
     sample = {"messages": [{"role": "user", "content": "Add."}, right], "tools": [{"function": tool}]}
     template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
     with server(lambda body: reply) as (url, _):
-        ((question, found),) = predict.by_endpoint([Question("seen", sample)], url, "m", 8, template)
+        ((question, found),) = predict.by_endpoint(
+            [Question("seen", sample)], url, "m", 8, template, "mcp-lora eval"
+        )
     answer = JUDGE(question, found)
     assert (answer.text, len(answer.calls), answer.verdict.error) == (text, calls, error)
     assert not (answer.failed and answer.verdict.abstained)

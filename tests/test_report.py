@@ -97,11 +97,11 @@ def test_figures_and_gains_are_shown_with_their_intervals(folders: list[Path], p
     evaluation = summarise({model: answers.read(folders[0] / f"eval/{model}.jsonl") for model in MODELS})
     assert list(evaluation.splits) == ["seen", "unseen_server", "no_call"]
     rows = iter(tags(gains(page), "tr")[1:])
-    for split in evaluation.splits.values():
-        for figure, gain in split.gains["adapter"].items():
+    for name, split in evaluation.splits.items():
+        for place, (figure, gain) in enumerate(split.gains["adapter"].items()):
             row, reach = next(rows), f"({100 * gain.low:+.0f}…{100 * gain.high:+.0f})"
             assert row.endswith(f"{100 * gain.difference:+.1f} {reach} {gain.p:.1g}")
-            assert figure in row.split()[:2]
+            assert row.startswith(f"{name} {split.count} {figure} " if place == 0 else f"{figure} ")
             for found in (split.figures[model][figure] for model in MODELS):
                 assert f'<i style="width: {100 * found.share:.1f}%' in page
                 whisker = f"left: {100 * found.low:.1f}%; width: {100 * (found.high - found.low):.1f}%"

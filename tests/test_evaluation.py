@@ -27,6 +27,7 @@ from mcp_lora.evaluate.evaluation import (
     Evaluation,
     Request,
     evaluate,
+    prepare,
     requirement,
     summarise,
     unmet,
@@ -35,6 +36,7 @@ from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train import manifest, runs
+from mcp_lora.train.machine import Machine
 
 JUDGE = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
 
@@ -409,3 +411,44 @@ def test_a_server_that_is_not_there_is_told(run: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(predict, "RETRIES", 0)
     with pytest.raises(McpLoraError, match="http://127.0.0.1:9/v1 does not answer"):
         evaluate(Request(run, limit=1, endpoint=Endpoint("http://127.0.0.1:9/v1", "m")))
+
+
+def test_some_questions_are_spread_over_the_tools(run: Path) -> None:
+    every = prepare(Request(run, splits=["unseen_tool"])).asked
+    some = prepare(Request(run, splits=["unseen_tool"], limit=8)).asked
+    assert len(some) == 8 and some == [question for question in every if question in some]  # in order
+    tools, first = ({question.expected[0].name for question in each} for each in (some, every[:8]))
+    assert len(tools) > len(first)
+
+
+def test_answers_of_another_precision_are_asked_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def by_engine(
+        questions: list[Question], settings: dict[str, Any], **rest: Any
+    ) -> Iterator[tuple[Question, Response]]:
+        asked.append(settings["bf16_full_eval"])
+        yield from ((question, said("No.")) for question in questions)
+
+    monkeypatch.setattr(predict, "by_engine", by_engine)
+    for gpus, bf16 in ((0, True), (0, True), (0, False), (1, True)):
+        machine = Machine(gpus, bf16, deepspeed=False)
+        monkeypatch.setattr("mcp_lora.evaluate.evaluation.detect_machine", lambda found=machine: found)
+        evaluate(Request(run, splits=["no_call"], models=[BASE]))
+    assert asked == [True, False]  # what a CPU without bf16 has answered, a GPU need not answer again
+
+
+def test_a_server_gets_no_empty_list_of_tools() -> None:
+    sample = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant"}], "tools": []}
+    template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
+    with server(lambda body: completion(content="No.")) as (url, requests):
+        list(predict.by_endpoint([Question("bfcl.x", sample)], url, "m", 8, template, "mcp-lora eval"))
+    assert "tools" not in requests[0]
+
+
+def test_the_benchmark_has_no_splits(capsys: Any, run: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", str(run), "--benchmark", "bfcl", "--split", "seen"])
+    assert "the benchmark has no --split" in capsys.readouterr().err
+    with pytest.raises(McpLoraError, match="the splits are .*mcp-lora eval .*--benchmark bfcl"):
+        evaluate(Request(run, requirements=[requirement("bfcl.simple>=0.5")], models=[BASE]))

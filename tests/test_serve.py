@@ -20,7 +20,7 @@ from conftest import BIN, environment, make_project, run
 from gguf import GGUFReader
 
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluate import evaluation, parity
+from mcp_lora.evaluate import evaluation, parity, predict
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import export as exports
@@ -330,6 +330,19 @@ def test_a_merged_model_that_answers_otherwise_is_not_exported(
     with pytest.raises(McpLoraError, match="other calls than base .*mcp-lora export .*--adapter-only"):
         exports.export(Path("outputs/mcp_lora"), Path("outputs/other"))
     assert sorted(Path("outputs").iterdir()) == before
+
+
+def test_a_model_that_there_is_no_room_for_is_exported_with_a_warning(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_engine(*words: Any) -> Any:
+        raise predict.NoRoomError("CUDA out of memory")
+
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(predict, "by_engine", by_engine)
+    note = exports.export(Path("outputs/mcp_lora"), Path("outputs/unasked"))
+    assert "difference of a logit" in note and note.endswith("(the model does not fit into memory)")
+    assert Path("outputs/unasked/model.safetensors").is_file()
 
 
 def test_an_adapter_by_itself(project: Path, template: ChatTemplate) -> None:

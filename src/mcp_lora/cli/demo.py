@@ -94,7 +94,7 @@ def plan(seconds: float, rate: float, tokens: int, counts: Sequence[int]) -> tup
         asked = sum(min(limit, count) for count in counts)
         return 2 * (_START + asked * demo_model.SAMPLE / _PREDICTED / rate)
 
-    limit = max(5, *(limit for limit in range(max(counts) + 1) if asking(limit) <= 0.4 * seconds), 0)
+    limit = max([5, *(limit for limit in range(max(counts) + 1) if asking(limit) <= 0.4 * seconds)])
     return limit, max(_LEAST, rate * (seconds - asking(limit) - _START) / tokens)
 
 

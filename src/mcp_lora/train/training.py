@@ -157,7 +157,8 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
     say(plan.batch if is_kept else f"warning: {plan.batch}, as {topology.processes} does not divide {wanted}")
     _check(config, machine, say, dry)
     model = str(config["model_name_or_path"])
-    if not dry and not (os.path.exists(model) or manifest.cached(config, "tokenizer_config.json")):
+    place = str({**config, **demo_model.located(config, fetch=False)}["model_name_or_path"])
+    if not dry and not (os.path.exists(place) or manifest.cached(config, "tokenizer_config.json")):
         say(f"{model} is not on this machine, fetching it")
     config |= demo_model.located(config, fetch=not dry)
     if checkpoint := runs.prepare(plan.run, config, request.resume, request.overwrite):

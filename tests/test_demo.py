@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import pytest
-from conftest import ROOT, environment
+from conftest import BIN, ROOT, environment, run
 
 from mcp_lora.cli.demo import plan
 
@@ -29,17 +29,22 @@ def test_the_demos_figures() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-    folder = ROOT / "outputs/demo/eval"  # of all questions, or on a slow machine of some
-    (file,) = (place for name in ("metrics", "metrics_part") if (place := folder / f"{name}.json").is_file())
-    metrics = json.loads(file.read_text())
-    splits = metrics["splits"]
-    assert list(splits) == ["seen", "unseen_tool", "unseen_server", "no_call"]
-    base, adapter = (splits["seen"]["figures"][model] for model in ("base", "adapter"))
-    assert base["valid"]["share"] <= 0.05
-    assert adapter["valid"]["share"] >= 0.90
-    assert adapter["tool"]["share"] >= 0.30
-    assert splits["unseen_tool"]["figures"]["adapter"]["tool"]["share"] >= 0.1
-    assert metrics["plain_chat"]["divergence"] > 0
+    (file,) = (ROOT / "outputs/demo/eval").glob("metrics*.json")  # of some questions on a slow machine
+    asked = json.loads(file.read_text())
+    assert list(asked["splits"]) == ["seen", "unseen_tool", "unseen_server", "no_call"]
+    assert asked["splits"]["seen"]["figures"]["base"]["valid"]["share"] <= 0.05
+    assert asked["plain_chat"]["divergence"] > 0
+    # a dozen questions of a split say little: the bounds are of all
+    again = ["eval", "outputs/demo", "--adapter-only", "--json"]
+    every = run([BIN / "mcp-lora", *again], ROOT)
+    assert every.returncode == 0, every.stderr[-3000:]
+    splits = json.loads(every.stdout)["splits"]
+    for split, found in splits.items():
+        print(split, {key: round(one["share"], 2) for key, one in found["figures"]["adapter"].items()})
+    adapter, unseen = (splits[split]["figures"]["adapter"] for split in ("seen", "unseen_tool"))
+    assert adapter["valid"]["share"] >= 0.95 and unseen["valid"]["share"] >= 0.90
+    assert adapter["tool"]["share"] >= 0.40 and unseen["tool"]["share"] >= 0.20
+    assert adapter["ast"]["share"] >= 0.20
     assert "The right tool of ten: 0 → " in done.stdout and "outputs/demo/report.html; next:" in done.stdout
     page = (ROOT / "outputs/demo/report.html").read_text(encoding="utf-8")
     assert page.count('<div class="card tile">') == len(splits)

@@ -15,7 +15,7 @@ FLOORS = [
     ["demo_model"],
     ["train"],
     ["evaluate"],
-    ["serve"],
+    ["live", "serve"],
     ["report"],
     ["doctor"],
     ["cli"],

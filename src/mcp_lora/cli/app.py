@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from mcp_lora.cli import console, data, demo, evaluate, serve, train
+from mcp_lora.cli import console, data, demo, evaluate, live, serve, train
 from mcp_lora.engine.topology import worker_rank
 from mcp_lora.errors import Interrupted, McpLoraError
 
@@ -35,10 +35,12 @@ for command, name, example in (
     (train.doctor, "doctor", "--model Qwen/Qwen2.5-7B-Instruct"),
     (evaluate.evaluate, "eval", '--require "unseen_tool.ast>=0.6"'),
     (evaluate.report, "report", "outputs/mcp_lora"),
-    (serve.chat, "chat", "outputs/mcp_lora"),
+    (live.chat, "chat", '--mcp "python -m mcp_server_time" --yes'),
     (serve.export, "export", "outputs/mcp_lora --gguf f16"),
     (serve.serve, "serve", "outputs/mcp_lora --print vllm"),
     (serve.parity, "parity", "http://127.0.0.1:8000/v1 outputs/mcp_lora"),
+    (live.collect, "collect", "--mcp-config mcp.json"),
+    (live.generate, "generate", "--mcp-config mcp.json --endpoint http://127.0.0.1:8000/v1 --model NAME"),
     (demo.demo, "demo", "--minutes 60"),
 ):
     app.command(name, epilog=f"Example: mcp-lora {name} {example}".rstrip())(command)

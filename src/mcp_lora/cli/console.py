@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mcp_lora.data import dataset
+from mcp_lora.errors import Interrupted
 from mcp_lora.evaluate.benchmark import is_asked_in
 from mcp_lora.evaluate.plain_chat import HIGH
 from mcp_lora.prompts import chat_template as prompts
@@ -127,6 +128,35 @@ def show_evaluation(evaluation: Any) -> None:
             mark = "✗" if answer.verdict.error else "✓"
             said = answer.text or json.dumps([call._asdict() for call in answer.calls])
             typer.echo(f"  {model} {mark} {harmless(' '.join(said.split())[:300])}")
+
+
+def show_generated(found: Any) -> None:
+    """Print a table of generated rows by tool, and what was thrown away and why."""
+    _table(f"{found.rows.total()} rows", ["tool", "rows"], found.rows.most_common(), texts=("tool",))
+    say(f"rejected: {counts(dict(found.rejected.most_common())) or 'none'}")
+    say("the teacher's tokens: {:,} of prompts, {:,} of answers".format(*found.tokens))
+
+
+def show_turn(who: str, text: str) -> None:
+    """Print what is said in a chat; calls and results are dim."""
+    if who == "note":
+        say(text)
+    elif who == "assistant":
+        Console().print(Text(f"Assistant: {harmless(text)}"), soft_wrap=True)
+    else:
+        mark = {"call": "→", "result": "←"}[who]
+        Console().print(Text(f"{mark} {harmless(text)}", style="dim"), soft_wrap=True)
+
+
+def ask(question: str) -> str | None:
+    """Return a line of input, None at its end or on Ctrl-C."""
+    with suppress(ImportError):  # history and editing
+        import readline  # noqa: F401
+    try:
+        return input(question).strip()
+    except (EOFError, Interrupted):
+        typer.echo()
+        return None
 
 
 def counts(counted: dict[str, int]) -> str:

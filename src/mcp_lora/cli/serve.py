@@ -1,4 +1,4 @@
-"""chat, export, serve, parity."""
+"""export, serve, parity."""
 
 import shlex
 from pathlib import Path
@@ -10,7 +10,6 @@ from typer import Argument, Option
 from mcp_lora.cli import console
 from mcp_lora.cli.options import Checkpoint, Run
 from mcp_lora.errors import McpLoraError
-from mcp_lora.serve import chat as chats
 from mcp_lora.train import runs
 from mcp_lora.train.runs import DEFAULT
 
@@ -21,11 +20,6 @@ _PUSH = "Upload it to the Hugging Face hub, into a private repository."
 _TARGET = "A run's folder, an exported model's folder, or a GGUF file."
 _PRINT = "Print the command for this server instead."
 _HOST = "Address to listen on; another than this machine's requires --api-key."
-
-
-def chat(run: Run = DEFAULT, checkpoint: Checkpoint = None) -> None:
-    """Chat with the adapter in the terminal."""
-    chats.chat(run, checkpoint)
 
 
 def export(

@@ -85,13 +85,17 @@ class Tool(msgspec.Struct, frozen=True, dict=True):
         words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\W_]+", " ", self.name).lower().split()
         return " ".join(sorted(words))
 
-    @cached_property
-    def described(self) -> dict[str, Any]:
-        """The tool in OpenAI's format, encoded once, as most tools are candidates many times."""
+    @property
+    def function(self) -> dict[str, Any]:
+        """The tool as OpenAI's format has it."""
         # The schema's dialect is of no use to a model; hosts leave it out, too.
         parameters = {key: value for key, value in self.parameters.items() if key != "$schema"}
-        function = {"name": self.name, "description": self.description, "parameters": parameters}
-        return {"type": "function", "function": msgspec.Raw(msgspec.json.encode(function))}
+        return {"name": self.name, "description": self.description, "parameters": parameters}
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """A candidate in OpenAI's format, encoded once, as most tools are candidates many times."""
+        return {"type": "function", "function": msgspec.Raw(msgspec.json.encode(self.function))}
 
 
 class ToolCall(NamedTuple):

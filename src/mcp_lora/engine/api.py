@@ -107,6 +107,17 @@ def train(config: dict[str, Any]) -> None:
     run_exp(config)
 
 
+def loaded(settings: Mapping[str, Any]) -> Any:
+    """Return the model and adapter of settings (see mcp_lora.train.runs.serving_config), to generate with."""
+    from llamafactory.hparams import get_infer_args
+    from llamafactory.model import load_model, load_tokenizer
+
+    # the template is not used, but required
+    model_args, _, finetuning_args, _ = get_infer_args(dict(settings) | {"template": "empty"})
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    return load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
+
+
 def keys(module: str) -> Iterator[tuple[str, str]]:
     """Yield the fields of a module's dataclasses, and their types, from its source, as imports are slow."""
     package, _, file = module.partition("/")

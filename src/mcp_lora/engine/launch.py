@@ -102,7 +102,6 @@ def run_engine(
     verb: str,
     config: Mapping[str, Any],
     environment: Mapping[str, str],
-    hold_traceback: bool = False,
     log: Path | None = None,
 ) -> Outcome:
     """Run LLaMA-Factory's `verb` on a configuration, from a file of its own (see `run`).
@@ -122,16 +121,13 @@ def run_engine(
         file = Path(folder) / "run.yaml"
         with explained(f"{file} cannot be written", "free some space (df -h) and run again"):
             file.write_text(dump(config), encoding="utf-8")
-        return run(engine_argv(verb, file), environment, hold_traceback, log)
+        return run(engine_argv(verb, file), environment, log)
 
 
-def run(
-    argv: list[str], environment: Mapping[str, str], hold_traceback: bool = False, log: Path | None = None
-) -> Outcome:
+def run(argv: list[str], environment: Mapping[str, str], log: Path | None = None) -> Outcome:
     """Run a command, pass its output through, and keep the end of it, or all of it in a `log`.
 
-    An interruption (Ctrl-C, SIGTERM) also ends the command and all its descendants. With `hold_traceback`
-    stderr is not shown from the first traceback on; the caller decides what to report.
+    An interruption (Ctrl-C, SIGTERM) also ends the command and all its descendants.
 
     Raises McpLoraError if the program does not exist.
     """
@@ -153,9 +149,8 @@ def run(
                 kept = (kept + chunk)[-_KEPT:]
                 with suppress(OSError):  # a full disk must not end a training that may outlast it
                     copy.write(chunk)
-                if not hold_traceback or not re.search(rb"Traceback \(most|terminate called", kept):
-                    sys.stderr.buffer.write(chunk)
-                    sys.stderr.buffer.flush()
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
             return Outcome(process.wait(), kept.decode(errors="replace"))
         except BaseException:
             _stop(process.pid)

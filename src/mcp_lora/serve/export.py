@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import calls, files
-from mcp_lora.engine import api
+from mcp_lora.engine import api, launch
+from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import evaluation, predict
 from mcp_lora.evaluate.answers import Judge, Response
@@ -19,7 +21,6 @@ from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
-from mcp_lora.serve.chat import run_engine
 from mcp_lora.train import manifest, runs
 from mcp_lora.train.machine import detect_machine, too_big
 
@@ -180,7 +181,9 @@ def _merge(run: Path, adapter: Path, folder: Path) -> Comparison:
     """Let the engine merge an adapter into its base; return how the two compare."""
     settings = runs.serving_config(run, adapter) | {"export_dir": str(folder), "export_size": 1}
     settings |= {"template": render.TEMPLATE}  # which keeps the tokenizer's chat template
-    outcome = run_engine("export", settings)
+    gpus = detect_machine().gpus
+    environment = launch.engine_environment(settings, Topology(gpus or 1), gpus, os.environ)
+    outcome = launch.run_engine("export", settings, environment)
     if outcome.code:
         raise outcome.error(f"mcp-lora export {run}")
     # the engine's supports no tools, and uses the engine's template

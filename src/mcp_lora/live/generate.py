@@ -198,7 +198,12 @@ def _teacher(request: Request) -> _Ask:
     def ask(messages: Any, tokens: list[int], seed: int, tools: Any = omit) -> Any:
         try:
             reply = client.chat.completions.create(
-                model=model, messages=messages, tools=tools, seed=seed, max_tokens=_ANSWER
+                model=model,
+                messages=messages,
+                tools=tools,
+                tool_choice="required" if tools else omit,
+                seed=seed,
+                max_tokens=_ANSWER,
             )
             message, usage = reply.choices[0].message, reply.usage
         except BadRequestError as error:  # too long, for instance

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluate import benchmark, evaluation
+from mcp_lora.evaluate import benchmark, gates
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict, judge
 
@@ -77,10 +77,10 @@ def test_a_number_that_python_cannot_hold_is_wrong(every: list[Question]) -> Non
 
 
 def test_a_category_can_be_required() -> None:
-    required = evaluation.requirement("bfcl.irrelevance >= 70%")
+    required = gates.requirement("bfcl.irrelevance >= 70%")
     assert required.split == required.metric == "bfcl.irrelevance" and required.bound == 0.7
     with pytest.raises(McpLoraError, match="a metric is SPLIT.NAME"):
-        evaluation.requirement("bfcl.java>=0.1")
+        gates.requirement("bfcl.java>=0.1")
 
 
 def test_another_file_than_the_pinned_one_is_refused(

@@ -16,7 +16,7 @@ from conftest import BIN, ROOT, collated, environment, make_project, run
 
 from mcp_lora.data import dataset
 from mcp_lora.prompts import chat_template
-from mcp_lora.serve import export as exports
+from mcp_lora.serve import verify
 
 # The recipe, with its validation, on little data.
 SMALL = [
@@ -138,7 +138,7 @@ def test_an_export_says_what_base_and_adapter_say(project: Path, tiny_model: Pat
     assert (merged / "model.safetensors").is_file() and not (merged / "Modelfile").exists()
     assert "<tools>" in (merged / "chat_template.jinja").read_text(encoding="utf-8")
     # one that differs is found out: here, the base alone
-    other = exports.compare({"model_name_or_path": str(tiny_model)}, project / "outputs/mcp_lora", tiny_model)
+    other = verify.compare({"model_name_or_path": str(tiny_model)}, project / "outputs/mcp_lora", tiny_model)
     assert other.difference > other.tolerance and other.dtype == "float32"
 
 

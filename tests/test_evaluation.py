@@ -28,10 +28,9 @@ from mcp_lora.evaluate.evaluation import (
     Request,
     evaluate,
     prepare,
-    requirement,
     summarise,
-    unmet,
 )
+from mcp_lora.evaluate.gates import requirement, unmet
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict
 from mcp_lora.prompts.chat_template import ChatTemplate

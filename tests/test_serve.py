@@ -23,9 +23,10 @@ from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import evaluation, parity, predict
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.serve import card, llama_cpp, servers
 from mcp_lora.serve import export as exports
-from mcp_lora.serve import llama_cpp, servers
 from mcp_lora.serve.servers import Request
+from mcp_lora.serve.verify import Comparison
 from mcp_lora.train import runs
 
 TEMPLATES = {
@@ -320,7 +321,7 @@ def test_a_merged_model_that_answers_otherwise_is_not_exported(
     monkeypatch.chdir(project)
     compare = exports.compare
 
-    def damaging(config: dict[str, Any], adapter: Path, merged: Path) -> exports.Comparison:
+    def damaging(config: dict[str, Any], adapter: Path, merged: Path) -> Comparison:
         found = compare(config, adapter, merged)
         shutil.copy(Path(config["model_name_or_path"]) / "model.safetensors", merged)  # the base's
         return found
@@ -382,12 +383,12 @@ def test_ollama_gets_no_model_that_it_prompts_in_its_own_way(
 ) -> None:
     run_folder = project / "outputs/mcp_lora"
     with pytest.raises(McpLoraError, match="a merged model: mcp-lora export .* --ollama"):
-        exports.check_ollama(run_folder, adapter_only=True)
-    exports.check_ollama(run_folder, adapter_only=False)
+        card.check_ollama(run_folder, adapter_only=True)
+    card.check_ollama(run_folder, adapter_only=False)
     (tmp_path / "config.json").write_text('{"model_type": "gemma4_text"}')
     monkeypatch.setattr(chat_template, "model_folder", lambda config: tmp_path)
     with pytest.raises(McpLoraError, match="prompts of its own for gemma4_text"):
-        exports.check_ollama(run_folder, adapter_only=False)
+        card.check_ollama(run_folder, adapter_only=False)
 
 
 def test_serve_is_one_command(project: Path, gguf: Path) -> None:
@@ -461,7 +462,7 @@ def test_transformers_parses_answers_by_the_response_template(name: str, tmp_pat
     ]
     done = subprocess.run(
         [sys.executable, "-c", PARSE],
-        input=json.dumps([exports.response_template(template), prompt, target, text]),
+        input=json.dumps([card.response_template(template), prompt, target, text]),
         env=environment(PYTHONPATH=":".join(found)),
         capture_output=True,
         text=True,

@@ -33,7 +33,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Answer the held-out questions with the base model and with the adapter, and compare."""
-    from mcp_lora.evaluate import evaluation
+    from mcp_lora.evaluate import evaluation, gates
 
     if bool(endpoint) != bool(endpoint_model):
         raise McpLoraError("use both options or neither: mcp-lora eval --endpoint URL --endpoint-model NAME")
@@ -52,7 +52,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         gpus=gpus,
-        requirements=[evaluation.requirement(text) for text in require or []],
+        requirements=[gates.requirement(text) for text in require or []],
     )
     with console.progress() as progress:
         found = evaluation.evaluate(request, progress, console.say)
@@ -64,7 +64,7 @@ def evaluate(
         console.say(f"warning: some questions cannot be asked: {console.counts(found.left_out)}")
     place = run / "eval" / (benchmark or "")
     console.say(f"all answers and metrics are in {place}; see them with mcp-lora report {run}")
-    if missed := evaluation.unmet(found, request.requirements):
+    if missed := gates.unmet(found, request.requirements):
         raise McpLoraError(f"{'; '.join(missed)}. See what is wrong: mcp-lora report {run}", 1)
 
 

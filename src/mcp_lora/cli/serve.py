@@ -32,6 +32,7 @@ def export(
     push: Annotated[str | None, Option(metavar="OWNER/NAME", help=_PUSH)] = None,
 ) -> None:
     """Merge the adapter into the base model, or export it by itself, and check the result."""
+    from mcp_lora.serve import card as cards
     from mcp_lora.serve import export as exports
 
     default = "outputs/adapter" if adapter_only else "outputs/merged_model"
@@ -42,7 +43,7 @@ def export(
         note = exports.export(run, output, checkpoint, gguf, adapter_only, ollama, progress)
     console.say(f"{output}: {note}")
     if push:
-        card = exports.model_card(run, runs.adapter(run, checkpoint))
+        card = cards.model_card(run, runs.adapter(run, checkpoint))
         console.say(f"pushed to {exports.push(push, output, card)}, which is private if it is new")
 
 

@@ -6,7 +6,6 @@ the benchmark.
 
 import json
 import operator
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -21,6 +20,7 @@ from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import benchmark, plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
+from mcp_lora.evaluate.gates import Requirement, metrics_of
 from mcp_lora.evaluate.parity import parity
 from mcp_lora.evaluate.plain_chat import PlainChat
 from mcp_lora.evaluate.questions import Question
@@ -32,9 +32,7 @@ from mcp_lora.train.machine import detect_machine
 
 BASE, ADAPTER = "base", "adapter"
 ASKED = "adapter.sha256"  # the file with the hash of the adapter that was evaluated
-METRICS = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
 _THOUGHT = 1024  # tokens
-_SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Request:
     max_new_tokens: int | None = None
     batch_size: int = 16
     gpus: int | None = None
-    requirements: Sequence["Requirement"] = ()
+    requirements: Sequence[Requirement] = ()
 
     @property
     def command(self) -> str:
@@ -303,7 +301,7 @@ def _split(split: str, answers: dict[str, list[Answer]]) -> Split:
     first: dict[str, list[bool]] = {}
     for name, each in answers.items():
         verdicts = [answer.verdict for answer in each if answer.split == split]
-        metrics = _metrics(split)
+        metrics = metrics_of(split)
         hits = {metric: [getattr(verdict, metric) for verdict in verdicts] for metric in metrics}
         found = replace(found, count=len(verdicts))
         found.figures[name] = {metric: proportion(sum(hit), len(hit)) for metric, hit in hits.items()}
@@ -312,13 +310,6 @@ def _split(split: str, answers: dict[str, list[Answer]]) -> Split:
             found.gains[name] = {metric: difference(first[metric], hits[metric]) for metric in metrics}
         first = first or hits
     return found
-
-
-def _metrics(split: str) -> tuple[str, ...]:
-    """Return the metrics of a split; in the benchmark the last one is the leaderboard's verdict."""
-    if split == "no_call" or split.endswith("irrelevance"):
-        return ("abstained",)
-    return ("valid", "schema", "tool", "ast") if benchmark.is_asked_in(split) else METRICS
 
 
 def _weaknesses(
@@ -336,64 +327,6 @@ def _weaknesses(
     ]
     last = list(answers)[-1]
     return sorted(weaknesses, key=lambda one: (one.right[last].share, -one.right[last].count))
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """A bound on a split's metric, or on a category of the benchmark, and its text: unseen_tool.ast>=0.6."""
-
-    text: str
-    split: str
-    metric: str
-    holds: Callable[[float, float], bool]
-    bound: float
-
-
-def requirement(text: str) -> Requirement:
-    """Parse `SPLIT.METRIC>=VALUE`, or with >, <=, <; the value is from 0 to 1, or in %.
-
-    Raises McpLoraError if it has another form.
-    """
-    found = re.fullmatch(r"\s*((\w+)\.(\w+))\s*(>=|<=|>|<)\s*(\d*\.?\d+)(%?)\s*", text)
-    if not found:
-        example = 'mcp-lora eval --require "unseen_tool.ast>=0.6"'
-        raise McpLoraError(f"--require {text} is not SPLIT.METRIC>=VALUE: {example}")
-    metric, split, name, sign, bound, percent = found.groups()
-    of_benchmark = split == benchmark.NAME and name in benchmark.CATEGORIES
-    if not of_benchmark and (split not in questions.SPLITS or name not in METRICS):
-        splits, names = " or ".join(questions.SPLITS), " or ".join(METRICS)
-        what = f"a metric is SPLIT.NAME, with {splits} and {names}, or {benchmark.NAME}.CATEGORY"
-        raise McpLoraError(f"--require {text}: {what}: see docs/evaluation.md")
-    return Requirement(
-        text.strip(),
-        metric if of_benchmark else split,
-        metric,
-        _SIGNS[sign],
-        float(bound) / (100 if percent else 1),
-    )
-
-
-def unmet(evaluation: Evaluation, requirements: Sequence[Requirement]) -> list[str]:
-    """Return messages on the requirements that the last model's metrics do not meet.
-
-    Raises McpLoraError if a metric was not computed.
-    """
-    name = list(evaluation.answers)[-1]
-    there: dict[str, float] = {}
-    for split, each in evaluation.splits.items():
-        shares = {metric: found.share for metric, found in each.figures[name].items()}
-        if benchmark.is_asked_in(split):
-            there[split] = shares[_metrics(split)[-1]]
-        else:
-            there |= {f"{split}.{metric}": share for metric, share in shares.items()}
-    for one in requirements:
-        if one.metric not in there:
-            raise McpLoraError(f"--require {one.text}: no {one.metric}, only {', '.join(there)}")
-    return [
-        f"{one.metric} is {there[one.metric]:.3f}, and {one.text} is required"
-        for one in requirements
-        if not one.holds(there[one.metric], one.bound)
-    ]
 
 
 def _rendered(

@@ -29,6 +29,7 @@ ERRORS = (
     "wrong type",
     "wrong value",
 )
+METRICS = ("valid", "schema", "tool", "param", "ast", "exact", "abstained")
 _IGNORED = re.compile(r"[ ,./\-_*^]")
 
 Schema = Mapping[str, Any]

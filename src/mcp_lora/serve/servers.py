@@ -24,7 +24,8 @@ from mcp_lora.errors import Interrupted, McpLoraError, explained
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
-from mcp_lora.serve.export import complete, export
+from mcp_lora.serve.card import complete
+from mcp_lora.serve.export import export
 from mcp_lora.serve.llama_cpp import NAME
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine

@@ -1,0 +1,116 @@
+"""What an export carries besides weights: chat template, stop tokens, Modelfile, model card."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mcp_lora.data import files
+from mcp_lora.errors import McpLoraError
+from mcp_lora.evaluate import evaluation
+from mcp_lora.prompts import chat_template
+from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.serve import llama_cpp
+from mcp_lora.train import manifest, runs
+
+# Model types whose chat template Ollama ignores (its server/create.go).
+_RENDERED_BY_OLLAMA = ("gemma4", "laguna", "nemotron_h")
+
+
+def complete(folder: Path, template: ChatTemplate, firmly: bool = False) -> None:
+    """Add what a server requires: the chat template, the tokens that end an answer, how calls are parsed.
+
+    With `firmly` no request can change the arguments that the chat template was trained with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / runs.CHAT_TEMPLATE).write_text(template.frozen(firmly), encoding="utf-8")
+    ends = {*template.ends.values(), template.tokenizer.eos_token}
+    ids = sorted(map(template.tokenizer.convert_tokens_to_ids, ends))
+    _update(folder / "generation_config.json", {"eos_token_id": ids})
+    if parsed := response_template(template):
+        _update(folder / "tokenizer_config.json", {"response_template": parsed})
+
+
+def _update(file: Path, changes: dict[str, Any]) -> None:
+    content = files.load(file, "mcp-lora export") | changes
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_ollama(run: Path, adapter_only: bool) -> None:
+    """Raise McpLoraError if Ollama would not serve a run's model as it was trained."""
+    if adapter_only:
+        raise McpLoraError(f"Ollama serves a merged model: mcp-lora export {run} --ollama")
+    source = chat_template.model_folder(runs.read_run(run))
+    kind = str(files.load(source / "config.json", "copy the model again").get("model_type"))
+    if kind.startswith(_RENDERED_BY_OLLAMA):
+        what = f"Ollama has prompts of its own for {kind}, which are not those of training"
+        raise McpLoraError(f"{what}: mcp-lora export {run} --gguf f16, and mcp-lora serve FILE.gguf")
+
+
+def modelfile(template: ChatTemplate) -> str:
+    """Return the Modelfile for `model.gguf` in the same folder.
+
+    It has no TEMPLATE, which is written in Go: without one Ollama, from 0.30, renders prompts by the file's
+    own chat template (its llm/llama_server.go).
+    """
+    values = ["temperature 0", "repeat_penalty 1", f"num_ctx {llama_cpp.CONTEXT}"]
+    values += [f'stop "{end}"' for end in sorted({*template.ends.values()})]
+    lines = ["FROM ./model.gguf", "REQUIRES 0.30.0", *(f"PARAMETER {value}" for value in values)]
+    return "\n".join(lines) + "\n"
+
+
+def response_template(template: ChatTemplate) -> dict[str, Any] | None:
+    """Return how to parse answers in Hermes format, None for other formats.
+
+    transformers (from 5.13, utils/chat_parsing), vLLM (--tool-call-parser hf) and SGLang (auto) read it from
+    tokenizer_config.json.
+    """
+    if not template.written.startswith("<tool_call>\n{"):
+        return None
+    calls = {"open": "<tool_call>", "close_pattern": r"</tool_call>\s*", "content": "json", "repeats": True}
+    return {
+        "start_anchor": template.opening,
+        "defaults": {"role": "assistant"},
+        "fields": {
+            "thinking": {"open": "<think>", "close_pattern": r"</think>\s*"},
+            "tool_calls": calls | {"transform": {"type": "function", "function": "{content}"}},
+            "content": {"close": sorted({*template.ends.values()})},
+        },
+    }
+
+
+def model_card(run: Path, adapter: Path) -> str:
+    """Return a model card: the base, the data, the recipe, and the evaluation of this adapter of a run."""
+    config, record = runs.read_run(run), manifest.read(run)
+    base = str(config["model_name_or_path"])
+    name = Path(base).name if Path(base).is_absolute() else base
+    data = record.get("conversion") or {}
+    evaluated, metrics = run / "eval" / evaluation.ASKED, {}
+    if evaluated.is_file() and evaluated.read_text("utf-8") == runs.adapter_hash(adapter):
+        metrics = files.load(run / "eval" / "metrics.json", f"mcp-lora eval {run}")
+    keys = ("lora_rank", "lora_alpha", "lora_dropout", "learning_rate", "num_train_epochs", "cutoff_len")
+    lines = ["---", "tags: [lora, tool-calling, mcp]", "pipeline_tag: text-generation"]
+    lines += [] if Path(base).is_absolute() else [f"base_model: {base}"]
+    lines += ["---", "", f"# {name}, tuned to call MCP tools", ""]
+    lines += ["The licence is that of the base model, and of the data.", "", "## Training", ""]
+    if data:
+        rejected = sum(data["rejected"].values())
+        tools = f"{data['tools']} tools of {data['servers']} servers"
+        lines.append(
+            f"- {data['read']} rows, {rejected} of them rejected; {tools}; written: {data['written']}"
+        )
+    lines.append("- " + ", ".join(f"{key} {config[key]}" for key in keys if key in config))
+    lines += ["", "## Evaluation", ""]
+    if not metrics:
+        lines.append("None.")
+    for split, found in metrics.get("splits", {}).items():
+        for model, each in found["figures"].items():
+            values = (f"{key} {_percent(one)}" for key, one in each.items())
+            lines.append(f"- {split}, {found['count']} questions, {model}: {', '.join(values)}")
+    lines += ["", "In % with 95 % intervals." if metrics else "", "", "## Use", ""]
+    lines.append("The prompt must contain the candidate tools, rendered by the chat template.")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(found: Mapping[str, float]) -> str:
+    return f"{100 * found['share']:.1f} ({100 * found['low']:.0f}…{100 * found['high']:.0f})"

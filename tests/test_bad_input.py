@@ -49,7 +49,7 @@ def sum_rule(file: Path, **more: Any) -> dict[str, Any] | None:
     except McpLoraError as error:
         assert "no usable row" in str(error) and "\n" not in str(error)
         return None
-    assert stats["read"] == sum(stats["written"].values()) + sum(stats["rejected"].values())
+    assert stats.read == sum(stats.written.values()) + sum(stats.rejected.values())
     return stats
 
 
@@ -62,14 +62,14 @@ def write(folder: Path, rows: list[Any]) -> Path:
 @given(rows=st.lists(JSON, max_size=5))
 def test_any_json(tmp_path: Path, rows: list[Any]) -> None:
     stats = sum_rule(write(tmp_path, [*rows, record()]))
-    assert stats and stats["read"] == len(rows) + 1
+    assert stats and stats.read == len(rows) + 1
 
 
 @relaxed
 @given(rows=st.lists(NEARLY, max_size=4), turns=st.sampled_from(["call", "all"]))
 def test_what_looks_nearly_right(tmp_path: Path, rows: list[Any], turns: str) -> None:
     stats = sum_rule(write(tmp_path, [*rows, record()]), turns=turns)
-    assert stats and stats["read"] == len(rows) + 1
+    assert stats and stats.read == len(rows) + 1
 
 
 @relaxed
@@ -79,7 +79,7 @@ def test_a_record_with_one_wrong_value(tmp_path: Path, path: str, value: Any) ->
     *outer, last = path.split(".")
     functools.reduce(operator.getitem, outer, row)[last] = value
     stats = sum_rule(write(tmp_path, [row, record()]))
-    assert stats and stats["read"] == 2
+    assert stats and stats.read == 2
 
 
 @relaxed
@@ -118,14 +118,14 @@ def test_any_bytes(tmp_path: Path, suffix: str, content: bytes) -> None:
 )
 def test_the_enormous(tmp_path: Path, row: Any) -> None:
     stats = sum_rule(write(tmp_path, [row, record()]))
-    assert stats and stats["read"] == 2
+    assert stats and stats.read == 2
 
 
 def test_keys_that_are_there_twice(tmp_path: Path) -> None:
     text = json.dumps(record("first")).replace('"instruction"', '"instruction": "zeroth", "instruction"', 1)
     (tmp_path / "rows.json").write_text(text)
     stats = sum_rule(tmp_path / "rows.json")
-    assert stats and stats["written"] == {"train": 1}
+    assert stats and stats.written == {"train": 1}
 
 
 def test_tools_with_numbers_as_keys_and_required_flags_are_no_traceback(tmp_path: Path) -> None:
@@ -137,5 +137,5 @@ def test_tools_with_numbers_as_keys_and_required_flags_are_no_traceback(tmp_path
     rows.append({"messages": messages, "tools": "{1: 2}"})
     source = write_json(tmp_path / "rows.json", [*rows, record("Good?")])
     statistics = convert(Settings([str(source)], test=0.0), tmp_path / "out")
-    assert statistics["read"] == 4
-    assert sum(statistics["written"].values()) + sum(statistics["rejected"].values()) == 4
+    assert statistics.read == 4
+    assert sum(statistics.written.values()) + sum(statistics.rejected.values()) == 4

@@ -33,11 +33,11 @@ def test_conversations_ask_every_question_once_about_candidates_that_fit(tmp_pat
     alone = convert(Settings([str(SAMPLE)], **HELD_OUT), tmp_path / "alone")
     together = Settings([str(SAMPLE)], candidates="4-10", questions_per_sample=8, **HELD_OUT)
     stats = convert(together, tmp_path / "together")
-    assert stats["written"] == alone["written"] and stats["no_call_samples"] == alone["no_call_samples"]
+    assert stats.written == alone.written and stats.no_call_samples == alone.no_call_samples
     one, other = (list(dataset.samples(tmp_path / name, "train")) for name in ("alone", "together"))
     expected = Counter(json.dumps(each) for sample in one for each in answers(sample))
     assert Counter(json.dumps(each) for sample in other for each in answers(sample)) == expected
-    assert len(other) == stats["samples"]["train"] < len(one) / 6
+    assert len(other) == stats.samples["train"] < len(one) / 6
     pairs = [pair for sample in one for pair in answers(sample)]
     gold = {question: calls[0]["name"] for question, calls in pairs if calls != refusal(question)}
     sizes, shared = Counter[int](), 0
@@ -111,7 +111,7 @@ def test_conversations_of_several_turns_stay_samples_of_their_own(tmp_path: Path
     ]
     file = write_json(tmp_path / "rows.json", rows)
     stats = convert(Settings([str(file)], test=0.0, questions_per_sample=6), tmp_path / "out")
-    assert stats["written"] == {"train": 18}
+    assert stats.written == {"train": 18}
     samples = list(dataset.samples(tmp_path / "out", "train"))
     # by three, as no more than half of six may call the same tool
     assert Counter(len(answers(sample)) for sample in samples) == {2: 6, 3: 4}
@@ -168,7 +168,7 @@ def test_a_refusal_needs_a_candidate(tmp_path: Path) -> None:
     rows = [row(f"Is it raining in {city}?", "get_weather", "get_weather") for city in ("Rome", "Oslo")]
     file = write_json(tmp_path / "rows.json", rows)
     stats = convert(Settings([str(file)], test=0.0, no_call=1.0, questions_per_sample=4), tmp_path / "out")
-    assert stats["no_call_samples"] == {} and stats["written"] == {"train": 2}
+    assert stats.no_call_samples == {} and stats.written == {"train": 2}
     assert all(sample["tools"] for sample in dataset.samples(tmp_path / "out", "train"))
 
 

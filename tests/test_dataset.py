@@ -8,10 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora.data import conversion, dataset, formats
+from mcp_lora.data import conversion, dataset, formats, records
 from mcp_lora.data.conversion import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import questions
@@ -23,16 +24,16 @@ def load(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def converted(out: Path, *inputs: Path, **settings: Any) -> dict[str, Any]:
+def converted(out: Path, *inputs: Path, **settings: Any) -> records.Statistics:
     """Convert files; the sum rule is checked, over all and for every file and shape."""
     stats = convert(Settings([str(file) for file in inputs], **settings), out)
-    assert stats == load(out / "stats.json")
-    for account in (stats, *stats["sources"]):
-        assert account["read"] == sum(account["written"].values()) + sum(account["rejected"].values())
-    for name, count in stats["written"].items():
-        assert len(list(dataset.samples(out, name))) == count + stats["no_call_samples"].get(name, 0)
+    assert msgspec.to_builtins(stats) == load(out / "stats.json") and dataset.statistics(out) == stats
+    for account in (stats, *stats.sources):
+        assert account.read == sum(account.written.values()) + sum(account.rejected.values())
+    for name, count in stats.written.items():
+        assert len(list(dataset.samples(out, name))) == count + stats.no_call_samples.get(name, 0)
     rejected = (out / "rejected.jsonl").read_bytes().splitlines()
-    assert len(rejected) == sum(stats["rejected"].values())
+    assert len(rejected) == sum(stats.rejected.values())
     return stats
 
 
@@ -146,7 +147,7 @@ def test_nothing_of_a_conversation_is_lost_and_llama_factory_gets_what_its_form_
     row = {"messages": messages, "tools": tools}
     again = json.loads(json.dumps(row).replace('"x"', '"other id"'))
     stats = converted(tmp_path, write_json(tmp_path / "rows.json", [row, again]), turns="all", test=0)
-    assert stats["rejected"] == {"duplicate": 1}
+    assert stats.rejected == {"duplicate": 1}
     assert list(dataset.samples(tmp_path, "train")) == [row]
     (sample,) = load(tmp_path / TRAIN_FILE)
     assert sample["system"] == "You add."
@@ -169,8 +170,8 @@ def test_every_row_ends_in_exactly_one_place(tmp_path: Path) -> None:
     source.write_text(json.dumps(rows + faulty))
     out = tmp_path / "out"
     stats = converted(out, source)
-    assert stats["rejected"] == {"no-call": 1, "unknown-format": 1, "duplicate": 1, "not-json-value": 1}
-    assert [(account["format"], account["read"]) for account in stats["sources"]] == [
+    assert stats.rejected == {"no-call": 1, "unknown-format": 1, "duplicate": 1, "not-json-value": 1}
+    assert [(account.format, account.read) for account in stats.sources] == [
         ("filtered", 53),
         ("?", 1),
     ]
@@ -188,9 +189,9 @@ def test_every_row_ends_in_exactly_one_place(tmp_path: Path) -> None:
 def test_every_shape_is_converted(tmp_path: Path, turns: str) -> None:
     out = tmp_path / "out"
     stats = converted(out, SHAPES / "rows", tools=[str(SHAPES / "tools")], turns=turns, test=0)
-    accounts = {source["format"]: source for source in stats["sources"]}
+    accounts = {source.format: source for source in stats.sources}
     assert len(accounts) == 8
-    assert all(account["written"] == {"train": 2} for account in accounts.values())
+    assert all(account.written == {"train": 2} for account in accounts.values())
     roles = Counter(
         tuple(message["role"] for message in sample["messages"][1:])
         for sample in dataset.samples(out, "train")
@@ -203,7 +204,7 @@ def test_every_shape_is_converted(tmp_path: Path, turns: str) -> None:
         called = [call["id"] for message in messages for call in message.get("tool_calls", [])]
         answered = [message["tool_call_id"] for message in messages if message["role"] == "tool"]
         assert answered in ([], called)
-    assert stats["cleaned"].get("trailing-result", 0) == (0 if turns == "call" else 3)
+    assert stats.cleaned.get("trailing-result", 0) == (0 if turns == "call" else 3)
 
 
 def test_candidates_are_distinct_and_hold_the_gold_tool(sample_data: Path) -> None:
@@ -239,14 +240,14 @@ def test_what_is_held_out_appears_nowhere_in_training_of_this_or_more_data(tmp_p
     rows, few, more = many(), tmp_path / "few", tmp_path / "more"
     stats = converted(few, write_json(tmp_path / "few.json", rows[: len(rows) // 2]), **SPLIT)
     converted(more, write_json(tmp_path / "more.json", rows), **SPLIT)
-    assert list(stats["written"]) == ["train", "seen", "unseen_tool", "unseen_server"]
+    assert list(stats.written) == ["train", "seen", "unseen_tool", "unseen_server"]
     for name in ("seen", "unseen_tool", "unseen_server"):
         assert (few / f"mcp_test_{name}.json").is_file()
         assert not instructions(few, name) & instructions(more, "train")
     trained = list(dataset.samples(more, "train"))
     offered = {name for sample in trained for name in names(sample)}
     seen = {call_of(sample) for sample in trained}
-    tools = {name: {call_of(sample) for sample in dataset.samples(more, name)} for name in stats["written"]}
+    tools = {name: {call_of(sample) for sample in dataset.samples(more, name)} for name in stats.written}
     assert tools["seen"] <= seen
     assert not offered & (tools["unseen_tool"] | tools["unseen_server"])
     servers = {name.split("_")[0] for name in tools["unseen_server"]}
@@ -265,8 +266,8 @@ def test_a_tool_that_is_tested_as_seen_is_trained_on(tmp_path: Path) -> None:
 
 def test_too_little_data_for_a_split_is_said(tmp_path: Path) -> None:
     stats = converted(tmp_path, write_json(tmp_path / "rows.json", [record()]), **SPLIT)
-    assert stats["written"] == {"train": 1}
-    assert [note.split(", ")[0] for note in stats["notes"]] == [
+    assert stats.written == {"train": 1}
+    assert [note.split(", ")[0] for note in stats.notes] == [
         "too little data for split seen",
         "too little data for split unseen_tool",
         "too little data for split unseen_server",
@@ -288,7 +289,7 @@ def test_no_call_samples_lack_the_gold_tool_and_say_so(tmp_path: Path) -> None:
         for text in (f"Please add {i} and {i}, will you?", f"请把{i}和{i}加起来。")
     ]
     stats = converted(tmp_path, write_json(tmp_path / "rows.json", rows), no_call=0.5, test=0.3)
-    extra = stats["no_call_samples"]
+    extra = stats.no_call_samples
     assert 20 < sum(extra.values()) < 60 and sorted(extra) == ["no_call", "train"]
     right = {row["instruction"]: row["function_call"]["name"] for row in rows}
     none = 0
@@ -318,8 +319,8 @@ def test_a_row_of_its_own_without_a_call_is_tested_apart(tmp_path: Path) -> None
         for i in range(50)
     ]
     stats = converted(tmp_path, write_json(tmp_path / "rows.json", rows), test=0.3)
-    assert list(stats["written"]) == ["train", "no_call"]
-    assert not stats["no_call_samples"]
+    assert list(stats.written) == ["train", "no_call"]
+    assert not stats.no_call_samples
 
 
 def test_a_test_asks_for_the_call_alone(tmp_path: Path) -> None:
@@ -328,7 +329,7 @@ def test_a_test_asks_for_the_call_alone(tmp_path: Path) -> None:
     for i, row in enumerate(rows):
         row["messages"][1]["content"] += f" And {i}?"
     stats = converted(tmp_path, write_json(tmp_path / "rows.json", rows), turns="all", test=0.3)
-    assert stats["written"]["seen"]
+    assert stats.written["seen"]
     assert {len(sample["messages"]) for sample in dataset.samples(tmp_path, "train")} == {6}
     assert {len(sample["messages"]) for sample in dataset.samples(tmp_path, "seen")} == {3}
     asked = questions.read(tmp_path, [])
@@ -387,7 +388,7 @@ def test_the_same_question_is_never_trained_on_and_tested(tmp_path: Path) -> Non
                 "".join(filter(str.isalnum, question.casefold()))
                 for question in instructions(tmp_path, split)
             }
-            for split in stats["written"]
+            for split in stats.written
         }
         assert len(asked) >= 2 and len(asked["train"]) > 50
         assert not any(asked["train"] & asked[split] for split in asked if split != "train")
@@ -403,15 +404,15 @@ def test_a_duplicate_is_equal_in_all_that_is_trained_on_and_shown(tmp_path: Path
         said("Go.", "wait"),
     ]
     stats = converted(tmp_path, write_json(tmp_path / "rows.json", rows), test=0)
-    assert stats["rejected"] == {"duplicate": 1} and stats["written"] == {"train": 4}
+    assert stats.rejected == {"duplicate": 1} and stats.written == {"train": 4}
 
 
 def test_a_sample_for_each_call_or_the_first_alone(tmp_path: Path) -> None:
     source = write_json(tmp_path / "rows.json", [said("Go.", "open", "wait", "close")])
     stats = convert(Settings([str(source)], test=0), tmp_path)
-    assert (stats["later_calls"], stats["samples"]) == (2, {"train": 1})
+    assert (stats.later_calls, stats.samples) == (2, {"train": 1})
     stats = convert(Settings([str(source)], test=0, turns="each"), tmp_path)
-    assert (stats["later_calls"], stats["written"], stats["samples"]) == (0, {"train": 1}, {"train": 3})
+    assert (stats.later_calls, stats.written, stats.samples) == (0, {"train": 1}, {"train": 3})
     assert load(tmp_path / "stats.json")["samples"]["train"] == 3
     for number, sample in enumerate(dataset.samples(tmp_path, "train")):
         answers = [message for message in sample["messages"] if message["role"] == "assistant"]
@@ -460,8 +461,8 @@ def test_parameters_that_no_schema_knows_are_counted_by_tool(tmp_path: Path) -> 
     row = said("Go.", "open")
     row["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"far": true}'
     source = write_json(tmp_path / "rows.json", [row, said("Go.", "wait")])
-    assert converted(tmp_path, source, test=0)["unknown_parameters"] == {"open": 1}
-    assert converted(tmp_path, source, test=0, strict_schema=True)["rejected"] == {"schema": 1}
+    assert converted(tmp_path, source, test=0).unknown_parameters == {"open": 1}
+    assert converted(tmp_path, source, test=0, strict_schema=True).rejected == {"schema": 1}
 
 
 def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -> None:
@@ -540,7 +541,7 @@ def test_changed_contents_are_converted_with_the_last_settings(tmp_path: Path) -
     tools = write_json(tmp_path / "tools/s.json", [{"name": "more", "parameters": {}}])
     out = tmp_path / "out"
     stats = converted(out, source, candidates=3, tools=[str(tools)])
-    assert set(stats["inputs"]) == {str(source), str(tools)}
+    assert set(stats.inputs) == {str(source), str(tools)}
     os.utime(source, (2e9, 2e9))
     for data in ([], [source]):
         assert conversion.is_up_to_date(out) and "up to date" in refresh(data, out).message
@@ -548,14 +549,14 @@ def test_changed_contents_are_converted_with_the_last_settings(tmp_path: Path) -
     os.utime(source, (1, 1))
     assert not conversion.is_up_to_date(out)
     done = refresh([], out)
-    assert done.statistics and done.statistics["read"] == 12 and "--candidates 3" in done.message
+    assert done.statistics and done.statistics.read == 12 and "--candidates 3" in done.message
     assert all(len(names(sample)) == 3 for sample in dataset.samples(out, "train"))
     write_json(tools, [{"name": "other", "parameters": {}}])
     assert refresh([], out).statistics
     dataset.file_of(out, "train").unlink()  # what is not there cannot be used
     assert refresh([], out).statistics
     done = refresh([SAMPLE], out)
-    assert done.statistics and done.statistics["read"] > 200
+    assert done.statistics and done.statistics.read > 200
     with pytest.raises(McpLoraError, match=r"no data in nowhere\.json"):
         refresh([Path("nowhere.json")], out)
 
@@ -566,7 +567,7 @@ def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None
     write_json(tmp_path / "out/stats.json", {"settings": kept, "files": [str(source)]})
     assert dataset.statistics(tmp_path / "out") is None
     again = refresh([], tmp_path / "out").statistics
-    assert again and again["settings"]["candidates"] == 3 and again["samples"] == {"train": 1}
+    assert again and again.settings.candidates == 3 and again.samples == {"train": 1}
 
 
 def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,7 +588,7 @@ def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch
         write_json(Path("data/filtered/filtered_sample.json"), [record("sample")])
     newer = write_json(Path("data/filtered/filtered_20260101_000000.json"), [record("newer")])
     stats = refresh([], Path("out")).statistics
-    assert stats and list(stats["inputs"]) == [str(newer.absolute())]
+    assert stats and list(stats.inputs) == [str(newer.absolute())]
     assert refresh([], Path("named")).statistics is None
 
 
@@ -617,8 +618,8 @@ def test_an_output_is_no_input(tmp_path: Path) -> None:
     write_json(tmp_path / "data/rows.json", [record(f"Add {n}.") for n in range(20)])
     for _ in range(2):
         stats = converted(tmp_path / "data/llama_factory", tmp_path / "data")
-        assert stats["read"] == 20
-    assert any("files were skipped" in note and "llama_factory" in note for note in stats["notes"])
+        assert stats.read == 20
+    assert any("files were skipped" in note and "llama_factory" in note for note in stats.notes)
 
 
 def test_a_sample_without_the_gold_tool_has_as_many_candidates(tmp_path: Path) -> None:
@@ -631,24 +632,24 @@ def test_a_conversion_can_be_repeated_by_its_command(tmp_path: Path) -> None:
 
     settings = {"seed": 7, "tools": [str(SHAPES / "tools")], "strict_schema": True, "redact": False}
     first = converted(tmp_path / "one", SAMPLE, **settings)
-    words = shlex.split(conversion.command(Settings(**first["settings"]), tmp_path / "two"))
+    words = shlex.split(conversion.command(first.settings, tmp_path / "two"))
     with pytest.raises(SystemExit) as caught:
         main(words[1:])
-    assert not caught.value.code and load(tmp_path / "two/stats.json") == first
+    assert not caught.value.code and dataset.statistics(tmp_path / "two") == first
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the third-party data is not here")
 def test_real_data_of_every_kind(tmp_path: Path) -> None:
     stats = converted(tmp_path, SHARED, tools=[str(SHARED / "tools"), str(SHARED / "mcp_tools")])
     by_shape: dict[str, list[int]] = {}
-    for source in stats["sources"]:
-        counts = by_shape.setdefault(source["format"], [0, 0])
-        counts[0] += source["read"]
-        counts[1] += sum(source["written"].values())
+    for source in stats.sources:
+        counts = by_shape.setdefault(source.format, [0, 0])
+        counts[0] += source.read
+        counts[1] += sum(source.written.values())
     assert by_shape["filtered"] == [6, 6]
     assert by_shape["function_call"] == [1724, 1705]
     assert by_shape["messages"] == [100, 95]
-    assert stats["rejected"] == {
+    assert stats.rejected == {
         "unknown-format": 4850,
         "no-call": 10,
         "duplicate": 2,
@@ -665,7 +666,7 @@ def test_a_row_is_explained_as_it_is_converted(tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
     source = write_json(tmp_path / "one.json", [{"messages": [{"role": "user", "content": "1?"}, call]}])
     settings = Settings([str(source)], [str(file) for file in tools], test=0.0)
-    assert conversion.convert(settings, tmp_path / "out")["written"] == {"train": 1}
+    assert conversion.convert(settings, tmp_path / "out").written == {"train": 1}
     assert "as written" in dict(conversion.explain(settings, 1))
 
 
@@ -679,8 +680,8 @@ def test_a_row_of_failed_calls_counts_as_a_sample_only_if_there_is_one(tmp_path:
 
     source = write_json(tmp_path / "rows.json", [row("One?", False), row("Two?", True)])
     stats = converted(tmp_path / "out", source, turns="each", test=0.0)
-    assert sum(stats["written"].values()) + sum(stats["rejected"].values()) == 2
-    assert stats["samples"].get("train", 0) >= stats["written"].get("train", 0), stats["rejected"]
+    assert sum(stats.written.values()) + sum(stats.rejected.values()) == 2
+    assert stats.samples.get("train", 0) >= stats.written.get("train", 0), stats.rejected
 
 
 def test_plain_conversations_are_trained_on_if_they_are_kept(tmp_path: Path) -> None:
@@ -692,11 +693,11 @@ def test_plain_conversations_are_trained_on_if_they_are_kept(tmp_path: Path) -> 
     plain += [{"conversations": more}]
     inputs = [str(SAMPLE), str(write_json(tmp_path / "plain.json", plain))]
     rejected = convert(Settings(inputs, test=0.5), tmp_path / "out")
-    assert rejected["rejected"] == {"no-tool": 32, "no-instruction": 1}
+    assert rejected.rejected == {"no-tool": 32, "no-instruction": 1}
     kept = convert(Settings(inputs, test=0.5, keep_plain=True, questions_per_sample=8), tmp_path / "out")
     # the conversation of two questions ends with the first answer, as an earlier row does
-    assert kept["rejected"] == {"no-instruction": 1, "duplicate": 1}
-    assert kept["written"] == rejected["written"] | {"train": rejected["written"]["train"] + 31}
+    assert kept.rejected == {"no-instruction": 1, "duplicate": 1}
+    assert kept.written == rejected.written | {"train": rejected.written["train"] + 31}
     trained = [one for one in dataset.samples(tmp_path / "out", "train") if not one["tools"]]
     assert {*map(str, (one["messages"] for one in trained))} == {
         *map(str, [*said, [{"role": "user", "content": "And 1 + 1?"}, {"role": "assistant", "content": "2"}]])

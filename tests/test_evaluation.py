@@ -325,7 +325,7 @@ def test_json_is_all_that_is_on_stdout(
 def test_a_run_is_asked_about_its_own_data_and_splits(run: Path) -> None:
     with pytest.raises(McpLoraError, match="the splits are seen: mcp-lora eval"):
         evaluate(Request(run, splits=["seen"], requirements=[requirement("no_call.abstained>0")]))
-    manifest.write(run, {"data": {"file": "train.jsonl", "sha256": "of other data"}, "conversion": {}})
+    manifest.write(run, manifest.Manifest(data=manifest.Hashed("train.jsonl", "of other data")))
     with pytest.raises(McpLoraError, match="is not what .* was trained on: mcp-lora convert"):
         evaluate(Request(run))
 

@@ -365,7 +365,7 @@ def test_session_logs_are_redacted_unless_told_otherwise(tmp_path: Path) -> None
     for redact, kept in ((None, False), (False, True)):
         settings = conversion.Settings([str(source)], tools, test=0.0, redact=redact)
         stats = conversion.convert(settings, tmp_path / "out")
-        assert stats["cleaned"].get("redacted mail address", 0) == (not kept)
+        assert stats.cleaned.get("redacted mail address", 0) == (not kept)
         text = (tmp_path / "out/train.jsonl").read_text(encoding="utf-8")
         assert ("ann@corp.example" in text) == kept and "Mail " in text
 
@@ -654,10 +654,8 @@ def test_rows_of_every_form_with_anything_wrong_in_them_end_in_one_place(tmp_pat
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for turns in ("call", "all", "each"):
         stats = conversion.convert(conversion.Settings([str(source)], turns=turns), tmp_path / "out")
-        assert (
-            stats["read"] == sum(stats["written"].values()) + sum(stats["rejected"].values()) >= len(rows) / 2
-        )
-        assert min(sum(stats["written"].values()), sum(stats["rejected"].values())) > 50
+        assert stats.read == sum(stats.written.values()) + sum(stats.rejected.values()) >= len(rows) / 2
+        assert min(sum(stats.written.values()), sum(stats.rejected.values())) > 50
 
 
 CASES = ROOT.parent / "shared/cases"

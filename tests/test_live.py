@@ -287,7 +287,7 @@ def test_only_what_is_good_of_a_teacher_that_fails_in_every_way_becomes_data(tmp
     parts = [(line["difficulty"], line["language"]) for line in lines[1:] if line["tool"] == "part"]
     assert parts == [("easy", "English"), ("medium", "English"), ("hard", "English"), ("easy", "中文")]
     stats = conversion.convert(Settings(inputs=[str(found.file)], test=0.0), tmp_path / "data")
-    assert stats["read"] == stats["written"]["train"] == 4 and not stats["rejected"]
+    assert stats.read == stats.written["train"] == 4 and not stats.rejected
     (first, *_) = dataset.samples(tmp_path / "data", "train")
     assert first["messages"][1]["content"].endswith("say goodbye to Ann.")
 
@@ -403,7 +403,7 @@ def test_a_call_is_run_after_a_yes_and_the_transcript_is_data(outputs: Path, tmp
         ["system", "user", "assistant"],
     ]
     stats = conversion.convert(Settings(inputs=[str(transcript)], test=0.0), tmp_path / "data")
-    assert stats["written"] == {"train": 3}
+    assert stats.written == {"train": 3}
 
 
 def test_a_server_that_dies_leaves_the_conversation_as_it_was(outputs: Path) -> None:

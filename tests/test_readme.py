@@ -99,7 +99,7 @@ def test_the_input_record_is_read(text: str, tmp_path: Path) -> None:
     (block,) = re.findall(r"```json\n(.*?)```", text, re.S)
     source = write_json(tmp_path / "one.json", [json.loads(block)])
     statistics = convert(Settings([str(source)], test=0.0), tmp_path / "out")
-    assert statistics["written"] == {"train": 1}
+    assert statistics.written == {"train": 1}
 
 
 def test_the_samples_size(text: str) -> None:

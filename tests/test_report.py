@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def make_run(place: Path, name: str, wrong: int, **changes: Any) -> Path:
     lengths |= {"histogram": [[200, 310, 12], [310, 420, 5]]}
     made = {"samples": 17, "shortened": 0, "dropped_tools": 0, "left_out": {}, "lengths": lengths}
     described = manifest.describe(config, ["llamafactory-cli"], {}, 2)
-    manifest.write(folder, described | {"exit": 0, "rendered": made})
+    manifest.write(folder, replace(described, exit=0, rendered=made))
     # As transformers 5.5.4 writes it.
     history: list[dict[str, Any]] = [
         {"epoch": step / 40, "grad_norm": 1.2, "learning_rate": 2e-4 / step, "loss": 1 / step, "step": step}

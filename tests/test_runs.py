@@ -10,6 +10,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from mcp_lora.errors import McpLoraError
 from mcp_lora.train import manifest, runs
+from mcp_lora.train.manifest import Manifest
 
 CONFIG: dict[str, Any] = {
     "model_name_or_path": "org/model",
@@ -121,14 +122,14 @@ def test_resuming_a_finished_run_needs_more_epochs_or_steps(
 
 def test_an_end_that_was_not_recorded_is_resumed_but_no_interrupted_continuation(tmp_path: Path) -> None:
     make_run(tmp_path, 10, 20)
-    manifest.write(tmp_path, {"ended": None})  # mcp-lora was killed, and the engine was not
+    manifest.write(tmp_path, Manifest())  # mcp-lora was killed, and the engine was not
     assert resumed(tmp_path) == tmp_path / "checkpoint-20" and runs.is_done(tmp_path, CONFIG)
-    manifest.write(tmp_path, {"ended": "2026-11-28T11:30:39+00:00"})
+    manifest.write(tmp_path, Manifest(ended="2026-11-28T11:30:39+00:00"))
     with pytest.raises(McpLoraError, match="nothing to resume"):
         resumed(tmp_path)
     # continued with more epochs, and killed at 25: what ended before is not the end of that
     make_run(tmp_path, 25, finished=False)
-    manifest.write(tmp_path, {"ended": None})
+    manifest.write(tmp_path, Manifest())
     with pytest.raises(McpLoraError, match="nothing to resume"):
         resumed(tmp_path)
     assert resumed(tmp_path, num_train_epochs=2.0) == tmp_path / "checkpoint-25"

@@ -22,7 +22,7 @@ def peak():
 
 before, start = peak(), time.perf_counter()
 stats = convert(Settings([sys.argv[1]], test=0.0), Path(sys.argv[2]))
-assert stats["written"] == {"train": stats["read"]} == {"train": int(sys.argv[3])}
+assert stats.written == {"train": stats.read} == {"train": int(sys.argv[3])}
 print(time.perf_counter() - start, peak(), before)
 """
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mcp_lora.data import dataset
+from mcp_lora.data.records import Statistics
 from mcp_lora.errors import Interrupted
 from mcp_lora.evaluate.benchmark import is_asked_in
 from mcp_lora.evaluate.plain_chat import HIGH
@@ -57,19 +58,19 @@ def _table(
     console.print(table)
 
 
-def show_statistics(statistics: dict[str, Any], out: Path) -> None:
+def show_statistics(statistics: Statistics, out: Path) -> None:
     """Print a table of a conversion into `out` by file, and its messages and warnings."""
-    written, sources = statistics["written"], statistics["sources"]
-    files = [os.path.abspath(source["file"]) for source in sources]
+    written, sources = statistics.written, statistics.sources
+    files = [os.path.abspath(source.file) for source in sources]
     common = os.path.commonpath(map(os.path.dirname, files))
     near = os.path.relpath(common)
     rows = []
     for file, source in zip(files, sources, strict=True):
-        splits = [source["written"].get(split, 0) for split in written]
-        cleaned, rejected = counts(source["cleaned"]) or 0, counts(source["rejected"]) or 0
+        splits = [source.written[split] for split in written]
+        cleaned, rejected = counts(source.cleaned) or 0, counts(source.rejected) or 0
         name = os.path.relpath(file, common)
-        rows.append([name, source["format"], source["read"], cleaned, *splits, rejected])
-    title = f"{statistics['read']} rows of {common if near.startswith('..') else near}"
+        rows.append([name, source.format, source.read, cleaned, *splits, rejected])
+    title = f"{statistics.read} rows of {common if near.startswith('..') else near}"
     columns = ["file", "format", "read", "normalized", *written, "rejected"]
     _table(title, columns, rows, texts=("file", "format", "normalized", "rejected"))
     for line in dataset.summary(statistics, out):

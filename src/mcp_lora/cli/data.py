@@ -87,7 +87,7 @@ def convert(
     with console.progress() as progress, dataset.locked(output):
         statistics = conversion.convert(settings, output, progress)
     console.show_statistics(statistics, output)
-    rejected, rows = sum(statistics["rejected"].values()), statistics["read"]
+    rejected, rows = sum(statistics.rejected.values()), statistics.read
     allowed = int(float(bound.rstrip("%")) * (rows / 100 if bound.endswith("%") else 1))
     if rejected > allowed:
         what = f"{rejected} of {rows} rows were rejected, at most {allowed} may be"

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import Any
 from mcp_lora.data import catalogue as catalogues
 from mcp_lora.data import dataset, files, formats
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.records import RowError
+from mcp_lora.data.records import BrokenSchema, RowError, Statistics
 from mcp_lora.data.records import Settings as Settings
 from mcp_lora.data.rows import Progress, Rows
 from mcp_lora.data.samples import SPLITS, Samples, engine_file
@@ -46,7 +46,7 @@ class Refreshed:
     """What `refresh` did, as a message; `statistics` are those of the new conversion, if there was one."""
 
     message: str
-    statistics: dict[str, Any] | None = None
+    statistics: Statistics | None = None
 
 
 def shipped_sample() -> Path:
@@ -86,7 +86,7 @@ def _find(settings: Settings, left_out: list[Path] | None = None) -> tuple[list[
 
 def convert(
     settings: Settings, out: Path = dataset.FOLDER, progress: Progress = lambda step, fraction: None
-) -> dict[str, Any]:
+) -> Statistics:
     """Convert tool-call data and return the statistics, which are also written to `out`/stats.json.
 
     Every row is counted once: `read` is the sum of `written` and `rejected`. The same inputs, settings and
@@ -112,12 +112,12 @@ def convert(
             stats = _convert(settings, inputs, tools, new, progress)
             if left_out:
                 what = f"{left_out[0]}{' …' * (len(left_out) > 1)}: hidden, links, or written by mcp-lora"
-                stats["notes"].append(f"{len(left_out)} files were skipped ({what})")
-            stats["files"] = {file.name: files.sha256(file) for file in new.iterdir()}
+                stats.notes.append(f"{len(left_out)} files were skipped ({what})")
+            stats.files = {file.name: files.sha256(file) for file in new.iterdir()}
             dataset.dump(stats, new / dataset.STATS)
             old = dataset.load(out / dataset.INFO)
             info = {name: entry for name, entry in old.items() if name not in SPLITS.values()}
-            for split in stats["samples"]:
+            for split in stats.samples:
                 info[SPLITS[split]] = {"file_name": engine_file(split)} | _COLUMNS
             dataset.dump(info, new / dataset.INFO)
             dataset.put_in_place(new, out, settings)
@@ -130,7 +130,7 @@ def convert(
 
 def _convert(
     settings: Settings, inputs: list[Path], tools: list[Path], new: Path, progress: Progress
-) -> dict[str, Any]:
+) -> Statistics:
     catalogue = Catalogue()
     notes = catalogues.load(tools, catalogue)
     rows = Rows(new, catalogue, settings)
@@ -152,25 +152,24 @@ def _convert(
         if fraction and not samples.count[split]:
             notes.append(f"too little data for split {split}, it was not created")
     (new / "rows").unlink()
-    broken = catalogue.broken.items()
-    return {
-        "read": sum(source.read for source in rows.statistics.values()),
-        "written": _in_order(rows.total("written")),
-        "rejected": rows.total("rejected"),
-        "cleaned": rows.total("cleaned"),
-        "samples": _in_order(samples.count),
-        "later_calls": rows.later_calls,
-        "synonyms": samples.pool.synonyms,
-        "unknown_parameters": dict(rows.unknown.most_common()),
-        "no_call_samples": _in_order(samples.extra),
-        "tools": len(rows.kept),
-        "servers": len({server for server, _ in rows.kept if server}),
-        "sources": [vars(source) for source in rows.statistics.values()],
-        "broken_schemas": [{"server": s, "tool": t, "problem": why} for (s, t), why in broken],
-        "notes": notes,
-        "settings": asdict(settings),
-        "inputs": _hashes(inputs + tools),
-    }
+    return Statistics(
+        read=sum(source.read for source in rows.sources.values()),
+        written=_in_order(rows.total("written")),
+        rejected=rows.total("rejected"),
+        cleaned=rows.total("cleaned"),
+        samples=_in_order(samples.count),
+        later_calls=rows.later_calls,
+        synonyms=samples.pool.synonyms,
+        unknown_parameters=dict(rows.unknown.most_common()),
+        no_call_samples=_in_order(samples.extra),
+        tools=len(rows.kept),
+        servers=len({server for server, _ in rows.kept if server}),
+        sources=list(rows.sources.values()),
+        broken_schemas=[BrokenSchema(*tool, why) for tool, why in catalogue.broken.items()],
+        notes=notes,
+        settings=settings,
+        inputs=_hashes(inputs + tools),
+    )
 
 
 def _in_order(counted: dict[str, int]) -> dict[str, int]:
@@ -243,9 +242,9 @@ def refresh(
 
     Raises McpLoraError as convert does.
     """
-    old = dataset.load(out / dataset.STATS)
-    settings = settings_of(old)
-    is_complete = "inputs" in old and dataset.file_of(out, "train").is_file()
+    old = dataset.recorded(out)
+    settings = old.settings
+    is_complete = bool(old.inputs) and dataset.file_of(out, "train").is_file()
     if keep and is_complete:
         if data:
             raise McpLoraError("a run is resumed on its own data, omit --data: mcp-lora train --resume")
@@ -253,7 +252,7 @@ def refresh(
     if data:
         settings = replace(settings, inputs=[str(one) for one in data])
     if is_complete:
-        changed = _have_changed(settings, old["inputs"])
+        changed = _have_changed(settings, old.inputs)
         if changed is None and not data:
             return Refreshed(f"the data in {out} is used; its inputs are not on this machine")
         if changed is False:
@@ -275,13 +274,7 @@ def command(settings: Settings, out: Path) -> str:
 def is_up_to_date(folder: Path) -> bool:
     """Tell whether a conversion is up to date; raise a McpLoraError if its stats.json is damaged."""
     old = dataset.statistics(folder)
-    return old is not None and not _have_changed(settings_of(old), old["inputs"])
-
-
-def settings_of(stats: dict[str, Any]) -> Settings:
-    """Return the settings in a stats.json, which an earlier version may have written."""
-    known = {field.name for field in fields(Settings)}
-    return Settings(**{key: value for key, value in stats.get("settings", {}).items() if key in known})
+    return old is not None and not _have_changed(old.settings, old.inputs)
 
 
 def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:

@@ -19,8 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mcp_lora.data import files
-from mcp_lora.data.records import Settings
+from mcp_lora.data.records import Settings, Statistics, parsed
 from mcp_lora.data.samples import SPLITS as SPLITS
 from mcp_lora.data.samples import engine_file
 from mcp_lora.errors import McpLoraError, explained
@@ -35,46 +37,57 @@ INFO = "dataset_info.json"
 def foreign(out: Path) -> list[str]:
     """Return the files that a conversion would overwrite, and that none has written as they are."""
     there = [name for name in sorted(FILES) if (out / name).is_file()]
-    stats = load(out / STATS)
-    if "settings" not in stats:
+    if "settings" not in load(out / STATS):
         return there + [STATS] * (out / STATS).is_file()
-    if "files" not in stats:  # from an earlier version, or a conversion that was killed
+    written = recorded(out).files
+    if written is None:  # from an earlier version, or a conversion that was killed
         return []
-    return [name for name in there if name != INFO and stats["files"].get(name) != files.sha256(out / name)]
+    return [name for name in there if name != INFO and written.get(name) != files.sha256(out / name)]
 
 
-def statistics(folder: Path) -> dict[str, Any] | None:
-    """Return the statistics of a complete conversion, or None; a McpLoraError if they are damaged.
+def recorded(folder: Path) -> Statistics:
+    """Return the statistics in a folder; only the settings of an earlier version, or if it is not complete.
 
-    `samples` counts the samples by split.
+    Raises McpLoraError if they are damaged.
     """
-    stats = load(folder / STATS)
-    return stats if {"inputs", "samples"} <= stats.keys() else None
+    content, file = load(folder / STATS), folder / STATS
+    with contextlib.suppress(ValueError):
+        return parsed(content, Statistics)
+    try:
+        return Statistics(settings=parsed(content.get("settings", {}), Settings))
+    except ValueError as error:
+        raise McpLoraError(f"{file} is damaged ({error}): remove it, and mcp-lora convert") from None
 
 
-def summary(statistics: dict[str, Any], out: Path) -> Iterator[str]:
+def statistics(folder: Path) -> Statistics | None:
+    """Return the statistics of a complete conversion, or None; a McpLoraError if they are damaged."""
+    found = recorded(folder)
+    return found if found.inputs and found.samples else None
+
+
+def summary(statistics: Statistics, out: Path) -> Iterator[str]:
     """Yield messages on what a conversion into `out` has read and written, and its warnings."""
-    rejected = sum(statistics["rejected"].values())
-    parts = [f"{count} in {name}" for name, count in statistics["written"].items()]
-    tools = f"{statistics['tools']} tools of {statistics['servers']} servers"
-    yield f"read {statistics['read']} rows = {' + '.join(parts)} + {rejected} rejected; {tools} → {out}"
+    rejected = sum(statistics.rejected.values())
+    parts = [f"{count} in {name}" for name, count in statistics.written.items()]
+    tools = f"{statistics.tools} tools of {statistics.servers} servers"
+    yield f"read {statistics.read} rows = {' + '.join(parts)} + {rejected} rejected; {tools} → {out}"
     if rejected:
         yield f"the rejected rows, and why, are in {out / 'rejected.jsonl'}"
-    for name, count in statistics["no_call_samples"].items():
+    for name, count in statistics.no_call_samples.items():
         yield f"{count} extra samples without the gold tool in {name}"
-    if statistics["synonyms"]:
-        yield f"{statistics['synonyms']} candidates were left out because they do the same as a gold tool"
-    if statistics["later_calls"]:
-        yield f"{statistics['later_calls']} later calls are in no sample: --turns each, or all"
-    if unknown := statistics["unknown_parameters"]:
+    if statistics.synonyms:
+        yield f"{statistics.synonyms} candidates were left out because they do the same as a gold tool"
+    if statistics.later_calls:
+        yield f"{statistics.later_calls} later calls are in no sample: --turns each, or all"
+    if unknown := statistics.unknown_parameters:
         worst = ", ".join(f"{count} of {tool}" for tool, count in list(unknown.items())[:3])
         what = f"{sum(unknown.values())} calls have parameters that are not in the schema ({worst})"
         yield f"warning: {what}: --strict-schema"
-    if broken := statistics["broken_schemas"]:
-        worst = "; ".join(f"{one['tool']}: {one['problem']}" for one in broken[:3])
+    if broken := statistics.broken_schemas:
+        worst = "; ".join(f"{one.tool}: {one.problem}" for one in broken[:3])
         what = f"{len(broken)} tools have an invalid schema, their calls are not validated"
         yield f"warning: {what} ({worst})"
-    for note in (notes := statistics["notes"])[:3]:
+    for note in (notes := statistics.notes)[:3]:
         yield f"warning: {note}"
     if len(notes) > 3:
         yield f"warning: {len(notes) - 3} more notes are in {out / 'stats.json'}"
@@ -132,8 +145,9 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def dump(content: Any, file: Path) -> None:
-    """Write a JSON file."""
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    """Write JSON, or a dataclass as a JSON object, into a file."""
+    text = json.dumps(msgspec.to_builtins(content), ensure_ascii=False, indent=2)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def put_in_place(new: Path, out: Path, settings: Settings) -> None:

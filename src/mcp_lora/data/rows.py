@@ -14,7 +14,6 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,18 @@ import msgspec
 
 from mcp_lora.data import files, formats
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.records import RESULT, SYSTEM, USER, Content, RowError, Settings, Tool, Turn, as_json
+from mcp_lora.data.records import (
+    RESULT,
+    SYSTEM,
+    USER,
+    Content,
+    RowError,
+    Settings,
+    Source,
+    Tool,
+    Turn,
+    as_json,
+)
 from mcp_lora.data.redact import redact
 from mcp_lora.data.validate import check
 
@@ -31,18 +41,6 @@ from mcp_lora.data.validate import check
 SYSTEM_MESSAGE = "You are a helpful assistant. Answer the user by calling the right tool."
 
 Progress = Callable[[str, float], None]  # receives the current step, and which fraction of it is done
-
-
-@dataclass
-class Statistics:
-    """Row counts of one format in one file: `read` is the sum of `written` (by split) and `rejected`."""
-
-    file: str
-    format: str
-    read: int = 0
-    cleaned: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    written: Counter[str] = field(default_factory=Counter)
 
 
 class Row(msgspec.Struct):
@@ -72,7 +70,7 @@ class Rows:
     Attributes:
         count: number of rows.
         kept: by called tool, (server, name), the highest split_hash of its questions.
-        statistics: of all rows, by (file, format).
+        sources: counts of all rows, by (file, format).
         later_calls: calls after the first, which are in no sample.
         unknown: number of calls with parameters that the schema does not define, by tool.
         examples: by reason, the message of the first rejected row and the numbers of the first three.
@@ -81,7 +79,7 @@ class Rows:
     def __init__(self, folder: Path, catalogue: Catalogue, settings: Settings) -> None:
         self.count = 0
         self.kept: dict[tuple[str, str], int] = {}
-        self.statistics: dict[tuple[str, str], Statistics] = {}
+        self.sources: dict[tuple[str, str], Source] = {}
         self.later_calls = 0
         self.unknown: Counter[str] = Counter()
         self.examples: dict[str, tuple[str, list[int]]] = {}
@@ -109,27 +107,27 @@ class Rows:
                 for number, record in enumerate(formats.records(files.read(file, advanced)), start=1):
                     broken = isinstance(record, files.Broken)
                     key = name, "?" if broken else formats.recognise(record)
-                    statistics = self.statistics[key] = self.statistics.get(key) or Statistics(*key)
-                    statistics.read += 1
+                    source = self.sources[key] = self.sources.get(key) or Source(*key)
+                    source.read += 1
                     is_log = formats.is_session(record)
                     if self._settings.redact or (self._settings.redact is None and is_log):
                         record, replaced = redact(record)
                         for kind, count in replaced.items():
-                            statistics.cleaned[f"redacted {kind}"] += count
+                            source.cleaned[f"redacted {kind}"] += count
                     try:
                         if broken:
                             raise RowError("not-json", record.message)
                         content = formats.read(record, find)
-                        row, same = self._row(statistics, content)
+                        row, same = self._row(source, content)
                         if not seen.execute("INSERT OR IGNORE INTO row VALUES (?)", (same,)).rowcount:
                             raise RowError("duplicate", "an earlier row has the same conversation and tools")
                     except RowError as error:
-                        statistics.rejected[error.reason] += 1
+                        source.rejected[error.reason] += 1
                         numbers = self.examples.setdefault(error.reason, (str(error), []))[1]
                         numbers += [number] * (len(numbers) < 3)
                         rejected.write(_rejection(name, number, error, record.text if broken else record))
                         continue
-                    statistics.cleaned.update(content.cleaned)
+                    source.cleaned.update(content.cleaned)
                     self.unknown.update(content.unknown)
                     self.later_calls += content.later
                     spool.write(msgspec.json.encode(row) + b"\n")
@@ -144,9 +142,9 @@ class Rows:
 
     def total(self, what: str) -> Counter[str]:
         """Return the total of `cleaned`, `rejected` or `written` over all files."""
-        return sum((getattr(source, what) for source in self.statistics.values()), Counter())
+        return sum((getattr(source, what) for source in self.sources.values()), Counter())
 
-    def _row(self, statistics: Statistics, content: Content) -> tuple[Row, int]:
+    def _row(self, source: Source, content: Content) -> tuple[Row, int]:
         """Return a row, and the hash of its conversation and tools, by which duplicates are found."""
         settings, known = self._settings, self._catalogue.tools
         numbers = [self._catalogue.number(tool) for tool in content.tools]
@@ -176,8 +174,8 @@ class Rows:
             if called and tool.name == called[0]:
                 key = tool.server, tool.name
                 self.kept[key] = max(split_hash, self.kept.get(key, -1))
-        source = statistics.file, statistics.format
-        row = Row(*source, split_hash, no_call_hash, own, called, messages_of(turns))
+        place = source.file, source.format
+        row = Row(*place, split_hash, no_call_hash, own, called, messages_of(turns))
         return row, int.from_bytes(same, signed=True)
 
 

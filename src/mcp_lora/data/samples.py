@@ -93,7 +93,7 @@ class Samples:
                 split = self._split_of(row, gold, row.split_hash in held_out)
                 if split != "train" and not _calls(row.messages):
                     split = "no_call"  # its calls are context, the gold answer is not to call
-                rows.statistics[row.file, row.format].written[split] += 1
+                rows.sources[row.file, row.format].written[split] += 1
                 count, unseen = self._count(row.split_hash, split), split == "unseen_server"
                 if gold and split == "train" and size > 1 and _is_single(row.messages):
                     self._collect(row, own, gold)

@@ -62,7 +62,7 @@ class Question:
 
 def _command(folder: Path, missing: Sequence[str]) -> str:
     """Return the command that converts again with larger held-out fractions for these splits."""
-    settings = conversion.settings_of(dataset.statistics(folder) or {})
+    settings = dataset.recorded(folder).settings
     keys = {"seen": "test", "unseen_tool": "holdout_tools", "unseen_server": "holdout_servers"}
     fractions = [keys.get(split, split) for split in missing]
     more: dict[str, Any] = {key: 0.5 if getattr(settings, key) < 0.5 else 0.9 for key in fractions}

@@ -28,6 +28,7 @@ from mcp_lora.evaluate.benchmark import NAME
 from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, summarise
 from mcp_lora.evaluate.score import ERRORS
 from mcp_lora.train import manifest, runs, steps
+from mcp_lora.train.manifest import Manifest
 
 EXAMPLES = 20
 _COMPARED = 20_000  # characters; comparing them takes a second, and the time is quadratic
@@ -36,7 +37,7 @@ _OUTCOMES = ("lost", "wrong", "gained", "right")  # in the order in which exampl
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run's folder: run.yaml, manifest.json or {}, the models' answers, the base's first.
+    """The content of a run's folder: run.yaml, manifest.json, the models' answers, the base's first.
 
     `judged` are their answers to the benchmark's questions.
     `history` is the trainer's log, in transformers' keys, or the newest checkpoint's if training is not
@@ -46,7 +47,7 @@ class Run:
     name: str
     folder: Path
     config: dict[str, Any]
-    manifest: dict[str, Any]
+    manifest: Manifest | None
     history: list[dict[str, Any]]
     answers: dict[str, list[Answer]]
     judged: dict[str, list[Answer]]
@@ -170,9 +171,9 @@ def _common(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer
 def _made_of(run: Run) -> dict[str, str]:
     """Return the table of what a run was made from; missing keys have the engine's defaults."""
     config, record = run.config, run.manifest
-    rendered = record.get("rendered") or {}
+    rendered = record.rendered if record else {}
     done, epochs = (max((row.get(key, 0) for row in run.history), default=0) for key in ("step", "epoch"))
-    data = record.get("data")
+    data = record.data if record else None
     quantized = f"{config['quantization_bit']}-bit base, " if config.get("quantization_bit") else ""
     rank = config.get("lora_rank", 8)
     found = {
@@ -182,31 +183,31 @@ def _made_of(run: Run) -> dict[str, str]:
         f"{config.get('lora_alpha', 2 * rank)}, dropout {config.get('lora_dropout', 0)}, "
         f"{config.get('lora_target', 'all')} layers",
         "learning rate": f"{config.get('learning_rate', 5e-5)}, {config.get('lr_scheduler_type', 'linear')}",
-        "batch": steps.describe_batch(config, int(record.get("processes", 1))).removeprefix("batch "),
+        "batch": steps.describe_batch(config, record.processes if record else 1).removeprefix("batch "),
         "trained": f"{done} steps, {epochs:g} epochs",
         "samples": f"{rendered['samples']:,}" if rendered.get("samples") else "not recorded",
-        "data": f"{Path(data['file']).name}, SHA-256 {data['sha256'][:12]}…" if data else "not recorded",
+        "data": f"{Path(data.file).name}, SHA-256 {data.sha256[:12]}…" if data else "not recorded",
     }
     if record:
         found |= {
             "time": _duration(record),
-            "hardware": ", ".join(record["gpus"]) or "CPU",
-            "packages": ", ".join(f"{name} {version}" for name, version in record["packages"].items()),
-            "commit": record["git_commit"] or "none",
-            "seed": record["seed"],
+            "hardware": ", ".join(record.gpus) or "CPU",
+            "packages": ", ".join(f"{name} {version}" for name, version in record.packages.items()),
+            "commit": record.git_commit or "none",
+            "seed": record.seed,
         }
-        if record["retries"]:
-            found["restarts"] = f"{len(record['retries'])} with a smaller per-device batch size"
+        if record.retries:
+            found["restarts"] = f"{len(record.retries)} with a smaller per-device batch size"
     return found
 
 
-def _duration(record: Mapping[str, Any]) -> str:
-    started = datetime.fromisoformat(record["started"])
+def _duration(record: Manifest) -> str:
+    started = datetime.fromisoformat(record.started)
     when = f"{started:%Y-%m-%d %H:%M} UTC"
-    if not record["ended"]:
+    if not record.ended:
         return f"{when}, not finished"
-    ended = "" if record["exit"] == 0 else f", failed with exit code {record['exit']}"
-    return f"{when}, took {datetime.fromisoformat(record['ended']) - started}{ended}"
+    ended = "" if record.exit == 0 else f", failed with exit code {record.exit}"
+    return f"{when}, took {datetime.fromisoformat(record.ended) - started}{ended}"
 
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:

@@ -84,7 +84,7 @@ def model_card(run: Path, adapter: Path) -> str:
     config, record = runs.read_run(run), manifest.read(run)
     base = str(config["model_name_or_path"])
     name = Path(base).name if Path(base).is_absolute() else base
-    data = record.get("conversion") or {}
+    data = record.conversion if record else None
     evaluated, metrics = run / "eval" / evaluation.ASKED, {}
     if evaluated.is_file() and evaluated.read_text("utf-8") == runs.adapter_hash(adapter):
         metrics = files.load(run / "eval" / "metrics.json", f"mcp-lora eval {run}")
@@ -94,11 +94,9 @@ def model_card(run: Path, adapter: Path) -> str:
     lines += ["---", "", f"# {name}, tuned to call MCP tools", ""]
     lines += ["The licence is that of the base model, and of the data.", "", "## Training", ""]
     if data:
-        rejected = sum(data["rejected"].values())
-        tools = f"{data['tools']} tools of {data['servers']} servers"
-        lines.append(
-            f"- {data['read']} rows, {rejected} of them rejected; {tools}; written: {data['written']}"
-        )
+        rejected = sum(data.rejected.values())
+        tools = f"{data.tools} tools of {data.servers} servers"
+        lines.append(f"- {data.read} rows, {rejected} of them rejected; {tools}; written: {data.written}")
     lines.append("- " + ", ".join(f"{key} {config[key]}" for key in keys if key in config))
     lines += ["", "## Evaluation", ""]
     if not metrics:

@@ -16,17 +16,17 @@ set's rendered.json. `ended` and `exit` are null during training, and remain so 
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import conversion, dataset, files
+from mcp_lora.data.records import Statistics, parsed
 from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.prompts.chat_template import hub_arguments
@@ -35,9 +35,41 @@ NAME = "manifest.json"
 _ENGINE = ["llamafactory", "torch", "transformers", "peft", "deepspeed", "accelerate", "datasets"]
 
 
+@dataclass
+class Hashed:
+    """A file and its SHA-256."""
+
+    file: str
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """The content of manifest.json, see above; one of an earlier version may lack some of it."""
+
+    started: str = ""
+    ended: str | None = None
+    exit: int | None = None
+    retries: list[dict[str, Any]] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
+    python: str = ""
+    platform: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+    gpus: list[str] = field(default_factory=list)
+    git_commit: str | None = None
+    seed: int | None = None
+    data: Hashed | None = None
+    base: Hashed | None = None
+    conversion: Statistics | None = None
+    rendered: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
 def describe(
     config: Mapping[str, Any], argv: list[str], environment: Mapping[str, str], processes: int
-) -> dict[str, Any]:
+) -> Manifest:
     """Return the manifest of a run of `config` that starts now.
 
     `argv` and `environment` are the engine's command and extra variables, `processes` their total number.
@@ -48,52 +80,53 @@ def describe(
     for package in ["mcp-lora", *_ENGINE]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {
-        "started": _now(),
-        "ended": None,
-        "exit": None,
-        "retries": [],
-        "command": argv,
-        "environment": dict(environment),
-        "processes": processes,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-        "git_commit": launch.output(["git", "rev-parse", "HEAD"]),
-        "seed": config.get("seed", 42),  # transformers' own
-        "data": _hashed(dataset.file_of(folder, "train")),
-        "conversion": dataset.statistics(folder),
-        "base": _hashed(cached(config, "config.json")),
-        "config": dict(config),
-    }
+    return Manifest(
+        started=_now(),
+        command=argv,
+        environment=dict(environment),
+        processes=processes,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages=versions,
+        gpus=[torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        git_commit=launch.output(["git", "rev-parse", "HEAD"]),
+        seed=config.get("seed", 42),  # transformers' own
+        data=_hashed(dataset.file_of(folder, "train")),
+        conversion=dataset.statistics(folder),
+        base=_hashed(cached(config, "config.json")),
+        config=dict(config),
+    )
 
 
-def read(run: Path) -> dict[str, Any]:
-    """Return a run's manifest, empty if there is none; raise a McpLoraError if it is damaged."""
-    return files.load(run / NAME, f"remove it, and mcp-lora report {run}")
+def read(run: Path) -> Manifest | None:
+    """Return a run's manifest, None if there is none; raise a McpLoraError if it is damaged."""
+    again = f"remove it, and mcp-lora report {run}"
+    content = files.load(run / NAME, again)
+    try:
+        return parsed(content, Manifest) if content else None
+    except ValueError as error:
+        raise McpLoraError(f"{run / NAME} is damaged ({error}): {again}") from None
 
 
 def check_data(run: Path, folder: Path) -> None:
     """Raise a McpLoraError if the data in `folder` is not what a run was trained on."""
     record, file = read(run), dataset.file_of(folder, "train")
-    known = (record.get("data") or {}).get("sha256")
-    if known and file.is_file() and files.sha256(file) != known:
-        statistics = record.get("conversion") or {}
-        inputs = list(dict.fromkeys(source["file"] for source in statistics.get("sources", [])))
-        again = conversion.command(replace(conversion.settings_of(statistics), inputs=inputs), folder)
+    if record and record.data and file.is_file() and files.sha256(file) != record.data.sha256:
+        statistics = record.conversion or Statistics()
+        inputs = list(dict.fromkeys(source.file for source in statistics.sources))
+        again = conversion.command(replace(statistics.settings, inputs=inputs), folder)
         raise McpLoraError(f"{file} is not what {run} was trained on: {again}, or mcp-lora train --overwrite")
 
 
-def write(run: Path, manifest: Mapping[str, Any]) -> None:
+def write(run: Path, manifest: Manifest) -> None:
     """Write a run's manifest atomically; raise an OSError if the folder cannot be written."""
     new = run / f"{NAME}.new"
-    new.write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    dataset.dump(manifest, new)
     os.replace(new, run / NAME)
 
 
 @contextmanager
-def recorded(run: Path, record: dict[str, Any]) -> Iterator[None]:
+def recorded(run: Path, record: Manifest) -> Iterator[None]:
     """Write a manifest now, and again at the end of the `with` block with its exit code.
 
     Raises McpLoraError if the folder cannot be written.
@@ -102,12 +135,12 @@ def recorded(run: Path, record: dict[str, Any]) -> Iterator[None]:
         write(run, record)
     try:
         yield
-        record["exit"] = 0
+        record.exit = 0
     except BaseException as error:
-        record["exit"] = error.code if isinstance(error, McpLoraError) else 1
+        record.exit = error.code if isinstance(error, McpLoraError) else 1
         raise
     finally:
-        record["ended"] = _now()
+        record.ended = _now()
         with suppress(OSError):  # the engine reports a full disk
             write(run, record)
 
@@ -128,5 +161,5 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _hashed(file: Path | None) -> dict[str, str] | None:
-    return {"file": str(file), "sha256": files.sha256(file)} if file and file.is_file() else None
+def _hashed(file: Path | None) -> Hashed | None:
+    return Hashed(str(file), files.sha256(file)) if file and file.is_file() else None

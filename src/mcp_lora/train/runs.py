@@ -147,7 +147,8 @@ def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
         raise McpLoraError(f"{run} contains another run's checkpoint ({what}): {again}")
     # It may have finished without a record, if mcp-lora was killed and the engine was not; a newer checkpoint
     # is of a continuation.
-    unrecorded = manifest.read(run).get("ended", "before there were manifests") is None
+    record = manifest.read(run)
+    unrecorded = record is not None and record.ended is None
     if is_done(run, config) and not (
         unrecorded and _step(checkpoints(run)[-1]) <= _state(run)["global_step"]
     ):

@@ -163,7 +163,7 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
     config |= demo_model.located(config, fetch=not dry)
     if checkpoint := runs.prepare(plan.run, config, request.resume, request.overwrite):
         processes, record = topology.processes, manifest.read(plan.run)
-        was = steps.global_batch(runs.read_run(plan.run), record.get("processes", processes))
+        was = steps.global_batch(runs.read_run(plan.run), record.processes if record else processes)
         if was != (batch := steps.global_batch(config, processes)):
             what = f"{plan.run} has a global batch size of {was}, not {batch}"
             raise McpLoraError(f"{what}: mcp-lora train --resume --global-batch {was}, or --overwrite")
@@ -265,7 +265,7 @@ def _training_rows(config: Mapping[str, Any]) -> int | None:
     stats = dataset.statistics(Path(str(config.get("dataset_dir"))))
     if stats is None:
         return None
-    rows = int(min(stats["samples"]["train"], number(config, "max_samples", math.inf)))
+    rows = int(min(stats.samples["train"], number(config, "max_samples", math.inf)))
     held_out = number(config, "val_size", 0)
     # datasets' train_test_split rounds a fraction up
     return rows - (math.ceil(rows * held_out) if held_out < 1 else int(held_out))
@@ -287,7 +287,7 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
     if is_main:
         _write(plan, say)
         record = manifest.describe(plan.config, plan.argv, plan.environment, plan.topology.processes)
-        record |= {"rendered": plan.rendered, "retries": retries}
+        record = replace(record, rendered=plan.rendered or {}, retries=retries)
         recorded = manifest.recorded(plan.run, record)
     try:
         with recorded:

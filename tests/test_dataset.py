@@ -706,4 +706,4 @@ def test_plain_conversations_are_trained_on_if_they_are_kept(tmp_path: Path) -> 
     array = load(tmp_path / "out" / TRAIN_FILE)
     assert {(row["system"], row["tools"]) for row in array if not row["tools"]} == {("", "")}
     whole = convert(Settings(inputs, turns="all", keep_plain=True, test=0.5), tmp_path / "out")
-    assert whole["rejected"] == {"no-instruction": 1}
+    assert whole.rejected == {"no-instruction": 1}

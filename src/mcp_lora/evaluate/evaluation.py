@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from mcp_lora.data.records import RowError
+from mcp_lora.data import files
+from mcp_lora.data.records import RowError, parsed
 from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import benchmark, plain_chat, predict, questions
@@ -68,7 +69,7 @@ class Evaluation:
     splits: dict[str, Split]
     servers: list[Weakness]
     tools: list[Weakness]
-    answers: dict[str, list[Answer]]
+    answers: dict[str, list[Answer]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     max_new_tokens: int = 0
     plain_chat: PlainChat | None = None
@@ -77,6 +78,21 @@ class Evaluation:
         """Return everything except the answers as JSON: the content of metrics.json."""
         found = {key: value for key, value in vars(self).items() if key != "answers"}
         return json.dumps(found, default=asdict, indent=2, ensure_ascii=False) + "\n"
+
+
+def kept(run: Path, adapter: Path) -> Evaluation | None:
+    """Return what was evaluated of an adapter of a run, without the answers; None if nothing was.
+
+    Raises McpLoraError if metrics.json is damaged.
+    """
+    folder, again = run / "eval", f"mcp-lora eval {run}"
+    asked, file = folder / ASKED, folder / "metrics.json"
+    if not asked.is_file() or asked.read_text("utf-8") != runs.adapter_hash(adapter) or not file.is_file():
+        return None
+    try:
+        return parsed(files.load(file, again), Evaluation)
+    except ValueError as error:
+        raise McpLoraError(f"{file} is damaged ({error}): {again}") from None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """What an export carries besides weights: chat template, stop tokens, Modelfile, model card."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import evaluation
+from mcp_lora.evaluate.stats import Proportion
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
@@ -85,9 +85,7 @@ def model_card(run: Path, adapter: Path) -> str:
     base = str(config["model_name_or_path"])
     name = Path(base).name if Path(base).is_absolute() else base
     data = record.conversion if record else None
-    evaluated, metrics = run / "eval" / evaluation.ASKED, {}
-    if evaluated.is_file() and evaluated.read_text("utf-8") == runs.adapter_hash(adapter):
-        metrics = files.load(run / "eval" / "metrics.json", f"mcp-lora eval {run}")
+    evaluated = evaluation.kept(run, adapter)
     keys = ("lora_rank", "lora_alpha", "lora_dropout", "learning_rate", "num_train_epochs", "cutoff_len")
     lines = ["---", "tags: [lora, tool-calling, mcp]", "pipeline_tag: text-generation"]
     lines += [] if Path(base).is_absolute() else [f"base_model: {base}"]
@@ -99,16 +97,15 @@ def model_card(run: Path, adapter: Path) -> str:
         lines.append(f"- {data.read} rows, {rejected} of them rejected; {tools}; written: {data.written}")
     lines.append("- " + ", ".join(f"{key} {config[key]}" for key in keys if key in config))
     lines += ["", "## Evaluation", ""]
-    if not metrics:
-        lines.append("None.")
-    for split, found in metrics.get("splits", {}).items():
-        for model, each in found["figures"].items():
+    for split, found in evaluated.splits.items() if evaluated else ():
+        for model, each in found.figures.items():
             values = (f"{key} {_percent(one)}" for key, one in each.items())
-            lines.append(f"- {split}, {found['count']} questions, {model}: {', '.join(values)}")
-    lines += ["", "In % with 95 % intervals." if metrics else "", "", "## Use", ""]
+            lines.append(f"- {split}, {found.count} questions, {model}: {', '.join(values)}")
+    lines += ["", "In % with 95 % intervals."] if evaluated else ["None."]
+    lines += ["", "## Use", ""]
     lines.append("The prompt must contain the candidate tools, rendered by the chat template.")
     return "\n".join(lines) + "\n"
 
 
-def _percent(found: Mapping[str, float]) -> str:
-    return f"{100 * found['share']:.1f} ({100 * found['low']:.0f}…{100 * found['high']:.0f})"
+def _percent(found: Proportion) -> str:
+    return f"{100 * found.share:.1f} ({100 * found.low:.0f}…{100 * found.high:.0f})"

@@ -20,7 +20,6 @@ from mcp_lora.data import dataset
 from mcp_lora.data.records import Statistics
 from mcp_lora.errors import Interrupted
 from mcp_lora.evaluate.benchmark import is_asked_in
-from mcp_lora.evaluate.plain_chat import HIGH
 from mcp_lora.prompts import chat_template as prompts
 
 QUIET = False  # set by --quiet
@@ -112,7 +111,7 @@ def show_evaluation(evaluation: Any) -> None:
             if errors:
                 typer.echo(f"errors of {model}: {counts(errors)}")
     if found := evaluation.plain_chat:
-        advice = "; that is much: mcp-lora convert --keep-plain" * (found.divergence > HIGH)
+        advice = "; that is much: mcp-lora convert --keep-plain" * found.is_high
         moved = f"{found.divergence:.2f} nats per token, {found.first:.2f} at the first of an answer"
         typer.echo(f"\nPlain chat has moved by {moved}{advice}")
     last, worst = list(evaluation.answers)[-1], []

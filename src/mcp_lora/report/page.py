@@ -122,7 +122,6 @@ def _render(found: Sequence[Run]) -> str:
             for run in found
             if run.adapter and (kept := plain_chat.kept_of(run.folder, run.adapter))
         ],
-        high=plain_chat.HIGH,
     )
 
 

@@ -15,6 +15,7 @@ from mcp_lora.train import recipe as recipes
 from mcp_lora.train import training
 from mcp_lora.train.machine import detect_machine
 
+_MEMORY = "Of each GPU, if not all of it: --dry-run --gpus 8 --gpu-memory 80 plans for another machine."
 _OVERRIDES = "Settings with LLaMA-Factory's keys."
 
 
@@ -25,6 +26,7 @@ def train(
     data: Annotated[list[Path] | None, Option(help="Tool-call data to train on; repeatable.")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="The run's folder.")] = None,
     gpus: Gpus = None,
+    gpu_memory: Annotated[float | None, Option(min=1, metavar="GB", help=_MEMORY)] = None,
     nodes: Annotated[int | None, Option(min=1, help="Number of nodes; 1 by default.")] = None,
     node_rank: Annotated[int | None, Option(min=0, help="This node's rank, from 0.")] = None,
     master: Annotated[str | None, Option(metavar="HOST:PORT", help="The first node's address.")] = None,
@@ -45,6 +47,7 @@ def train(
         zero=zero,
         global_batch=global_batch,
         gpus=gpus,
+        gpu_memory=gpu_memory,
         nodes=nodes,
         node_rank=node_rank,
         master=master,

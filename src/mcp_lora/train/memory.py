@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.engine.api import number
-from mcp_lora.train.recipe import read_config
+from mcp_lora.train.recipe import ZERO, find, read_config
+
+_SIZE = "per_device_train_batch_size"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,57 @@ class Estimate:
     def total(self) -> float:
         """Bytes per GPU."""
         return self.weights + self.adapter + self.activations + self.logits
+
+    def __str__(self) -> str:
+        parts = ("weights", "adapter", "activations", "logits")
+        text = " + ".join(f"{part} {getattr(self, part) / 1e9:.1f}" for part in parts)
+        return f"{text} = about {self.total / 1e9:.1f}"
+
+
+def usable(memory: float) -> float:
+    """Return what a training may use of a GPU: 90 %, for fragmentation, without 1 GB of CUDA's context."""
+    return 0.9 * memory - 1e9
+
+
+def fit(config: Mapping[str, Any], processes: int, memory: float, longest: int) -> int | None:
+    """Return the largest per-device batch size, halving a configuration's, that is estimated to fit.
+
+    Args:
+        config: in LLaMA-Factory's keys.
+        processes: number of GPUs.
+        memory: bytes of each.
+        longest: tokens of the longest sample.
+
+    Returns None if not even one sample fits, and the configuration's own size if there is no estimate.
+    """
+    size = int(number(config, _SIZE, 8))
+    while size:
+        found = estimate({**config, _SIZE: size, "cutoff_len": longest}, processes)
+        if not found or found.total <= usable(memory):
+            return size
+        size //= 2
+    return None
+
+
+def alternatives(config: Mapping[str, Any], processes: int, memory: float, longest: int) -> list[str]:
+    """Return the changes that are estimated to make one sample fit, each with its GB per GPU."""
+    zero3 = {"deepspeed": str(ZERO).replace("z0", "z3")}
+    ways: list[tuple[str, dict[str, Any], int]] = [
+        (f"cutoff_len={shorter}", {"cutoff_len": shorter}, processes)
+        for shorter in (longest // 2, longest // 4)
+    ]
+    ways += [(f"--zero 3 on {count} GPUs", zero3, count) for count in (2, 4, 8, 16) if count >= processes]
+    if not config.get("quantization_bit"):
+        ways.append(("--config qlora", read_config(find(Path("qlora"))), processes))
+    fitting = dict[str, str]()
+    for words, changes, count in ways:
+        model = {"model_name_or_path": config["model_name_or_path"]}
+        changed = {**config, "cutoff_len": longest, **changes, **model, _SIZE: 1}
+        found = estimate(changed, count)
+        kind = words.partition("=")[0].partition(" on ")[0]
+        if found and found.total <= usable(memory) and kind not in fitting:
+            fitting[kind] = f"{words} (about {found.total / 1e9:.1f} GB)"
+    return list(fitting.values())
 
 
 def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:

@@ -31,8 +31,8 @@ Progress = Callable[[str, float], None]
 class Request:
     """The request for a training: a recipe, what overrides it, and how it is run.
 
-    `overrides` are `key=value` words with LLaMA-Factory's keys. None leaves a setting to the recipe, the
-    environment or the machine.
+    `overrides` are `key=value` words with LLaMA-Factory's keys, `gpu_memory` is that of each GPU in GB. None
+    leaves a setting to the recipe, the environment or the machine.
     """
 
     recipe: Path = configuration.RECIPE
@@ -43,6 +43,7 @@ class Request:
     zero: str | None = None
     global_batch: int | None = None
     gpus: int | None = None
+    gpu_memory: float | None = None
     nodes: int | None = None
     node_rank: int | None = None
     master: str | None = None
@@ -62,15 +63,17 @@ class Request:
 class Plan:
     """What will be run: LLaMA-Factory's keys, the engine's environment variables, the topology.
 
-    `given` are the keys that were set on the command line, `steps` is a message on the optimizer steps (empty
-    until the data is known). Once the data is rendered, `rendered` is the content of rendered.json, and
-    `chat_template` the template to serve the adapter with, if that is not the model's own.
+    `given` are the keys that were set on the command line, `memory` the bytes of a GPU (0 without one), `steps`
+    is a message on the optimizer steps (empty until the data is known). Once the data is rendered, `rendered` is
+    the content of rendered.json, and `chat_template` the template to serve the adapter with, if that is not the
+    model's own.
     """
 
     config: dict[str, Any]
     environment: dict[str, str]
     topology: Topology
     given: frozenset[str] = frozenset()
+    memory: float = 0
     steps: str = ""
     rendered: dict[str, Any] | None = None
     chat_template: str | None = None
@@ -128,6 +131,10 @@ def preview(request: Request, say: Say) -> str:
     Raises McpLoraError as `train` does, or if the run would have no steps, or be all warm-up.
     """
     plan = _plan(request, say, dry=True)
+    try:
+        plan = _fit_memory(plan, int(number(plan.config, "cutoff_len", 2048)), say)
+    except McpLoraError as error:
+        say(f"warning: {error}")
     plan = _fit(plan, _training_rows(plan.config), say)
     known = plan.steps or "not known, the data is not converted: mcp-lora convert"
     variables = [f"{name}={value}" for name, value in plan.environment.items()]
@@ -144,7 +151,8 @@ def _said_once(say: Say, topology: Topology) -> Say:
 def _plan(request: Request, say: Say, dry: bool) -> Plan:
     """Resolve and check a run; nothing is written, but the embedded model is fetched if it is used."""
     api.require()
-    machine = detect_machine(request.gpus if dry else None)
+    wanted_memory = 1e9 * request.gpu_memory if request.gpu_memory else None
+    machine = detect_machine(request.gpus if dry else None, wanted_memory)
     nodes = (request.nodes, request.node_rank, request.master)
     topology = find_topology(os.environ, machine.gpus, request.gpus, *nodes)
     say = _said_once(say, topology)
@@ -152,7 +160,8 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
     config["output_dir"] = config.get("output_dir") or str(runs.DEFAULT.absolute())
     wanted = request.global_batch or steps.global_batch(config, 1)
     config |= steps.split_batch(config, topology.processes, request.global_batch)
-    plan = Plan(config, {}, topology, frozenset(configuration.parse_overrides(request.overrides)))
+    given = frozenset(configuration.parse_overrides(request.overrides))
+    plan = Plan(config, {}, topology, given, machine.memory if machine.gpus else 0)
     is_kept = steps.global_batch(config, topology.processes) == wanted
     say(plan.batch if is_kept else f"warning: {plan.batch}, as {topology.processes} does not divide {wanted}")
     _check(config, machine, say, dry)
@@ -250,13 +259,10 @@ def _needed_memory(plan: Plan) -> list[str]:
     if not found:
         return [f"memory: not known, the config of {model} is not on this machine"]
     fraction = found.trained / (found.base + found.trained)
-    parts = ("weights", "adapter", "activations", "logits")
-    total = " + ".join(f"{part} {getattr(found, part) / 1e9:.1f}" for part in parts)
-    total += f" = about {found.total / 1e9:.1f}"
     return [
         f"trained: {found.trained:,} parameters, {fraction:.1%} of the model; adapter on disk: about "
         f"{4 * found.trained / 1e6:,.0f} MB",
-        f"memory per GPU, estimated in GB: {total}, for samples of cutoff_len",
+        f"memory per GPU, estimated in GB: {found}, for samples of cutoff_len",
     ]
 
 
@@ -328,7 +334,56 @@ def _render(plan: Plan, say: Say) -> Plan:
         config["eval_strategy"] = "no"
     own = None if template.is_own else str(template.tokenizer.chat_template)
     made = made | {"chat_template": template.note}
-    return _fit(replace(plan, config=config, rendered=made, chat_template=own), made["samples"], say)
+    plan = replace(plan, config=config, rendered=made, chat_template=own)
+    return _fit(_fit_memory(plan, made["lengths"]["max"], say), made["samples"], say)
+
+
+def _fit_memory(plan: Plan, longest: int, say: Say) -> Plan:
+    """Lower the per-device batch size to what is estimated to fit; the global batch size stays.
+
+    Starts from the batch size at which the last run in this folder did not run out of memory. A batch size
+    that was set on the command line stays.
+
+    Args:
+        plan: whose `memory` is known, or nothing is changed.
+        longest: tokens of the longest sample.
+
+    Raises McpLoraError, with what would fit, if not even one sample does.
+    """
+    key, processes = _BATCH[0], plan.topology.processes
+    if not plan.memory or key in plan.given:
+        return plan
+    config, batch = plan.config, steps.global_batch(plan.config, processes)
+    record = manifest.read(plan.run)
+    if record and record.retries and _is_alike(record.config, config):
+        learned = int(record.retries[-1].get(key) or config[key])
+        if learned < config[key]:
+            config = config | steps.split_batch({key: learned}, processes, batch)
+            say(f"per-device batch size {learned}, with which the last run had enough memory")
+    try:
+        size = memory.fit(config, processes, plan.memory, longest)
+        if size is None:
+            ways = memory.alternatives(config, processes, plan.memory, longest)
+            needed = memory.estimate({**config, key: 1, "cutoff_len": longest}, processes)
+            what = f"one sample of {longest} tokens takes more than the {plan.memory / 1e9:.0f} GB of a GPU"
+            what += f" (estimated in GB: {needed}). What would fit: {', '.join(ways) or 'nothing known'}"
+            raise McpLoraError(f"{what}; to try it anyway: mcp-lora train {key}=1")
+    except McpLoraError:
+        raise
+    except Exception:  # building an unusual model may raise any exception
+        return plan
+    if size < config[key]:
+        why = f"as {config[key]} samples of {longest} tokens are estimated not to fit into"
+        config = config | steps.split_batch({key: size}, processes, batch)
+        plan = replace(plan, config=config)
+        say(f"{plan.batch}, {why} {plan.memory / 1e9:.0f} GB (to keep it: {key}={plan.config[key]})")
+    return replace(plan, config=config)
+
+
+def _is_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether two configurations need about the same memory for a sample."""
+    keys = ("model_name_or_path", "cutoff_len", "lora_rank", "deepspeed", "quantization_bit")
+    return all(one.get(key) == other.get(key) for key in keys)
 
 
 def _fit(plan: Plan, samples: int | None, say: Say) -> Plan:

@@ -94,7 +94,7 @@ def test_servers_that_fail_do_not_end_a_collection(tmp_path: Path) -> None:
     servers += [Address(command=["no-such-program"]), Address("none", url="http://127.0.0.1:9/mcp")]
     assert collect(servers, tmp_path / "tools", tmp_path, said.append, timeout=4) == 3
     for mode, why in {
-        "endless": "more than 1000 pages",
+        "endless": "does not answer in time",
         "hang": "does not answer in time",
         "fail": "(the server says why on its last line)",
         "no-such-program": "No such file",
@@ -158,6 +158,8 @@ def test_a_server_by_http_gets_its_headers_and_real_servers_answer(tmp_path: Pat
             assert (far.name, far.version, far.read_only) == ("far", "1.2.3", {"greet", "part"})
             assert far.call("greet", {"name": "Ann"}) == ("greet Ann \x1b[31m", False)
             assert far.call("greet", {"name": "Nobody"}).is_error
+            with pytest.raises(McpLoraError, match="far has died"):
+                far.call("greet", {"name": "Death"})
             assert time_server.read_only == {"get_current_time", "convert_time"}
             text, is_error = time_server.call("get_current_time", {"timezone": "Asia/Tokyo"})
             assert json.loads(text)["timezone"] == "Asia/Tokyo" and not is_error
@@ -249,8 +251,8 @@ def scripted(busy: Counter[str]) -> Reply:
                 busy[text] += 1
                 return 429
             if '"part"' in text:
-                return {"content": f"{'abcdefghij'[number] * 20}: say goodbye to Ann."}
-            way = FAILURES[number - 1]
+                return {"content": f"{'abcdefghijklmnop'[number] * 20}: say goodbye to Ann."}
+            way = FAILURES[(number - 1) % len(FAILURES)]
             if way == "near-copy":
                 return {"content": f"{'b' * 20}: say goodbye to Bob."}
             return (
@@ -278,55 +280,103 @@ def test_only_what_is_good_of_a_teacher_that_fails_in_every_way_becomes_data(tmp
     said: list[str] = []
     with teacher(scripted(Counter())) as url, connected(address()) as servers:
         request = generate.Request(4, Endpoint(url, "m"), ["English", "中文"])
-        found = generate.generate(request, servers, tmp_path / "filtered", say=said.append)
+        file, lines = generate.generate(request, servers, tmp_path / "filtered", say=said.append)
     assert said == ["tools that do not say that they only read are left out: erase (--allow TOOL)"]
-    assert found.rows == {"good.part": 4} and found.rejected == dict.fromkeys(FAILURES, 1)
-    journal = found.file.with_suffix(".journal").read_text(encoding="utf-8")
-    lines = list(map(json.loads, journal.splitlines()))
-    assert len(lines) == 1 + 14 and found.tokens == [10 * 37, 2 * 37]  # of 37 requests
-    parts = [(line["difficulty"], line["language"]) for line in lines[1:] if line["tool"] == "part"]
+    assert [line["tool"] for line in lines if not line["reason"]] == ["part"] * 4
+    assert sorted(line["reason"] for line in lines if line["reason"]) == sorted(FAILURES)
+    assert [line["reason"] for line in lines if line["tool"] == "greet"] == FAILURES  # in turn
+    journal = file.with_suffix(".journal").read_text(encoding="utf-8")
+    assert list(map(json.loads, journal.splitlines()))[1:] == lines
+    parts = [(line["difficulty"], line["language"]) for line in lines if line["tool"] == "part"]
     assert parts == [("easy", "English"), ("medium", "English"), ("hard", "English"), ("easy", "中文")]
-    stats = conversion.convert(Settings(inputs=[str(found.file)], test=0.0), tmp_path / "data")
+    stats = conversion.convert(Settings(inputs=[str(file)], test=0.0), tmp_path / "data")
     assert stats.read == stats.written["train"] == 4 and not stats.rejected
     (first, *_) = dataset.samples(tmp_path / "data", "train")
     assert first["messages"][1]["content"].endswith("say goodbye to Ann.")
 
 
-def test_a_teacher_that_dies_is_reported_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_teacher_that_fails_is_reported_and_the_same_command_goes_on(tmp_path: Path) -> None:
     asked: list[Any] = []
     good = scripted(Counter())
 
-    def dying(request: dict[str, Any]) -> dict[str, Any] | int:
+    def failing(request: dict[str, Any]) -> dict[str, Any] | int:
         asked.append(request)
         return good(request) if len(asked) < 12 else 500
 
     said: list[str] = []
     with connected(address()) as servers:
-        with teacher(dying) as url:
-            request = generate.Request(4, Endpoint(url, "m"))
-            with pytest.raises(McpLoraError, match="does not answer .*goes on with what is done"):
-                generate.generate(request, servers, tmp_path)
+        with (
+            teacher(failing) as url,
+            pytest.raises(McpLoraError, match="does not answer .*goes on with what is done"),
+        ):
+            generate.generate(generate.Request(4, Endpoint(url, "m")), servers, tmp_path)
         (journal,) = tmp_path.glob("*.journal")
         before = journal.read_text(encoding="utf-8").splitlines()
+        assert len(before) == 1 + 4 and not journal.with_suffix(".json").exists()
         with journal.open("a", encoding="utf-8") as stream:
             stream.write('{"server": "cut off by a ki')
-        assert len(before) > 1 and not journal.with_suffix(".json").exists()
-        with teacher(good) as url:
-            other = generate.Request(4, Endpoint(url, "m"))
-            wanted = json.loads(before[0]) | {"teacher": {"url": url, "model": "m"}}  # at another port
-            journal.write_text("\n".join([json.dumps(wanted), *before[1:], "{"]), encoding="utf-8")
-            found = generate.generate(other, servers, tmp_path, say=said.append)
-    assert said[-1] == f"going on with {journal}: {len(before) - 1} attempts are made"
-    assert found.file == journal.with_suffix(".json") and found.rows.total() == 4
+        with teacher(good) as url:  # at another port, and of more rows
+            request = generate.Request(5, Endpoint(url, "m"))
+            file, lines = generate.generate(request, servers, tmp_path, say=said.append)
+    assert said[-1] == f"going on with {journal}: 4 attempts are made"
+    assert file == journal.with_suffix(".json") and len(json.loads(file.read_text("utf-8"))) == 5
     after = journal.read_text(encoding="utf-8").splitlines()
-    assert after[1 : len(before)] == before[1:] and len(after) == 15
+    assert after[:5] == before and list(map(json.loads, after))[1:] == lines
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        ({"content": None}, "no-instruction"),
+        ({"content": [{"type": "text", "text": "part"}, {"type": "text", "text": " it"}]}, "no-call"),
+        ({"content": "<think>Well.</think>"}, "no-instruction"),
+        ({"content": "\ud800"}, "no-call"),
+        ({"content": "go", "tool_calls": [{"type": "function", "function": None}]}, "no-call"),
+        (calling(("part", "[" * 100_000)), "no-instruction"),
+    ],
+)
+def test_a_malformed_reply_is_a_reason_and_no_traceback(reply: Any, reason: str, tmp_path: Path) -> None:
+    with teacher(lambda request: reply) as url, connected(address()) as servers:
+        with pytest.raises(McpLoraError, match="no attempt was good"):
+            generate.generate(generate.Request(1, Endpoint(url, "m")), servers, tmp_path)
+        (journal,) = tmp_path.glob("*.failed")
+        lines = list(map(json.loads, journal.read_text(encoding="utf-8").splitlines()))[1:]
+        assert {line["reason"] for line in lines} == {reason}
+
+
+def test_a_server_that_dies_ends_it_and_its_attempt_is_not_made_again(tmp_path: Path) -> None:
+    def reply(request: dict[str, Any]) -> dict[str, Any]:
+        text = request["messages"][-1]["content"]
+        if request["messages"][-1]["role"] == "tool":
+            return {"content": "It is done."}
+        if text.startswith("Write one message"):
+            number = int(re.findall(r"number (\d+) about", text)[0])
+            return {"content": f"{'abcdefghij'[number] * 30} {number}"}
+        if text.startswith("A user has sent"):
+            return {"content": "yes"}
+        return calling(("greet", json.dumps({"name": "Death" if text.endswith(" 1") else "Ann"})))
+
+    with teacher(reply) as url:
+        request = generate.Request(1, Endpoint(url, "m"))
+        for _ in range(2):
+            with connected(address()) as servers:
+                del servers[0].tools["part"]
+                try:
+                    file, lines = generate.generate(request, servers, tmp_path)
+                except McpLoraError as error:
+                    assert "good has died" in str(error) and "goes on with what is done" in str(error)
+    assert [line["reason"] for line in lines] == ["failed", None] and file.is_file()
 
 
 def test_nothing_good_is_an_error_and_no_tool_is_called_unasked(tmp_path: Path) -> None:
     with teacher(lambda request: {"content": "no"}) as url, connected(address()) as servers:
-        with pytest.raises(McpLoraError, match="no attempt was good.*no-call.*A_STRONGER_ONE"):
+        with pytest.raises(McpLoraError, match="no attempt was good.*0 calls: no.*A_STRONGER_ONE"):
             generate.generate(generate.Request(1, Endpoint(url, "m")), servers, tmp_path)
         assert not list(tmp_path.glob("*.json"))
+        with pytest.raises(McpLoraError, match="--allow good.eras: no server has it"):
+            generate.generate(
+                generate.Request(1, Endpoint(url, "m"), allowed=["good.eras"]), servers, tmp_path
+            )
         for server in servers:
             server.read_only.clear()
         with pytest.raises(McpLoraError, match="no tool is left to call: mcp-lora generate --allow TOOL"):
@@ -368,8 +418,10 @@ def chatting(
         confirmed.append(f"{server.name}.{name} {arguments}")
         return answer
 
-    request = chats.Request(outputs, endpoint=Endpoint(url, "m"), **more)
-    return Chat(request, servers, confirm, lambda *said: shown.append(said)), shown, confirmed
+    model = chats.by_endpoint(outputs, Endpoint(url, "m"))
+    tools, transcript = more.get("tools", ()), more.get("transcript")
+    chat = Chat(outputs, model, servers, tools, confirm, lambda *said: shown.append(said), transcript)
+    return chat, shown, confirmed
 
 
 def test_a_call_is_run_after_a_yes_and_the_transcript_is_data(outputs: Path, tmp_path: Path) -> None:
@@ -395,15 +447,23 @@ def test_a_call_is_run_after_a_yes_and_the_transcript_is_data(outputs: Path, tmp
         chat, shown, _ = chatting(outputs, url, servers, answer=False, transcript=transcript)
         chat.say("erase Dan")
         assert shown == [("call", 'erase {"name": "Dan"}'), ("note", "not run")]
-    kept = map(json.loads, transcript.read_text(encoding="utf-8").splitlines())
+        # another chat writes the same file meanwhile, without a last line break
+        with transcript.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"messages": []}))
+        chat.say("greet Nobody")
+    kept = list(map(json.loads, transcript.read_text(encoding="utf-8").splitlines()))
     roles = [[one["role"] for one in conversation["messages"]] for conversation in kept]
     assert roles == [
         ["system", *["user", "assistant", "tool", "assistant"] * 2],
         ["system", "user", "assistant", "tool", "assistant", "user", "assistant"],
-        ["system", "user", "assistant"],
+        ["system", "user", "assistant", "tool"],
+        [],
+        ["system", "user", "assistant", "tool", "user", "assistant", "tool", "assistant"],
     ]
+    (failed,) = (one for one in kept[-1]["messages"] if one.get("is_error"))
+    assert failed["content"].startswith("greet Nobody")
     stats = conversion.convert(Settings(inputs=[str(transcript)], test=0.0), tmp_path / "data")
-    assert stats.written == {"train": 3}
+    assert stats.written == {"train": 4} and stats.rejected.total() == 1  # without messages
 
 
 def test_a_server_that_dies_leaves_the_conversation_as_it_was(outputs: Path) -> None:
@@ -413,6 +473,18 @@ def test_a_server_that_dies_leaves_the_conversation_as_it_was(outputs: Path) -> 
             chat.say("greet Death")
         chat.say("plain")
         assert shown[-1] == ("assistant", "Hello.")
+
+
+def test_what_may_have_changed_something_is_not_taken_back(outputs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    with teacher(adapter) as url, connected(address()) as servers:
+        chat, _, _ = chatting(outputs, url, servers, transcript=file)
+        for name in ("greet", "erase"):
+            with pytest.raises(McpLoraError, match="good has died"):
+                chat.say(f"{name} Death")
+    (line,) = file.read_text(encoding="utf-8").splitlines()
+    said = [one["content"] for one in json.loads(line)["messages"][1:]]
+    assert said == ["erase Death", None, "not run"]
 
 
 def test_more_tools_than_fit_are_narrowed_to_those_closest_to_the_question(outputs: Path) -> None:
@@ -469,6 +541,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(outputs: Path, tmp_path: Path) 
         argv, pipe = [BIN / "mcp-lora", "chat", outputs, "--endpoint", url], subprocess.PIPE
         started = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True, "env": environment()}
         with subprocess.Popen(argv, cwd=tmp_path, **started) as process:
+            guard = threading.Timer(180, process.kill)  # a chat that hangs fails
+            guard.start()
             process.stdin.write("wait\n")
             process.stdin.flush()
             assert asked.wait(120)
@@ -476,6 +550,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(outputs: Path, tmp_path: Path) 
             assert next(line for line in process.stderr if "stopped" in line)
             stopped.set()
             out, _ = process.communicate("plain\nexit\n", timeout=60)
+            guard.cancel()
     assert process.returncode == 0 and "Assistant: Hello." in out
 
 
@@ -486,7 +561,7 @@ def test_the_commands_say_what_comes_next(tmp_path: Path) -> None:
     assert (tmp_path / "data/tools/good.json").is_file()
     for words, said in {
         ("collect",): "no server is named",
-        ("generate", "--mcp", server): "--endpoint http://127.0.0.1:8000/v1 --model NAME",
+        ("generate", "--mcp", server): "Missing option '--endpoint'",
     }.items():
         done = run([BIN / "mcp-lora", *words], tmp_path)
         assert done.returncode == 2 and said in done.stderr

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
@@ -18,7 +19,6 @@ from rich.text import Text
 
 from mcp_lora.data import dataset
 from mcp_lora.data.records import Statistics
-from mcp_lora.errors import Interrupted
 from mcp_lora.evaluate.benchmark import is_asked_in
 from mcp_lora.prompts import chat_template as prompts
 
@@ -130,11 +130,14 @@ def show_evaluation(evaluation: Any) -> None:
             typer.echo(f"  {model} {mark} {harmless(' '.join(said.split())[:300])}")
 
 
-def show_generated(found: Any) -> None:
+def show_generated(lines: Sequence[Any]) -> None:
     """Print a table of generated rows by tool, and what was thrown away and why."""
-    _table(f"{found.rows.total()} rows", ["tool", "rows"], found.rows.most_common(), texts=("tool",))
-    say(f"rejected: {counts(dict(found.rejected.most_common())) or 'none'}")
-    say("the teacher's tokens: {:,} of prompts, {:,} of answers".format(*found.tokens))
+    rows = Counter(f"{line['server']}.{line['tool']}" for line in lines if not line["reason"])
+    rejected = Counter(line["reason"] for line in lines if line["reason"])
+    prompts, answers = (sum(line["tokens"][place] for line in lines) for place in (0, 1))
+    _table(f"{rows.total()} rows", ["tool", "rows"], rows.most_common(), texts=("tool",))
+    say(f"rejected: {counts(dict(rejected.most_common())) or 'none'}")
+    say(f"the teacher's tokens: {prompts:,} of prompts, {answers:,} of answers")
 
 
 def show_turn(who: str, text: str) -> None:
@@ -149,12 +152,12 @@ def show_turn(who: str, text: str) -> None:
 
 
 def ask(question: str) -> str | None:
-    """Return a line of input, None at its end or on Ctrl-C."""
+    """Return a line of input, None at its end."""
     with suppress(ImportError):  # history and editing
         import readline  # noqa: F401
     try:
-        return input(question).strip()
-    except (EOFError, Interrupted):
+        return input(harmless(question)).strip()
+    except EOFError:
         typer.echo()
         return None
 
@@ -172,4 +175,4 @@ def say(text: str) -> None:
 
 def harmless(text: str) -> str:
     """Return text, which may come from data, without a terminal's control characters."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)

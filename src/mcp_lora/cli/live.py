@@ -22,6 +22,8 @@ _TOOLS = "A tool catalogue: tools that the adapter may choose, and that are not 
 _YES = "Run without asking what says that it only reads."
 _TRANSCRIPT = "File for the conversations, which convert reads as data: .jsonl."
 
+_CTRL_C = 128 + signal.SIGINT
+
 Servers = Annotated[list[str] | None, Option("--mcp", metavar="SERVER", help=_MCP)]
 Configs = Annotated[list[Path] | None, Option("--mcp-config", metavar="FILE", help=_CONFIG)]
 Timeout = Annotated[float, Option(min=1, help=_TIMEOUT)]
@@ -43,10 +45,10 @@ def collect(
 
 
 def generate(
+    endpoint: Annotated[str, Option(metavar="URL", help="The teacher: an OpenAI-compatible server.")],
+    model: Annotated[str, Option(metavar="NAME", help="The teacher's name on it.")],
     mcp: Servers = None,
     mcp_config: Configs = None,
-    endpoint: Annotated[str, Option(metavar="URL", help="The teacher: an OpenAI-compatible server.")] = "",
-    model: Annotated[str, Option(metavar="NAME", help="The teacher's name on it.")] = "",
     rows: Annotated[int, Option(min=1, help="Rows to generate, spread over the tools.")] = 500,
     language: Annotated[list[str] | None, Option(help="Of the instructions; repeatable.")] = None,
     allow: Annotated[list[str] | None, Option(metavar="TOOL", help=_ALLOW)] = None,
@@ -59,19 +61,12 @@ def generate(
     from mcp_lora.live.generate import Request
     from mcp_lora.live.generate import generate as generated
 
-    if not endpoint or not model:
-        what = "a teacher has to be named"
-        raise McpLoraError(f"{what}: mcp-lora generate --endpoint http://127.0.0.1:8000/v1 --model NAME")
     servers = connections.addresses(mcp or [], mcp_config or [])
     request = Request(rows, Endpoint(endpoint, model), language or ["English"], allow or [], seed)
-    with connections.connected(servers, _skipped, timeout) as connected, console.progress() as progress:
-        found = generated(request, connected, output, progress, console.say)
-    console.show_generated(found)
-    console.say(f"to train on them: mcp-lora convert {found.file} --tools data/tools, of mcp-lora collect")
-
-
-def _skipped(address: connections.Address, why: str) -> None:
-    console.say(f"warning: {address} is left out: {why}")
+    with connections.connected(servers, _required, timeout) as connected, console.progress() as progress:
+        file, lines = generated(request, connected, output, progress, console.say)
+    console.show_generated(lines)
+    console.say(f"to train on them: mcp-lora convert {file} --tools data/tools, of mcp-lora collect")
 
 
 def _required(address: connections.Address, why: str) -> None:
@@ -100,26 +95,37 @@ def chat(
     known = catalogue.Catalogue()
     for note in catalogue.load(files.find([Path(name) for name in tools or []]), known):
         console.say(f"warning: {note}")
-    named = Endpoint(endpoint, endpoint_model) if endpoint else None
-    request = chats.Request(run, checkpoint, named, known.tools, transcript)
     servers = connections.addresses(mcp or [], mcp_config or []) if mcp or mcp_config else []
 
     def confirm(server: connections.Connection, name: str, arguments: dict[str, Any]) -> bool:
-        if name in server.read_only:
-            return yes or console.ask(f"run {name} of {server.name}, which only reads? [y/N] ") == "y"
-        return console.ask(f"run {name} of {server.name}, which may change something? [y/N] ") == "y"
+        if yes and name in server.read_only:
+            return True
+        what = "only reads" if name in server.read_only else "may change something"
+        return console.ask(f"run {' '.join(name.split())} of {server.name}, which {what}? [y/N] ") == "y"
 
     with connections.connected(servers, _required, timeout) as connected:
-        chat = chats.Chat(request, connected, confirm, console.show_turn)
-        while (text := console.ask("You: ")) not in (None, "exit", "/exit"):
-            if text == "/clear":
-                chat.clear()
-            elif text:
-                try:
+        named = Endpoint(endpoint, endpoint_model) if endpoint else None
+        answer = chats.by_endpoint(run, named) if named else chats.here(run, checkpoint)
+        chat = chats.Chat(run, answer, connected, known.tools, confirm, console.show_turn, transcript)
+        while (text := _prompt()) not in (None, "exit", "/exit"):
+            try:
+                if text == "/clear":
+                    chat.clear()
+                elif text:
                     chat.say(text)
-                except Interrupted as error:
-                    if error.code != 128 + signal.SIGINT:
-                        raise
-                    console.say("stopped")
-                except McpLoraError as error:
-                    console.say(f"error: {error}")
+            except Interrupted as error:
+                if error.code != _CTRL_C:
+                    raise
+                console.say("stopped")
+            except McpLoraError as error:
+                console.say(f"error: {error}")
+
+
+def _prompt() -> str | None:
+    """Return what the user says, None at the end of the input or on Ctrl-C."""
+    try:
+        return console.ask("You: ")
+    except Interrupted as error:
+        if error.code != _CTRL_C:
+            raise
+        return None

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def by_endpoint(
 
     Raises McpLoraError if the server cannot be reached, or rejects a request.
     """
-    from openai import OpenAI, omit
+    from openai import OpenAI
 
     arguments = {"chat_template_kwargs": template.server_arguments} if template.server_arguments else None
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=RETRIES)
@@ -126,21 +127,13 @@ def by_endpoint(
     def ask(question: Question) -> tuple[Question, Response] | None:
         if failures:  # requests in flight are completed and kept, but no new ones are sent
             return None
-        messages = question.sample["messages"][:-1]
+        messages, more = question.sample["messages"][:-1], {"max_tokens": max_tokens, "temperature": 0}
         try:
-            reply = client.chat.completions.with_raw_response.create(
-                model=model,
-                messages=messages,
-                tools=question.sample["tools"] or omit,
-                temperature=0,
-                max_tokens=max_tokens,
-                extra_body=arguments,
-            )
+            found, _ = asked(client, model, messages, question.sample["tools"], **more, extra_body=arguments)
+            return question, found
         except Exception as error:  # any exception is possible
             failures.append(error)
             return None
-        prompt = json.dumps(messages, ensure_ascii=False)
-        return question, _parsed(prompt, reply.text)
 
     # Its threads are daemons, so that an interruption does not wait for a hanging server.
     with client, ThreadPool(_AT_ONCE) as pool:
@@ -149,6 +142,25 @@ def by_endpoint(
         what = f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
         what += f"model, is the key in {KEY}? Its answers so far are kept"
         raise McpLoraError(f"{what}: {command} --endpoint {url} --endpoint-model {model}")
+
+
+def asked(
+    client: Any, model: str, messages: Sequence[Any], tools: Sequence[Any] = (), **more: Any
+) -> tuple[Response, list[int]]:
+    """Ask a server once; return its reply, which may be malformed, and the tokens of prompt and answer.
+
+    Raises any exception of the openai client, or of an unusual reply.
+    """
+    from openai import omit
+
+    reply = client.chat.completions.with_raw_response.create(
+        model=model, messages=messages, tools=tools or omit, **more
+    )
+    used = [0, 0]
+    with suppress(LookupError, TypeError, ValueError, RecursionError):
+        usage = json.loads(reply.text)["usage"]
+        used = [int(usage[key]) for key in ("prompt_tokens", "completion_tokens")]
+    return _parsed(json.dumps(messages, ensure_ascii=False), reply.text), used
 
 
 def _parsed(prompt: str, body: str) -> Response:

@@ -10,21 +10,21 @@ FOLDER/NAME.json, which `convert --tools FOLDER` reads, has the format of tool l
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from mcp_lora.data import dataset, files
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.records import Tool
+from mcp_lora.data.records import RowError, Tool
 from mcp_lora.data.tools import tools_in
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.live.connections import TIMEOUT, Address, Connection, connected
 from mcp_lora.prompts.chat_template import called
-
-FOLDER = Path("data/tools")
 
 
 def collect(
@@ -62,7 +62,8 @@ def collect(
 
 
 def _file(folder: Path, name: str) -> Path:
-    return folder / f"{quote(name, safe=' @')[:200]}.json"
+    quoted = quote(name, safe=" @")
+    return folder / f"{re.sub('^[.]', '%2E', quoted)}.json"  # convert skips hidden files
 
 
 def _write(connection: Connection, file: Path, trained: Path) -> str:
@@ -74,23 +75,24 @@ def _write(connection: Connection, file: Path, trained: Path) -> str:
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "tools": connection.listed,
     }
-    old = files.load(file, f"remove it, and mcp-lora collect --output {file.parent}")
+    line = f"{connection.name} {connection.version}: {len(connection.listed)} tools → {file}"
+    try:
+        if old := files.load(file, "mcp-lora collect"):
+            changes = _changes({tool.name: tool for tool in tools_in(old)}, connection.tools, trained)
+            line += f"; since {old.get('collected', 'then')}: {', '.join(changes) or 'unchanged'}"
+    except (McpLoraError, RowError) as error:
+        line = f"warning: {line}; what has changed is not known ({error})"
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.new")
     dataset.dump(content, new)
     os.replace(new, file)
-    line = f"{connection.name} {connection.version}: {len(connection.listed)} tools → {file}"
-    if not old:
-        return line
-    before = {tool.name: tool for tool in tools_in(old, connection.name)}
-    changes = _changes(before, connection.tools, trained)
-    return f"{line}; since {old.get('collected', 'then')}: {', '.join(changes) or 'unchanged'}"
+    return line
 
 
 def _changes(before: Mapping[str, Tool], now: Mapping[str, Tool], trained: Path) -> list[str]:
     gone = [name for name in before if name not in now]
     both = [name for name in before if name in now]
-    schemas = [name for name in both if now[name].parameters != before[name].parameters]
+    schemas = [name for name in both if _schema(now[name]) != _schema(before[name])]
     calls, invalid = _affected({name: before[name] for name in gone + schemas}, now, trained)
     lines = [f"{name} is new" for name in now if name not in before]
     lines += [f"{name} is gone" + f" ({calls[name]} calls in {trained})" * bool(calls[name]) for name in gone]
@@ -101,6 +103,10 @@ def _changes(before: Mapping[str, Tool], now: Mapping[str, Tool], trained: Path)
     return lines + [f"{name} has another description" for name in texts]
 
 
+def _schema(tool: Tool) -> Any:
+    return tool.function["parameters"]  # as samples have it
+
+
 def _affected(
     changed: Mapping[str, Tool], now: Mapping[str, Tool], trained: Path
 ) -> tuple[Counter[str], Counter[str]]:
@@ -108,10 +114,11 @@ def _affected(
     calls, invalid, catalogue = Counter[str](), Counter[str](), Catalogue()
     if not changed or "train" not in dataset.names(trained):
         return calls, invalid
-    old = {name: tool.parameters for name, tool in changed.items()}
+    old = {name: _schema(tool) for name, tool in changed.items()}
     for sample in dataset.samples(trained, "train"):
+        offered = (tool["function"] for tool in sample["tools"])
         # a tool of another server may have the same name
-        known = {tool.name for tool in tools_in(sample["tools"]) if tool.parameters == old.get(tool.name)}
+        known = {tool["name"] for tool in offered if tool["parameters"] == old.get(tool["name"])}
         for call in (one for message in sample["messages"] for one in called(message)):
             if call.name in known:
                 calls[call.name] += 1

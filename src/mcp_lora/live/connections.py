@@ -8,23 +8,23 @@ Servers are named by a command or URL, or in the file that desktop clients read:
 
 import importlib.util
 import logging
+import math
 import os
 import re
 import shlex
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from mcp_lora.data import files
-from mcp_lora.data.records import Tool
+from mcp_lora.data.records import RowError, Tool
 from mcp_lora.data.tools import tools_in
 from mcp_lora.errors import McpLoraError
 
 TIMEOUT = 60.0  # seconds; `uvx` and `npx` fetch a server when it is first started
-_PAGES = 1000  # of a list of tools
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Connection:
         read_only: the names of those that change nothing, by the server's readOnlyHint.
     """
 
-    def __init__(self, address: Address, client: Any, portal: Any, listed: list[Any]) -> None:
+    def __init__(self, address: Address, client: Any, portal: Any, listed: list[Any], log: TextIO) -> None:
         info = client.server_info
-        self.name = address.name or (info and info.name) or str(address)
+        self.name = " ".join((address.name or (info and info.name) or str(address)).split())
         self.version = (info and info.version) or ""
         keys = {"name", "title", "description", "input_schema", "annotations"}
         dumped = [tool.model_dump(by_alias=True, exclude_none=True, include=keys) for tool in listed]
@@ -70,7 +70,7 @@ class Connection:
         self.tools: dict[str, Tool] = {tool.name: tool for tool in tools_in(self.listed, self.name)}
         hints = {tool.name: tool.annotations for tool in listed if tool.annotations}
         self.read_only = {name for name, one in hints.items() if one.read_only_hint}
-        self._client, self._portal = client, portal
+        self._client, self._portal, self._log = client, portal, log
 
     def call(self, name: str, arguments: dict[str, Any]) -> Result:
         """Call a tool; no answer in time is an error, too. Raises McpLoraError if the server has died."""
@@ -85,11 +85,15 @@ class Connection:
                 getattr(error, "code", None) != CONNECTION_CLOSED
             ):
                 return Result(reason(error), True)
-            raise McpLoraError(f"the server {self.name} has died: start it by hand, and run again") from None
+            what = f"the server {self.name} has died{_last(self._log)}"
+            raise McpLoraError(f"{what}: start it by hand, and run again") from None
         except BaseException:  # Ctrl-C
             future.cancel()
             raise
-        texts = [getattr(part, "text", f"[{part.type}]") for part in found.content]
+        parts = (getattr(part, "resource", part) for part in found.content)  # a file's content, too
+        texts = [
+            getattr(part, "text", f"[{one.type}]") for one, part in zip(found.content, parts, strict=True)
+        ]
         return Result("\n".join(texts), bool(found.is_error))
 
 
@@ -126,21 +130,30 @@ def _configured(file: Path) -> Iterator[Address]:
         except KeyError as error:
             raise McpLoraError(f"{file} needs {error.args[0]}: export {error.args[0]}=…") from None
 
+    if not file.is_file():
+        raise McpLoraError(f"there is no {file}: --mcp-config FILE, with {example}")
     content = files.load(file, f"it has to be like {example}")
     servers = content.get("mcpServers", content.get("servers"))  # the latter is Visual Studio Code's
     if not isinstance(servers, dict):
-        raise McpLoraError(f"{file} has no mcpServers: --mcp-config FILE, with {example}")
+        raise McpLoraError(f"{file} has no mcpServers: it has to be like {example}")
     for name, entry in servers.items():
         if not isinstance(entry, dict) or not (entry.get("command") or entry.get("url")):
             raise McpLoraError(f"{file}: {name} has no command and no url: it has to be like {example}")
-        if not entry.get("disabled"):
-            words = [entry["command"], *entry.get("args", [])] if "command" in entry else []
-            environment, headers = (
-                {key: expanded(value) for key, value in entry.get(part, {}).items()}
-                for part in ("env", "headers")
-            )
-            url = expanded(entry.get("url", ""))
-            yield Address(name, [*map(expanded, words)], environment, entry.get("cwd"), url, headers)
+        if entry.get("disabled"):
+            continue
+        words, environment, headers = (entry.get(key) or {} for key in ("args", "env", "headers"))
+        if not isinstance(words or [], list) or not all(
+            isinstance(one, dict) for one in (environment, headers)
+        ):
+            raise McpLoraError(f"{file}: the args of {name} are no list, or env or headers no object")
+        yield Address(
+            name,
+            [*map(expanded, [entry["command"], *words])] if entry.get("command") else [],
+            {key: expanded(value) for key, value in environment.items()},
+            expanded(entry["cwd"]) if entry.get("cwd") else None,
+            expanded(entry.get("url") or ""),
+            {key: expanded(value) for key, value in headers.items()},
+        )
 
 
 @contextmanager
@@ -166,12 +179,14 @@ def connected(
             try:
                 client, listed = running.__enter__()
             except Exception as error:
-                log.seek(0)
-                last = log.read()[-2000:].strip().rpartition("\n")[2]
-                failed(address, f"{reason(error)}{f' ({last})' if last else ''}")
+                failed(address, f"{reason(error)}{_last(log)}")
                 continue
-            stack.callback(running.__exit__, None, None, None)
-            connection = Connection(address, client, portal, listed)
+            stack.callback(_leave, running)
+            try:
+                connection = Connection(address, client, portal, listed, log)
+            except RowError as error:
+                failed(address, f"its tools cannot be used: {error}")
+                continue
             if connection.name in (one.name for one in found):
                 failed(address, f"another server has the name {connection.name}: name them in --mcp-config")
                 continue
@@ -179,46 +194,51 @@ def connected(
         yield found
 
 
+def _leave(running: Any) -> None:
+    """Disconnect; a server may have died meanwhile, or a task been cancelled."""
+    with suppress(Exception):
+        running.__exit__(None, None, None)
+
+
+def _last(log: TextIO) -> str:
+    """Return the last line that a server has written on stderr, in brackets."""
+    log.seek(0)
+    line = log.read()[-2000:].strip().rpartition("\n")[2]
+    return f" ({line})" if line else ""
+
+
 @asynccontextmanager
 async def _running(address: Address, timeout: float, log: TextIO) -> AsyncIterator[tuple[Any, list[Any]]]:
-    """Connect to a server and list its tools; once that is done, it raises nothing."""
     import anyio
     import httpx2
     from mcp import Client, StdioServerParameters
     from mcp.client.stdio import stdio_client
     from mcp.client.streamable_http import streamable_http_client
 
-    is_running = False
-    try:
+    with anyio.fail_after(timeout) as limit:
         async with AsyncExitStack() as stack:
             if address.url:
-                limits = httpx2.Timeout(
-                    timeout, read=None
-                )  # a response is a stream, and requests have a limit
-                made = httpx2.AsyncClient(headers=dict(address.headers), timeout=limits)
+                made = httpx2.AsyncClient(headers=dict(address.headers), timeout=httpx2.Timeout(timeout))
                 http = await stack.enter_async_context(made)
                 transport: Any = streamable_http_client(address.url, http_client=http)
             else:
                 command, *words = address.command
                 named = StdioServerParameters(
-                    command=command, args=words, env=dict(address.environment), cwd=address.folder
+                    command=command,
+                    args=words,
+                    env=dict(address.environment),
+                    cwd=address.folder,
+                    encoding_error_handler="replace",
                 )
                 transport = stdio_client(named, errlog=log)
             client = await stack.enter_async_context(Client(transport, read_timeout_seconds=timeout))
-            listed, cursor = [], None
-            with anyio.fail_after(timeout):
-                for _ in range(_PAGES):
-                    page = await client.list_tools(cursor=cursor)
-                    listed += page.tools
-                    if not (cursor := page.next_cursor):
-                        break
-                else:
-                    raise ValueError(f"its list of tools has more than {_PAGES} pages")
-            is_running = True
+            page = await client.list_tools()
+            listed = page.tools
+            while page.next_cursor:
+                page = await client.list_tools(cursor=page.next_cursor)
+                listed += page.tools
+            limit.deadline = math.inf
             yield client, listed
-    except Exception:
-        if not is_running:
-            raise
 
 
 def reason(error: BaseException) -> str:

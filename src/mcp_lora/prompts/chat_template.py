@@ -141,14 +141,14 @@ class ChatTemplate:
         # Templates differ in this: arguments are an object or JSON text, and empty content is "" or None.
         for self.arguments_parsed, self.empty_content in product((True, False), ("", None)):
             try:
-                for called, answer in ((False, _ANSWER), (True, _calling([calls.PROBE]))):
+                for called, answer in ((False, _ANSWER), (True, calling([calls.PROBE]))):
                     self.ends[called] = self._end(answer)
                 self.format = CallFormat(
-                    lambda made: self._turn([_QUESTION], _calling(made), [_TOOL])[1],
+                    lambda made: self._turn([_QUESTION], calling(made), [_TOOL])[1],
                     self._turn([_QUESTION], _ANSWER, [_TOOL])[1],
                 )
                 for call in (calls.OTHER, calls.PROBE):
-                    self.written = self._turn([_QUESTION], _calling([call]), [_TOOL])[1]
+                    self.written = self._turn([_QUESTION], calling([call]), [_TOOL])[1]
                     if not calls.same_calls(self.read(self.written).calls, [call]):
                         raise ValueError("it is parsed as another call")
                 return None
@@ -451,9 +451,10 @@ def called(message: Mapping[str, Any]) -> list[ToolCall]:
     return found
 
 
-def _calling(made: Sequence[ToolCall]) -> Message:
+def calling(made: Sequence[ToolCall], first: int = 1) -> Message:
+    """Return a message with calls in OpenAI's format, with ids that are numbered from `first`."""
     message: Message = {"role": "assistant", "content": None, "tool_calls": []}
-    for number, (name, arguments) in enumerate(made, 1):
+    for number, (name, arguments) in enumerate(made, first):
         function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
         message["tool_calls"].append({"id": f"call_{number}", "type": "function", "function": function})
     return message

@@ -63,10 +63,10 @@ class Request:
 class Plan:
     """What will be run: LLaMA-Factory's keys, the engine's environment variables, the topology.
 
-    `given` are the keys that were set on the command line, `memory` the bytes of a GPU (0 without one), `steps`
-    is a message on the optimizer steps (empty until the data is known). Once the data is rendered, `rendered` is
-    the content of rendered.json, and `chat_template` the template to serve the adapter with, if that is not the
-    model's own.
+    `given` are the keys that were set on the command line, `memory` the bytes of a GPU (0 without one),
+    `steps` a message on the optimizer steps (empty until the data is known). Once the data is rendered,
+    `rendered` is the content of rendered.json, and `chat_template` the template to serve the adapter with, if
+    that is not the model's own.
     """
 
     config: dict[str, Any]

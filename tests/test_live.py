@@ -409,14 +409,14 @@ def adapter(request: dict[str, Any]) -> dict[str, Any] | int:
 
 
 def chatting(
-    outputs: Path, url: str, servers: Sequence[Connection], answer: bool = True, **more: Any
+    outputs: Path, url: str, servers: Sequence[Connection], declined: str = "", **more: Any
 ) -> tuple[Chat, list[Any], list[Any]]:
     shown: list[tuple[str, str]] = []
     confirmed: list[str] = []
 
     def confirm(server: Connection, name: str, arguments: Any) -> bool:
         confirmed.append(f"{server.name}.{name} {arguments}")
-        return answer
+        return name != declined
 
     model = chats.by_endpoint(outputs, Endpoint(url, "m"))
     tools, transcript = more.get("tools", ()), more.get("transcript")
@@ -444,7 +444,7 @@ def test_a_call_is_run_after_a_yes_and_the_transcript_is_data(outputs: Path, tmp
         chat.say("part Cid")
         chat.say("plain")
         # declined, and of a server that dies: the conversation is as before
-        chat, shown, _ = chatting(outputs, url, servers, answer=False, transcript=transcript)
+        chat, shown, _ = chatting(outputs, url, servers, declined="erase", transcript=transcript)
         chat.say("erase Dan")
         assert shown == [("call", 'erase {"name": "Dan"}'), ("note", "not run")]
         # another chat writes the same file meanwhile, without a last line break

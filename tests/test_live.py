@@ -463,7 +463,7 @@ def test_a_call_is_run_after_a_yes_and_the_transcript_is_data(outputs: Path, tmp
     (failed,) = (one for one in kept[-1]["messages"] if one.get("is_error"))
     assert failed["content"].startswith("greet Nobody")
     stats = conversion.convert(Settings(inputs=[str(transcript)], test=0.0), tmp_path / "data")
-    assert stats.written == {"train": 4} and stats.rejected.total() == 1  # without messages
+    assert stats.written == {"train": 3} and stats.rejected["duplicate"] == 1  # up to the first call
 
 
 def test_a_server_that_dies_leaves_the_conversation_as_it_was(outputs: Path) -> None:

@@ -5,8 +5,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from test_readme import folder_of
 
-from mcp_lora.train import memory
+from mcp_lora.errors import McpLoraError
+from mcp_lora.train import manifest, memory, training
+from mcp_lora.train.machine import Machine
+from mcp_lora.train.manifest import Manifest
+from mcp_lora.train.recipe import RECIPE, read_config
 
 CONFIG = {
     "lora_rank": 64,
@@ -104,3 +109,75 @@ def test_activations_are_about_what_torch_keeps(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_here_has_no_estimate() -> None:
     assert memory.estimate({"model_name_or_path": "org/unknown"}, 1) is None
+
+
+@pytest.mark.parametrize(
+    "name, recipe, gpus, gigabytes, longest, size",
+    [
+        ("Qwen2.5-7B", "lora_config", 1, 80, 4096, 4),
+        ("Qwen2.5-7B", "lora_config", 1, 80, 800, 16),
+        ("Qwen2.5-7B", "lora_config", 1, 40, 4096, 1),
+        ("Qwen2.5-7B", "lora_config", 1, 24, 4096, None),
+        ("Qwen2.5-7B", "qlora", 1, 24, 4096, 1),
+        ("Qwen2.5-14B", "lora_config", 1, 80, 4096, 2),
+        ("Llama-3.1-70B", "lora_config", 8, 80, 4096, None),
+        ("Llama-3.1-70B", "lora_config --zero 3", 8, 80, 4096, 2),
+        ("Llama-3.1-70B", "qlora", 1, 80, 4096, 1),
+    ],
+)
+def test_the_batch_fits_the_gpu(
+    name: str, recipe: str, gpus: int, gigabytes: int, longest: int, size: int | None, tmp_path: Path
+) -> None:
+    config = read_config(ROOT / f"train_configs/{recipe.split()[0]}.yaml")
+    config |= {"model_name_or_path": str(folder_of(name, tmp_path))}
+    stage = "3" if "zero" in recipe else "0"
+    config |= {"deepspeed": str(ROOT / f"train_configs/ds_z{stage}_config.json")}
+    assert memory.fit(config, gpus, gigabytes * 1e9, longest) == size
+    if size:
+        key = "per_device_train_batch_size"
+        found = memory.estimate(config | {key: size, "cutoff_len": longest}, gpus)
+        assert found and found.total <= memory.usable(gigabytes * 1e9)
+
+
+def test_a_dry_run_plans_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    said: list[str] = []
+
+    def planned(gigabytes: float, *overrides: str) -> str:
+        said.clear()
+        model, output = str(folder_of("Qwen2.5-7B", tmp_path)), tmp_path / "run"
+        request = training.Request(
+            RECIPE, overrides, model, output=output, gpus=1, gpu_memory=gigabytes, zero="0"
+        )
+        return training.preview(request, said.append)
+
+    assert "\nbatch 128 = 4 per device × 32 accumulated × 1 processes" in planned(80)
+    assert [line for line in said if "to keep 16: per_device_train_batch_size=16" in line]
+    assert "\nbatch 128 = 16 per device × 8" in planned(80, "per_device_train_batch_size=16")
+    planned(24)
+    (warning,) = (line for line in said if line.startswith("warning: one sample of 4096 tokens takes more"))
+    assert "the 24 GB of a GPU" in warning and "about 27.5)" in warning
+    assert "--config qlora (about 16.8 GB), --zero 3 on 4 GPUs" in warning and "cutoff_len=1024" in warning
+    # memory ran out in an earlier run, where the estimate was too low
+    config = read_config(ROOT / RECIPE) | {"model_name_or_path": str(tmp_path / "Qwen2.5-7B")}
+    config |= {"deepspeed": str(ROOT / "train_configs/ds_z0_config.json")}
+    retries = [{"per_device_train_batch_size": 2}]
+    manifest.write(tmp_path / "run", Manifest(retries=retries, config=config))
+    assert "\nbatch 128 = 2 per device × 64 accumulated" in planned(80)
+    assert any("as with more the last run ran out of memory" in line for line in said)
+    manifest.write(tmp_path / "run", Manifest(retries=retries, config=config | {"cutoff_len": 8192}))
+    assert "\nbatch 128 = 4 per device" in planned(80)
+
+
+def test_a_training_that_cannot_fit_is_refused_before_it_starts(
+    project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    machine = Machine(1, True, True, memory=1e9)
+    monkeypatch.setattr(training, "detect_machine", lambda *imagined: machine)
+    request = training.Request(model=str(tiny_model), gpus=1)
+    with pytest.raises(
+        McpLoraError, match="takes more than the 1 GB of a GPU .*per_device_train_batch_size=1"
+    ):
+        training.train(request, lambda text: None, lambda step, fraction: None)
+    assert not (project / "outputs/mcp_lora/run.yaml").exists()

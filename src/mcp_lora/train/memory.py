@@ -18,7 +18,8 @@ the manner of Korthikanti et al., "Reducing Activation Recomputation in Large Tr
 (arXiv:2205.05198). Not counted: CUDA's context (about 1 GB), fragmentation, DeepSpeed's and NCCL's buffers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,33 +69,35 @@ def fit(config: Mapping[str, Any], processes: int, memory: float, longest: int) 
     Returns None if not even one sample fits, and the configuration's own size if there is no estimate.
     """
     size = int(number(config, _SIZE, 8))
-    while size:
-        found = estimate({**config, _SIZE: size, "cutoff_len": longest}, processes)
-        if not found or found.total <= usable(memory):
-            return size
-        size //= 2
-    return None
+    with suppress(Exception):  # building an unusual model may raise any exception
+        while size:
+            found = estimate({**config, _SIZE: size, "cutoff_len": longest}, processes)
+            if not found or found.total <= usable(memory):
+                return size
+            size //= 2
+    return size or None
 
 
-def alternatives(config: Mapping[str, Any], processes: int, memory: float, longest: int) -> list[str]:
-    """Return the changes that are estimated to make one sample fit, each with its GB per GPU."""
+def alternatives(config: Mapping[str, Any], processes: int, memory: float, longest: int) -> Iterator[str]:
+    """Yield the changes that are estimated to make one sample fit, each with its GB per GPU."""
     zero3 = {"deepspeed": str(ZERO).replace("z0", "z3")}
-    ways: list[tuple[str, dict[str, Any], int]] = [
-        (f"cutoff_len={shorter}", {"cutoff_len": shorter}, processes)
-        for shorter in (longest // 2, longest // 4)
-    ]
-    ways += [(f"--zero 3 on {count} GPUs", zero3, count) for count in (2, 4, 8, 16) if count >= processes]
-    if not config.get("quantization_bit"):
-        ways.append(("--config qlora", read_config(find(Path("qlora"))), processes))
-    fitting = dict[str, str]()
-    for words, changes, count in ways:
-        model = {"model_name_or_path": config["model_name_or_path"]}
-        changed = {**config, "cutoff_len": longest, **changes, **model, _SIZE: 1}
-        found = estimate(changed, count)
-        kind = words.partition("=")[0].partition(" on ")[0]
-        if found and found.total <= usable(memory) and kind not in fitting:
-            fitting[kind] = f"{words} (about {found.total / 1e9:.1f} GB)"
-    return list(fitting.values())
+    quantized = {} if config.get("quantization_bit") else read_config(find(Path("qlora")))
+    model = config["model_name_or_path"]
+    for ways in (
+        [("--config qlora", quantized, processes)] if quantized else [],
+        [(f"--zero 3 on {count} GPUs", zero3, count) for count in (2, 4, 8, 16) if count > processes],
+        [
+            (f"cutoff_len={length}", {"cutoff_len": length}, processes)
+            for length in (longest // 2, longest // 4)
+        ],
+    ):
+        for words, changes, count in ways:  # the smallest change of a kind
+            length = min(longest, changes.get("cutoff_len", longest))
+            changed = {**config, **changes, "model_name_or_path": model, _SIZE: 1, "cutoff_len": length}
+            found = estimate(changed, count)
+            if found and found.total <= usable(memory):
+                yield f"{words} (about {found.total / 1e9:.1f} GB)"
+                break
 
 
 def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:

@@ -353,31 +353,26 @@ def _fit_memory(plan: Plan, longest: int, say: Say) -> Plan:
     key, processes = _BATCH[0], plan.topology.processes
     if not plan.memory or key in plan.given:
         return plan
-    config, batch = plan.config, steps.global_batch(plan.config, processes)
+    config, room = plan.config, f"{plan.memory / 1e9:.0f} GB of a GPU"
     record = manifest.read(plan.run)
     if record and record.retries and _is_alike(record.config, config):
         learned = int(record.retries[-1].get(key) or config[key])
-        if learned < config[key]:
-            config = config | steps.split_batch({key: learned}, processes, batch)
-            say(f"per-device batch size {learned}, with which the last run had enough memory")
-    try:
-        size = memory.fit(config, processes, plan.memory, longest)
-        if size is None:
-            ways = memory.alternatives(config, processes, plan.memory, longest)
-            needed = memory.estimate({**config, key: 1, "cutoff_len": longest}, processes)
-            what = f"one sample of {longest} tokens takes more than the {plan.memory / 1e9:.0f} GB of a GPU"
-            what += f" (estimated in GB: {needed}). What would fit: {', '.join(ways) or 'nothing known'}"
-            raise McpLoraError(f"{what}; to try it anyway: mcp-lora train {key}=1")
-    except McpLoraError:
-        raise
-    except Exception:  # building an unusual model may raise any exception
+        config = config | {key: min(learned, config[key])}
+    size = memory.fit(config, processes, plan.memory, longest)
+    if size is None:
+        needed = memory.estimate({**config, key: 1, "cutoff_len": longest}, processes)
+        what = f"one sample of {longest} tokens takes more than the {room} (estimated in GB: {needed})"
+        ways = ", ".join(memory.alternatives(config, processes, plan.memory, longest)) or "a smaller model"
+        raise McpLoraError(f"{what}. What would fit: {ways}; to try it anyway: mcp-lora train {key}=1")
+    if size == plan.config[key]:
         return plan
-    if size < config[key]:
-        why = f"as {config[key]} samples of {longest} tokens are estimated not to fit into"
-        config = config | steps.split_batch({key: size}, processes, batch)
-        plan = replace(plan, config=config)
-        say(f"{plan.batch}, {why} {plan.memory / 1e9:.0f} GB (to keep it: {key}={plan.config[key]})")
-    return replace(plan, config=config)
+    batch = steps.global_batch(plan.config, processes)
+    smaller = replace(plan, config=plan.config | steps.split_batch({key: size}, processes, batch))
+    why = f"{config[key]} samples of {longest} tokens are estimated not to fit into the {room}"
+    if size == config[key]:
+        why = "with more the last run ran out of memory"
+    say(f"{smaller.batch}, as {why} (to keep {plan.config[key]}: {key}={plan.config[key]})")
+    return smaller
 
 
 def _is_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -157,7 +157,10 @@ def test_a_dry_run_plans_for_another_machine(tmp_path: Path, monkeypatch: pytest
     planned(24)
     (warning,) = (line for line in said if line.startswith("warning: one sample of 4096 tokens takes more"))
     assert "the 24 GB of a GPU" in warning and "about 27.5)" in warning
-    assert "--config qlora (about 16.8 GB), --zero 3 on 4 GPUs" in warning and "cutoff_len=1024" in warning
+    assert (
+        "--config qlora (about 16.8 GB), --zero 3 on 2 GPUs (about 18.6 GB)" in warning
+        and "cutoff_len=1024" in warning
+    )
     # memory ran out in an earlier run, where the estimate was too low
     config = read_config(ROOT / RECIPE) | {"model_name_or_path": str(tmp_path / "Qwen2.5-7B")}
     config |= {"deepspeed": str(ROOT / "train_configs/ds_z0_config.json")}

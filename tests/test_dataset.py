@@ -570,6 +570,20 @@ def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None
     assert again and again.settings.candidates == 3 and again.samples == {"train": 1}
 
 
+def test_statistics_with_a_broken_schema_are_read_again(tmp_path: Path) -> None:
+    broken = {"server": "s", "tool": "t", "problem": "no type"}
+    settings = {"inputs": ["a"], "candidates": "4-10", "redact": None, "of_another_version": 1}
+    found = {"read": 1, "samples": {"train": 1}, "inputs": {"a": "b"}, "broken_schemas": [broken]}
+    found |= {"settings": settings, "sources": [{"file": "a", "format": "f", "written": {"train": 1}}]}
+    write_json(tmp_path / "stats.json", found)
+    stats = dataset.statistics(tmp_path)
+    assert stats and stats.broken_schemas == [records.BrokenSchema(**broken)]
+    assert stats.settings == Settings(["a"], candidates="4-10") and stats.sources[0].written["train"] == 1
+    dataset.dump(stats, tmp_path / "stats.json")
+    assert load(tmp_path / "stats.json")["broken_schemas"] == [broken]
+    assert dataset.statistics(tmp_path) == stats
+
+
 def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU box that got the converted data alone, and has the shipped sample."""
     (tmp_path / "one").mkdir()

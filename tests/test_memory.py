@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from conftest import ROOT
 from test_readme import folder_of
 
 from mcp_lora.errors import McpLoraError
-from mcp_lora.train import manifest, memory, training
+from mcp_lora.train import manifest, memory, steps, training
 from mcp_lora.train.machine import Machine
 from mcp_lora.train.manifest import Manifest
 from mcp_lora.train.recipe import RECIPE, read_config
@@ -139,6 +140,40 @@ def test_the_batch_fits_the_gpu(
         assert found and found.total <= memory.usable(gigabytes * 1e9)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_bit": 8},
+        {"pure_bf16": True},
+        {"fsdp": "full_shard"},
+        {"deepspeed": '{"zero_optimization": {}}'},
+    ],
+)
+def test_what_the_estimate_does_not_know_is_not_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = read_config(ROOT / "train_configs/lora_config.yaml") | {"deepspeed": None}
+    config |= {"model_name_or_path": str(folder_of("Qwen2.5-7B", tmp_path))}
+    assert memory.fit(config, 1, 24e9, 4096) is None
+    assert memory.fit(config | changes, 1, 24e9, 4096) == 16
+
+
+def test_zero_3_on_the_same_gpus_is_an_alternative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # not in a checkout
+    config = read_config(ROOT / "train_configs/lora_config.yaml") | {"deepspeed": None}
+    config |= {"model_name_or_path": str(folder_of("Llama-3.1-70B", tmp_path))}
+    found = list(memory.alternatives(config, 8, 80e9, 4096))
+    assert [words.partition(" (")[0] for words in found] == ["--config qlora", "--zero 3 on 8 GPUs"]
+
+
+@pytest.mark.parametrize(
+    "batch, processes, size, lowered", [(128, 1, 4, (4, 32)), (13, 1, 6, (1, 13)), (34, 1, 8, (2, 17))]
+)
+def test_a_lower_batch_keeps_the_global_one(
+    batch: int, processes: int, size: int, lowered: tuple[int, int]
+) -> None:
+    config = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1}
+    assert tuple(steps.lower(config, processes, size).values()) == lowered
+
+
 def test_a_dry_run_plans_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     said: list[str] = []
@@ -164,11 +199,15 @@ def test_a_dry_run_plans_for_another_machine(tmp_path: Path, monkeypatch: pytest
     # memory ran out in an earlier run, where the estimate was too low
     config = read_config(ROOT / RECIPE) | {"model_name_or_path": str(tmp_path / "Qwen2.5-7B")}
     config |= {"deepspeed": str(ROOT / "train_configs/ds_z0_config.json")}
-    retries = [{"per_device_train_batch_size": 2}]
-    manifest.write(tmp_path / "run", Manifest(retries=retries, config=config))
+    known = Manifest(config=config, learned=2, memory=80e9)
+    (tmp_path / "run").mkdir()
+    manifest.write(tmp_path / "run", known)
     assert "\nbatch 128 = 2 per device × 64 accumulated" in planned(80)
     assert any("as with more the last run ran out of memory" in line for line in said)
-    manifest.write(tmp_path / "run", Manifest(retries=retries, config=config | {"cutoff_len": 8192}))
+    for other in (replace(known, memory=40e9), replace(known, config=config | {"cutoff_len": 8192})):
+        manifest.write(tmp_path / "run", other)
+        assert "\nbatch 128 = 4 per device" in planned(80)
+    (tmp_path / "run" / manifest.NAME).write_text("{")
     assert "\nbatch 128 = 4 per device" in planned(80)
 
 
@@ -176,7 +215,7 @@ def test_a_training_that_cannot_fit_is_refused_before_it_starts(
     project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
-    machine = Machine(1, True, True, memory=1e9)
+    machine = Machine(1, True, True, memory=(1e9,))
     monkeypatch.setattr(training, "detect_machine", lambda *imagined: machine)
     request = training.Request(model=str(tiny_model), gpus=1)
     with pytest.raises(

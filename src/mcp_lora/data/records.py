@@ -73,7 +73,8 @@ class Source:
     written: Counter[str] = field(default_factory=Counter)
 
 
-class BrokenSchema(NamedTuple):
+@dataclass
+class BrokenSchema:
     """A tool whose schema is invalid, so that its calls are not validated, and why."""
 
     server: str

@@ -23,9 +23,9 @@ _WRAPPERS = ("ChildFailedError", "CalledProcessError")
 # RuntimeError: CUDA error: out of memory, RuntimeError: … DefaultCPUAllocator: can't allocate memory: …
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory")
 # glibc returns large buffers to the kernel after each use, and training on a CPU allocates them again for
-# every layer. The largest, logits, are returned: their sizes differ from sample to sample, and kept ones
-# leave holes (SmolLM2-135M on samples of 1,000 to 3,000 tokens took 21 GB after 100 steps).
-_KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+# every layer. Those of logits are returned: their sizes differ from sample to sample, and kept ones leave
+# holes. With all kept, SmolLM2-135M on samples of 1,000 to 3,000 tokens took 21 GB after 100 steps.
+_KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 26), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 _KEPT = 1 << 16  # bytes of the engine's stderr that are kept to find its error
 _LINES = 8  # of an error that are shown
 

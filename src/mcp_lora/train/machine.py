@@ -23,7 +23,7 @@ CPU_PARAMETERS = 2e9
 class Machine:
     """What decides how a configuration can run: CUDA devices, bf16, installed packages.
 
-    `memory` is that of the smallest GPU, in bytes, if it is known.
+    `memory` has the bytes of each GPU, in the order in which they are used.
     """
 
     gpus: int
@@ -31,31 +31,32 @@ class Machine:
     deepspeed: bool
     flash_attention: bool = False
     liger: bool = False
-    memory: float = 0
+    memory: tuple[float, ...] = ()
 
 
 def detect_machine(imagined: int | None = None, memory: float | None = None) -> Machine:
     """Inspect this machine; a dry run may assume `imagined` GPUs, which are taken to support bf16.
 
-    `memory` is assumed of each GPU, in bytes.
+    `memory` is assumed of each of them, in bytes.
 
     On a CPU bf16 counts only if the processor supports it natively. Else PyTorch emulates it: on two AVX2
     cores `a @ b.T`, (2048, 576) by (1536, 576), ran at 20 GFLOP/s in bf16 and at 143 in fp32.
     """
     import torch
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if imagined and imagined > gpus:
         gpus, bf16 = imagined, True
     elif gpus:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    there = range(torch.cuda.device_count())
-    found = min((torch.cuda.get_device_properties(one).total_memory for one in there), default=0)
+    found = (memory,) * gpus if memory else ()
+    if not memory and gpus == count:
+        found = tuple(torch.cuda.get_device_properties(one).total_memory for one in range(count))
     packages = ("deepspeed", "flash_attn", "liger_kernel")
     deepspeed, flash, liger = (importlib.util.find_spec(package) is not None for package in packages)
-    return Machine(gpus, bf16, deepspeed, flash, liger, memory or found)
+    return Machine(gpus, bf16, deepspeed, flash, liger, found)
 
 
 def fitted(

@@ -11,8 +11,10 @@
      "base": {"file": "…/config.json", "sha256": "…"}, "conversion": {"read": 293, …},
      "rendered": {"samples": 236, …}, "config": {"lora_rank": 64, …}}
 
-`conversion` is the dataset's stats.json, which the next conversion overwrites, `rendered` the rendered data
-set's rendered.json. `ended` and `exit` are null during training, and remain so if it is killed.
+`memory` has the bytes of a GPU, `learned` the per-device batch size that was left when memory had run out, in
+this run or an earlier one in its folder. `conversion` is the dataset's stats.json, which the next conversion
+overwrites, `rendered` the rendered data set's rendered.json. `ended` and `exit` are null during training, and
+remain so if it is killed.
 """
 
 import importlib.metadata
@@ -65,6 +67,8 @@ class Manifest:
     conversion: Statistics | None = None
     rendered: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    memory: float = 0
+    learned: int | None = None
 
 
 def describe(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.engine.api import number
+from mcp_lora.prompts.chat_template import hub_arguments
 from mcp_lora.train.recipe import ZERO, find, read_config
 
 _SIZE = "per_device_train_batch_size"
@@ -68,33 +69,48 @@ def fit(config: Mapping[str, Any], processes: int, memory: float, longest: int) 
 
     Returns None if not even one sample fits, and the configuration's own size if there is no estimate.
     """
-    size = int(number(config, _SIZE, 8))
+    size = most = int(number(config, _SIZE, 8))
+    if not _is_modelled(config):
+        return most
     with suppress(Exception):  # building an unusual model may raise any exception
         while size:
             found = estimate({**config, _SIZE: size, "cutoff_len": longest}, processes)
             if not found or found.total <= usable(memory):
                 return size
             size //= 2
-    return size or None
+        return None
+    return most
+
+
+def _is_modelled(config: Mapping[str, Any]) -> bool:
+    """Tell whether the estimate knows all that a configuration does to memory."""
+    deepspeed = Path(str(config.get("deepspeed"))[:200])
+    sharding = read_config(deepspeed).get("zero_optimization", {}) if deepspeed.is_file() else {}
+    offloads = any(sharding.get(key) for key in ("offload_optimizer", "offload_param"))
+    known = deepspeed.is_file() if config.get("deepspeed") else True
+    others = config.get("pure_bf16") or config.get("fsdp") or config.get("quantization_bit") not in (None, 4)
+    return known and not offloads and not others
 
 
 def alternatives(config: Mapping[str, Any], processes: int, memory: float, longest: int) -> Iterator[str]:
     """Yield the changes that are estimated to make one sample fit, each with its GB per GPU."""
-    zero3 = {"deepspeed": str(ZERO).replace("z0", "z3")}
-    quantized = {} if config.get("quantization_bit") else read_config(find(Path("qlora")))
-    model = config["model_name_or_path"]
-    for ways in (
-        [("--config qlora", quantized, processes)] if quantized else [],
-        [(f"--zero 3 on {count} GPUs", zero3, count) for count in (2, 4, 8, 16) if count > processes],
-        [
-            (f"cutoff_len={length}", {"cutoff_len": length}, processes)
-            for length in (longest // 2, longest // 4)
-        ],
-    ):
-        for words, changes, count in ways:  # the smallest change of a kind
-            length = min(longest, changes.get("cutoff_len", longest))
-            changed = {**config, **changes, "model_name_or_path": model, _SIZE: 1, "cutoff_len": length}
-            found = estimate(changed, count)
+    quantized = {"quantization_bit": 4, "optim": "adamw_8bit", "deepspeed": None}  # as in qlora.yaml
+    zero3 = {"deepspeed": str(find(ZERO.with_name(ZERO.name.replace("z0", "z3"))))}
+    counts = [
+        count
+        for count in (2, 4, 8, 16)
+        if count >= processes and config.get("deepspeed") != zero3["deepspeed"]
+    ]
+    shorter = [longest // 2, longest // 4]
+    is_quantized = bool(config.get("quantization_bit"))
+    ways: tuple[list[tuple[str, dict[str, Any], int]], ...] = (
+        [] if is_quantized else [("--config qlora", quantized, processes)],
+        [] if is_quantized else [(f"--zero 3 on {count} GPUs", zero3, count) for count in counts],
+        [(f"cutoff_len={length}", {"cutoff_len": length}, processes) for length in shorter],
+    )
+    for kind in ways:
+        for words, changes, count in kind:  # the smallest change of a kind
+            found = estimate({**config, "cutoff_len": longest, **changes, _SIZE: 1}, count)
             if found and found.total <= usable(memory):
                 yield f"{words} (about {found.total / 1e9:.1f} GB)"
                 break
@@ -107,9 +123,9 @@ def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
     """
     from transformers import AutoConfig
 
-    model, remote = str(config["model_name_or_path"]), bool(config.get("trust_remote_code"))
+    model, hub = str(config["model_name_or_path"]), hub_arguments(config)
     try:
-        shape = AutoConfig.from_pretrained(model, trust_remote_code=remote, local_files_only=True)
+        shape = AutoConfig.from_pretrained(model, **hub, local_files_only=True)
     except (OSError, ValueError):
         return None
     base, trained, adapted = _parameters(shape, config)

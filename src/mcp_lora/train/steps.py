@@ -70,6 +70,13 @@ def split_batch(config: Mapping[str, Any], processes: int, wanted: int | None = 
     return {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": steps}
 
 
+def lower(config: Mapping[str, Any], processes: int, size: int) -> dict[str, int]:
+    """Return the two keys for a per-device batch size of at most `size`, and the same global batch size."""
+    batch = global_batch(config, processes)
+    even = next((one for one in range(size, 0, -1) if batch % (one * processes) == 0), size)
+    return split_batch({"per_device_train_batch_size": even}, processes, batch)
+
+
 def describe_batch(config: Mapping[str, Any], processes: int) -> str:
     """Return a message on the factors of the global batch size."""
     size = number(config, "per_device_train_batch_size", 8)

@@ -4,7 +4,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mcp_lora.prompts import render
 from mcp_lora.train import manifest, memory, runs, steps
 from mcp_lora.train import recipe as configuration
 from mcp_lora.train.machine import Machine, detect_machine, too_big
+from mcp_lora.train.manifest import Manifest
 
 LOG = "train.log"  # the engine's output
 Say = Callable[[str], None]
@@ -64,9 +65,9 @@ class Plan:
     """What will be run: LLaMA-Factory's keys, the engine's environment variables, the topology.
 
     `given` are the keys that were set on the command line, `memory` the bytes of a GPU (0 without one),
-    `steps` a message on the optimizer steps (empty until the data is known). Once the data is rendered,
-    `rendered` is the content of rendered.json, and `chat_template` the template to serve the adapter with, if
-    that is not the model's own.
+    `learned` the per-device batch size that was left when memory ran out before, `steps` a message on the
+    optimizer steps (empty until the data is known). Once the data is rendered, `rendered` is the content of
+    rendered.json, and `chat_template` the template to serve the adapter with, if that is not the model's own.
     """
 
     config: dict[str, Any]
@@ -74,6 +75,7 @@ class Plan:
     topology: Topology
     given: frozenset[str] = frozenset()
     memory: float = 0
+    learned: int | None = None
     steps: str = ""
     rendered: dict[str, Any] | None = None
     chat_template: str | None = None
@@ -161,7 +163,9 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
     wanted = request.global_batch or steps.global_batch(config, 1)
     config |= steps.split_batch(config, topology.processes, request.global_batch)
     given = frozenset(configuration.parse_overrides(request.overrides))
-    plan = Plan(config, {}, topology, given, machine.memory if machine.gpus else 0)
+    if request.gpu_memory and not machine.gpus:
+        raise McpLoraError("--gpu-memory is of a GPU, and there is none: mcp-lora train --dry-run --gpus 1")
+    plan = Plan(config, {}, topology, given, min(machine.memory[: topology.per_node], default=0))
     is_kept = steps.global_batch(config, topology.processes) == wanted
     say(plan.batch if is_kept else f"warning: {plan.batch}, as {topology.processes} does not divide {wanted}")
     _check(config, machine, say, dry)
@@ -288,19 +292,20 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
     if request.overwrite and is_main and (previous := runs.put_aside(plan.run)):
         say(f"the old run in {plan.run} was moved to {previous}")
     say(f"training; the configuration is in {plan.run / 'run.yaml'}")
-    retries: list[dict[str, Any]] = []
+    record = Manifest()
     recorded: AbstractContextManager[None] = nullcontext()
     if is_main:
         _write(plan, say)
         record = manifest.describe(plan.config, plan.argv, plan.environment, plan.topology.processes)
-        record = replace(record, rendered=plan.rendered or {}, retries=retries)
+        record.rendered, record.memory = plan.rendered or {}, plan.memory
+        record.learned = plan.learned
         recorded = manifest.recorded(plan.run, record)
     try:
         with recorded:
             if resume and runs.is_done(plan.run, plan.config):
                 say("training has already finished, recording it")
             elif plan.topology.rank is None:
-                _run_engine(plan, say, request.retry, retries)
+                _run_engine(plan, say, request.retry, record)
             else:
                 api.train(plan.config)
             if is_main:
@@ -341,7 +346,7 @@ def _render(plan: Plan, say: Say) -> Plan:
 def _fit_memory(plan: Plan, longest: int, say: Say) -> Plan:
     """Lower the per-device batch size to what is estimated to fit; the global batch size stays.
 
-    Starts from the batch size at which the last run in this folder did not run out of memory. A batch size
+    If memory ran out in the last run in this folder, the size that was found there is the most. A batch size
     that was set on the command line stays.
 
     Args:
@@ -353,10 +358,10 @@ def _fit_memory(plan: Plan, longest: int, say: Say) -> Plan:
     key, processes = _BATCH[0], plan.topology.processes
     if not plan.memory or key in plan.given:
         return plan
+    learned = _learned(plan)
+    plan = replace(plan, learned=learned)
     config, room = plan.config, f"{plan.memory / 1e9:.0f} GB of a GPU"
-    record = manifest.read(plan.run)
-    if record and record.retries and _is_alike(record.config, config):
-        learned = int(record.retries[-1].get(key) or config[key])
+    if learned:
         config = config | {key: min(learned, config[key])}
     size = memory.fit(config, processes, plan.memory, longest)
     if size is None:
@@ -366,19 +371,40 @@ def _fit_memory(plan: Plan, longest: int, say: Say) -> Plan:
         raise McpLoraError(f"{what}. What would fit: {ways}; to try it anyway: mcp-lora train {key}=1")
     if size == plan.config[key]:
         return plan
-    batch = steps.global_batch(plan.config, processes)
-    smaller = replace(plan, config=plan.config | steps.split_batch({key: size}, processes, batch))
+    smaller = replace(plan, config=plan.config | steps.lower(plan.config, processes, size))
     why = f"{config[key]} samples of {longest} tokens are estimated not to fit into the {room}"
-    if size == config[key]:
+    if size == learned:
         why = "with more the last run ran out of memory"
     say(f"{smaller.batch}, as {why} (to keep {plan.config[key]}: {key}={plan.config[key]})")
     return smaller
 
 
-def _is_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Tell whether two configurations need about the same memory for a sample."""
-    keys = ("model_name_or_path", "cutoff_len", "lora_rank", "deepspeed", "quantization_bit")
-    return all(one.get(key) == other.get(key) for key in keys)
+def _learned(plan: Plan) -> int | None:
+    """Return the per-device batch size that was left when memory ran out in the folder, if it did."""
+    if plan.topology.rank is not None or plan.topology.nodes > 1:  # all ranks have to find the same
+        return None
+    with suppress(McpLoraError):  # of a damaged manifest
+        record = manifest.read(plan.run)
+        same = record and all(record.config.get(key) == plan.config.get(key) for key in _SAME)
+        if record and same and record.processes == plan.topology.processes and record.memory == plan.memory:
+            return record.learned
+    return None
+
+
+# settings that the memory of a sample depends on
+_SAME = [
+    "model_name_or_path",
+    "cutoff_len",
+    "lora_rank",
+    "lora_target",
+    "deepspeed",
+    "quantization_bit",
+    "bf16",
+    "optim",
+    "flash_attn",
+    "enable_liger_kernel",
+    "disable_gradient_checkpointing",
+]
 
 
 def _fit(plan: Plan, samples: int | None, say: Say) -> Plan:
@@ -403,7 +429,7 @@ def _write(plan: Plan, say: Say) -> None:
         say(f"{checkpoint} was not written completely and will not be resumed from")
 
 
-def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]) -> None:
+def _run_engine(plan: Plan, say: Say, retry: bool, record: Manifest) -> None:
     log = plan.run / LOG if plan.topology.is_main else None
     while (outcome := launch.run_engine("train", plan.config, plan.environment, log=log)).code:
         if outcome.aborted_at_exit and runs.is_done(plan.run, plan.config):
@@ -413,8 +439,13 @@ def _run_engine(plan: Plan, say: Say, retry: bool, retries: list[dict[str, Any]]
         if not again or not (smaller := _smaller(plan, outcome.in_evaluation)):
             raise _failure(plan, outcome)
         plan = smaller
-        retries.append({key: plan.config.get(key) for key in (*_BATCH, _EVALUATED, "resume_from_checkpoint")})
+        keys = (*_BATCH, _EVALUATED, "resume_from_checkpoint")
+        record.retries.append({key: plan.config.get(key) for key in keys})
+        if not outcome.in_evaluation:
+            record.learned = plan.config[_BATCH[0]]
         _write(plan, say)
+        with suppress(OSError):  # the engine reports a full disk
+            manifest.write(plan.run, record)
         checkpoint = plan.config["resume_from_checkpoint"]
         start = Path(checkpoint).name if checkpoint else "the start"
         validated = f", {plan.config[_EVALUATED]} in validation" if outcome.in_evaluation else ""
@@ -436,8 +467,7 @@ def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
     keys = {_EVALUATED: size // 2}
     if not in_evaluation:
         processes = plan.topology.processes
-        batch = steps.global_batch(plan.config, processes)
-        keys = steps.split_batch({_BATCH[0]: size // 2}, processes, batch)
+        keys = steps.lower(plan.config, processes, size // 2)
     saved = runs.complete_checkpoints(plan.run)
     config = plan.config | keys | {"resume_from_checkpoint": str(saved[-1]) if saved else None}
     return replace(plan, config=config)

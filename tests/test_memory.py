@@ -9,7 +9,7 @@ from conftest import ROOT
 from test_readme import folder_of
 
 from mcp_lora.errors import McpLoraError
-from mcp_lora.train import manifest, memory, steps, training
+from mcp_lora.train import manifest, memory, runs, steps, training
 from mcp_lora.train.machine import Machine
 from mcp_lora.train.manifest import Manifest
 from mcp_lora.train.recipe import RECIPE, read_config
@@ -200,7 +200,7 @@ def test_a_dry_run_plans_for_another_machine(tmp_path: Path, monkeypatch: pytest
     config = read_config(ROOT / RECIPE) | {"model_name_or_path": str(tmp_path / "Qwen2.5-7B")}
     config |= {"deepspeed": str(ROOT / "train_configs/ds_z0_config.json")}
     known = Manifest(config=config, learned=2, memory=80e9)
-    (tmp_path / "run").mkdir()
+    runs.write_config(tmp_path / "run", config)
     manifest.write(tmp_path / "run", known)
     assert "\nbatch 128 = 2 per device × 64 accumulated" in planned(80)
     assert any("as with more the last run ran out of memory" in line for line in said)

@@ -391,8 +391,7 @@ def _learned(plan: Plan) -> int | None:
     return None
 
 
-# settings that the memory of a sample depends on
-_SAME = [
+_SAME = (  # settings that the memory of a sample depends on
     "model_name_or_path",
     "cutoff_len",
     "lora_rank",
@@ -404,7 +403,7 @@ _SAME = [
     "flash_attn",
     "enable_liger_kernel",
     "disable_gradient_checkpointing",
-]
+)
 
 
 def _fit(plan: Plan, samples: int | None, say: Say) -> Plan:

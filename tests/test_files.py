@@ -23,7 +23,7 @@ ROWS = [{"a": 1, "b": ["é", None]}, {"a": 2.5}, "text", [1, [2]], 7]
         ("one_after_the_other.json", "\n".join(map(json.dumps, ROWS)).encode()),
         ("lines.jsonl", "\n\n".join(map(json.dumps, ROWS)).encode()),
         ("bom.jsonl", "\r\n".join(map(json.dumps, ROWS)).encode("utf-8-sig")),
-        ("packed.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+        ("packed.jsonl.gz", gzip.compress("\n".join(map(json.dumps, ROWS)).encode(), mtime=0)),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
@@ -123,7 +123,7 @@ def test_a_broken_element_costs_that_element_alone(
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("cut.jsonl.gz", gzip.compress(b"1\n" * 100_000)[:-50]),
+        ("cut.jsonl.gz", gzip.compress(b"1\n" * 100_000, mtime=0)[:-50]),
         ("no.jsonl.gz", b"plain text"),
         ("no.parquet", b"plain text"),
         ("utf16.json", "[1]".encode("utf-16")),

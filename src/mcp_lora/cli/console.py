@@ -141,7 +141,7 @@ def show_generated(lines: Sequence[Any]) -> None:
 
 
 def show_turn(who: str, text: str) -> None:
-    """Print what is said in a chat; calls and results are dim."""
+    """Print a turn of a chat; calls and results are dim."""
     if who == "note":
         say(text)
     elif who == "assistant":
@@ -153,8 +153,8 @@ def show_turn(who: str, text: str) -> None:
 
 def ask(question: str) -> str | None:
     """Return a line of input, None at its end."""
-    with suppress(ImportError):  # history and editing
-        import readline  # noqa: F401
+    with suppress(ImportError):
+        import readline  # noqa: F401  # importing it gives input() history and editing
     try:
         return input(harmless(question)).strip()
     except EOFError:

@@ -29,7 +29,7 @@ TIMEOUT = 60.0  # seconds; `uvx` and `npx` fetch a server when it is first start
 
 @dataclass(frozen=True)
 class Address:
-    """How a server is reached: a command to start it, or a URL; without a `name`, the server's own is used."""
+    """How a server is reached: a command to start it, or a URL; without a `name` the server's own counts."""
 
     name: str = ""
     command: Sequence[str] = ()

@@ -1,5 +1,6 @@
 """collect, generate, chat: what is done with live MCP servers."""
 
+import shlex
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +42,9 @@ def collect(
 
     servers = connections.addresses(mcp or [], mcp_config or [])
     count = collected(servers, output, trained, console.say, timeout)
-    console.say(f"{count} of {len(servers)} servers; to use them: mcp-lora convert --tools {output}")
+    console.say(
+        f"{count} of {len(servers)} servers; to use them: mcp-lora convert --tools {shlex.quote(str(output))}"
+    )
 
 
 def generate(
@@ -66,7 +69,9 @@ def generate(
     with connections.connected(servers, _required, timeout) as connected, console.progress() as progress:
         file, lines = generated(request, connected, output, progress, console.say)
     console.show_generated(lines)
-    console.say(f"to train on them: mcp-lora convert {file} --tools data/tools, of mcp-lora collect")
+    console.say(
+        f"to train on them: mcp-lora convert {shlex.quote(str(file))} --tools data/tools, of mcp-lora collect"
+    )
 
 
 def _required(address: connections.Address, why: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from chat_templates import templates
 from conftest import BIN, run
 
-from mcp_lora import doctor
+from mcp_lora import demo_model, doctor
 from mcp_lora.data import conversion
 from mcp_lora.train import recipe
 from mcp_lora.train.machine import Machine
@@ -43,6 +43,15 @@ def test_a_problem_is_exit_code_1(project: Path) -> None:
     assert done.returncode == 1
     assert "problem  model              there is no model in /nowhere/model" in done.stdout
     assert "not ready to train (model)" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_embedded_model_is_fetched_when_it_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_model, "folder", lambda: tmp_path / "model")
+    settings = recipe.resolve(Path("demo"), {}, [], {}, CPU)
+    (finding,) = [one for one in doctor.examine(settings, CPU) if one.what == "model"]
+    assert finding.verdict == "warning" and "training fetches it" in finding.words
 
 
 def test_a_package_outside_its_bounds(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,20 +152,14 @@ def test_the_real_error_is_the_ranks() -> None:
     assert "CalledProcessError" not in "".join(said)
 
 
-def test_memory_that_runs_out_in_evaluation_is_told_apart() -> None:
-    frames = '  File "trainer.py", line 1, in {}\n    step()\n'
-    error = "torch.OutOfMemoryError: CUDA out of memory.\n"
-    wrapper = f"Traceback (most recent call last):\n{frames.format('launch')}x.ChildFailedError: 1\n"
-    for name, expected in (("evaluation_loop", True), ("training_step", False)):
-        said = f"Traceback (most recent call last):\n{frames.format(name)}{error}{wrapper}"
-        outcome = launch.Outcome(1, said)
-        assert outcome.out_of_memory and outcome.in_evaluation is expected
-
-
 def test_without_a_traceback_the_last_lines_are_the_error() -> None:
     assert launch.real_error("one\ntwo\n\nKilled\n") == "one\ntwo\nKilled"
     assert launch.real_error("\n".join(map(str, range(20)))) == "\n".join(map(str, range(12, 20)))
-    assert launch.Outcome(-9, "Killed").error("x").code == 137
+
+
+def test_a_signal_gives_the_exit_code_of_a_shell() -> None:
+    killed = launch.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {})
+    assert (killed.code, killed.error("x").code) == (137, 137)
 
 
 def test_a_rank_that_was_killed_is_the_error_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,7 @@ def test_the_batch_fits_the_gpu(
     [
         {"quantization_bit": 8},
         {"pure_bf16": True},
+        {"additional_target": "embed_tokens"},
         {"fsdp": "full_shard"},
         {"deepspeed": '{"zero_optimization": {}}'},
     ],

@@ -81,7 +81,14 @@ def test_a_strategy_can_be_no() -> None:
     assert recipe.read_config(Path("mine.yaml")) == {"eval_strategy": "no"}
 
 
-@pytest.mark.parametrize("words", [["lora_rank", "32"], ["--rank=3"], ["a=[1"], ["a=2025-13-01"]])
+def test_a_folder_may_be_a_number() -> None:
+    Path("mine.yaml").write_text("model_name_or_path: 7\ndataset_dir: 1\n")
+    found = resolve(Path("mine.yaml"), {}, ["output_dir=2025"], {}, GPU)[0]
+    assert found["output_dir"] == str(Path("2025").absolute())
+    assert found["dataset_dir"] == str(Path("1").absolute())
+
+
+@pytest.mark.parametrize("words", [["lora_rank", "32"], ["--rank=3"], ["a=[1"]])
 def test_a_word_of_another_form_is_refused(words: list[str]) -> None:
     with pytest.raises(McpLoraError, match="mcp-lora train"):
         recipe.parse_overrides(words)
@@ -199,7 +206,7 @@ def test_the_dump_is_yaml_that_comes_back() -> None:
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("lora_rank: 8\nbf16: true\nlora_rank: 64\n")
-    with pytest.raises(McpLoraError, match="lora_rank is given twice"):
+    with pytest.raises(McpLoraError, match="duplicate key lora_rank"):
         recipe.read_config(tmp_path / "twice.yaml")
     (tmp_path / "merged.yaml").write_text("a: &a {lora_rank: 8}\nb: {<<: *a, lora_rank: 64}\n")
     assert recipe.read_config(tmp_path / "merged.yaml")["b"] == {"lora_rank": 64}

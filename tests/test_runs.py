@@ -102,6 +102,10 @@ def test_resume_refuses_another_runs_checkpoint(tmp_path: Path) -> None:
     for key, value in {"lora_rank": 32, "learning_rate": 1e-5, "cutoff_len": 512}.items():
         with pytest.raises(McpLoraError, match=f"another run's checkpoint .*{key} .* → {value}"):
             resumed(tmp_path, **{key: value})
+    with pytest.raises(
+        McpLoraError, match="deepspeed None → /z0.json"
+    ):  # the optimizer's state would be lost
+        resumed(tmp_path, deepspeed="/z0.json")
     with pytest.raises(McpLoraError, match="use only one of them"):
         runs.prepare(tmp_path, CONFIG, resume=True, overwrite=True)
 
@@ -221,7 +225,7 @@ def test_an_adapter_that_learned_nothing_is_an_error(tmp_path: Path) -> None:
     save_file({"a_lora_A": down, "a_lora_B": zero, "b_lora_B": up}, file)
     runs.check_adapter(tmp_path)
     cases = [
-        ({"a_lora_A": down, "a_lora_B": zero}, "learned nothing, all 1 lora_B.*mcp-lora train --overwrite"),
+        ({"a_lora_A": down, "a_lora_B": zero}, "learned nothing, all lora_B.*mcp-lora train --overwrite"),
         ({"a_lora_A": down * torch.nan, "a_lora_B": up}, "NaN or Inf.*learning_rate=1e-5"),
         ({"a_lora_A": down, "a_lora_B": up * torch.inf}, "NaN or Inf"),
     ]

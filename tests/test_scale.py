@@ -188,7 +188,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(whole: Path, project: Path, 
     assert kept["exit"] == 0
 
 
-def test_out_of_memory_in_evaluation_halves_the_batch_of_evaluation(project: Path, tiny_model: Path) -> None:
+def test_out_of_memory_in_evaluation_leaves_one_sample_at_a_time(project: Path, tiny_model: Path) -> None:
     words = [
         "val_size=0.2",
         "eval_strategy=steps",
@@ -200,7 +200,8 @@ def test_out_of_memory_in_evaluation_halves_the_batch_of_evaluation(project: Pat
     done = run(train(tiny_model, "validated", *words), project, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     (retry,) = manifest(project / "outputs/validated")["retries"]
-    assert (retry["per_device_train_batch_size"], retry["per_device_eval_batch_size"]) == (4, 1)
+    assert retry["per_device_train_batch_size"] == 2
+    assert runs.read_run(project / "outputs/validated")["per_device_eval_batch_size"] == 1
 
 
 def test_out_of_memory_with_the_smallest_batch_says_what_to_lower(project: Path, tiny_model: Path) -> None:

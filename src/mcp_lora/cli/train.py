@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from mcp_lora import demo_model
 from mcp_lora.cli import console
 from mcp_lora.cli.options import AsJson, Gpus, Model, Recipe
 from mcp_lora.errors import McpLoraError, explained
@@ -74,7 +73,7 @@ def doctor(model: Model = None, config: Recipe = recipes.RECIPE, as_json: AsJson
     from mcp_lora.doctor import examine
 
     findings = []
-    for finding in examine(settings | demo_model.located(settings, fetch=False), detect_machine()):
+    for finding in examine(settings, detect_machine()):
         findings.append(finding)
         if not as_json:
             typer.echo(f"{finding.verdict:8} {finding.what:18} {finding.words}")

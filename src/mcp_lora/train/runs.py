@@ -141,6 +141,8 @@ def _check_resumable(run: Path, config: Mapping[str, Any]) -> None:
     """Raise a McpLoraError for another model, another adapter configuration, or a finished run."""
     old = read_run(run)
     changed = [key for key in _KEPT if old.get(key) != config.get(key)]
+    # The optimizer's state is in DeepSpeed's format, or in torch's; transformers would start without it.
+    changed += ["deepspeed"] * (bool(old.get("deepspeed")) != bool(config.get("deepspeed")))
     if changed:
         what = ", ".join(f"{key} {old.get(key)} → {config.get(key)}" for key in changed)
         again = "use that run's settings, or mcp-lora train --overwrite"
@@ -250,22 +252,17 @@ def check_adapter(run: Path) -> None:
     Raises McpLoraError, with exit code 1, if there is none, all its lora_B are 0, or it has NaN or Inf.
     """
     import torch
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     file = run / "adapter_model.safetensors"
     if not file.is_file():
         raise McpLoraError(f"training ended without an adapter (no {file}): mcp-lora train --dry-run", 1)
-    learned = []  # whether each lora_B is not 0
-    with safe_open(file, framework="pt") as tensors:  # one tensor at a time in memory
-        for name in tensors.keys():  # noqa: SIM118  # not a mapping
-            tensor = tensors.get_tensor(name)
-            if not torch.isfinite(tensor).all():
-                again = "lower the learning rate, as in mcp-lora train --overwrite learning_rate=1e-5"
-                raise McpLoraError(f"{file} has NaN or Inf (in {name}), training has diverged: {again}", 1)
-            if "lora_B" in name or "lora_embedding_B" in name:
-                learned.append(bool(tensor.any()))
-    if not any(learned):
-        what = f"the run has learned nothing, all {len(learned)} lora_B matrices in {file} are 0"
+    tensors = load_file(file)
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        again = "lower the learning rate, as in mcp-lora train --overwrite learning_rate=1e-5"
+        raise McpLoraError(f"{file} has NaN or Inf (in {broken[0]}), training has diverged: {again}", 1)
+    if not any(tensor.any() for name, tensor in tensors.items() if name.endswith(("_B.weight", "_B"))):
+        what = f"the run has learned nothing, all lora_B matrices in {file} are 0"
         again = "mcp-lora train --overwrite --global-batch 8 num_train_epochs=3"
         raise McpLoraError(f"{what}: raise learning_rate or train longer: {again}", 1)
 
@@ -285,7 +282,8 @@ def serving_config(run: Path, adapter_folder: Path | None) -> dict[str, Any]:
 def is_quantized(run: Path) -> bool:
     """Tell whether a run's base was quantized, by the run itself or in its own files."""
     config = read_run(run)
-    model = files.load(Path(config["model_name_or_path"]) / "config.json", "copy the model again")
+    file = manifest.cached(config, "config.json")
+    model = files.load(file, "copy the model again") if file else {}
     return bool(config.get("quantization_bit") or model.get("quantization_config"))
 
 

@@ -232,8 +232,11 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
     problems = api.problems(config)
     if not config.get("do_train"):
         problems.append("nothing is trained without do_train=true")
+    for key in ("model_name_or_path", "dataset_dir", "dataset"):
+        if not config.get(key):
+            problems.append(f"{key} is not set")
     for key, value, why in _REQUIRED:
-        if (given := config.get(key, value)) != value:
+        if (given := config.get(key) or value) != value:
             problems.append(f"{key}={given} {why}, set {key}={value}")
     for key, instead in _IGNORED.items():
         if config.get(key):
@@ -435,41 +438,35 @@ def _run_engine(plan: Plan, say: Say, retry: bool, record: Manifest) -> None:
             return
         # Other nodes would not restart.
         again = outcome.out_of_memory and retry and plan.topology.nodes == 1
-        if not again or not (smaller := _smaller(plan, outcome.in_evaluation)):
+        if not again or not (smaller := _smaller(plan)):
             raise _failure(plan, outcome)
         plan = smaller
-        keys = (*_BATCH, _EVALUATED, "resume_from_checkpoint")
-        record.retries.append({key: plan.config.get(key) for key in keys})
-        if not outcome.in_evaluation:
-            record.learned = plan.config[_BATCH[0]]
+        record.retries.append({key: plan.config.get(key) for key in (*_BATCH, "resume_from_checkpoint")})
+        record.learned = plan.config[_BATCH[0]]
         _write(plan, say)
         with suppress(OSError):  # the engine reports a full disk
             manifest.write(plan.run, record)
         checkpoint = plan.config["resume_from_checkpoint"]
         start = Path(checkpoint).name if checkpoint else "the start"
-        validated = f", {plan.config[_EVALUATED]} in validation" if outcome.in_evaluation else ""
-        say(f"out of memory; restarting from {start}: {plan.batch}{validated}")
+        say(f"out of memory; restarting from {start}: {plan.batch}")
 
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _EVALUATED = "per_device_eval_batch_size"
 
 
-def _smaller(plan: Plan, in_evaluation: bool) -> Plan | None:
-    """Return the plan with half the per-device batch size, from the newest checkpoint; None if it is 1.
+def _smaller(plan: Plan) -> Plan | None:
+    """Return the plan with half the per-device batch size, from the newest checkpoint; None if none is left.
 
-    This is the batch size of training, or of validation if memory ran out there.
+    Validation takes one sample at a time then, as memory may have run out there.
     """
-    size = int(number(plan.config, _EVALUATED if in_evaluation else _BATCH[0], 8))
-    if size == 1:
+    size, validated = (int(number(plan.config, key, 8)) for key in (_BATCH[0], _EVALUATED))
+    if size == validated == 1:
         return None
-    keys = {_EVALUATED: size // 2}
-    if not in_evaluation:
-        processes = plan.topology.processes
-        keys = steps.lower(plan.config, processes, size // 2)
+    keys = steps.lower(plan.config, plan.topology.processes, max(1, size // 2)) | {_EVALUATED: 1}
     saved = runs.complete_checkpoints(plan.run)
-    config = plan.config | keys | {"resume_from_checkpoint": str(saved[-1]) if saved else None}
-    return replace(plan, config=config)
+    resumed = {"resume_from_checkpoint": str(saved[-1]) if saved else None}
+    return replace(plan, config=plan.config | keys | resumed)
 
 
 def _failure(plan: Plan, outcome: launch.Outcome) -> McpLoraError:

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from mcp_lora import demo_model
 from mcp_lora.data import conversion, dataset
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, one_line
 from mcp_lora.prompts import chat_template
 from mcp_lora.train import manifest, training
 from mcp_lora.train.machine import Machine
@@ -95,8 +95,7 @@ def _machine(machine: Machine) -> Iterator[Finding]:
                 importlib.import_module("deepspeed")
             yield Finding("DeepSpeed", "ok", "can be imported")
         except Exception as error:  # it compiles and looks for compilers on import
-            reason = " ".join(str(error).split())
-            yield Finding("DeepSpeed", "problem", f"{reason}: or train without it: deepspeed=null")
+            yield Finding("DeepSpeed", "problem", f"{one_line(error)}: or train without it: deepspeed=null")
 
 
 def _disk(output: Path) -> Finding:

@@ -1,7 +1,10 @@
 """The errors that are shown to users."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_LENGTH = 300  # characters of another package's message; some quote whole files
 
 
 class McpLoraError(Exception):
@@ -25,6 +28,16 @@ class Interrupted(BaseException):
         super().__init__("interrupted")
         self.code = code
         self.option: str | None = None
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of another package's error in one line, or its type if it has no message."""
+    return " ".join(str(error).split())[:_LENGTH] or type(error).__name__
+
+
+def advice(*words: object) -> str:
+    """Return a command of mcp-lora as a user types it: a path with a space is quoted."""
+    return shlex.join(["mcp-lora", *map(str, words)])
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TextIO
 import msgspec
 
 from mcp_lora.data.records import mapped
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, one_line
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 _OUTPUTS = ("stats.json", "run.yaml")  # they mark the folder of a conversion or a run
@@ -156,7 +156,7 @@ def _decoded(line: bytes) -> Any:
     try:
         return json.loads(text, strict=False)
     except (ValueError, RecursionError) as error:
-        return Broken(f"it is not JSON: {_one_line(error)}", text)
+        return Broken(f"it is not JSON: {one_line(error)}", text)
 
 
 def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
@@ -181,7 +181,7 @@ def _values(stream: TextIO, progress: Progress) -> Iterator[Any]:
                 if not (ended or end < len(text) or text[end - 1] in '}]"'):
                     end = 0  # a number may continue
             except (ValueError, RecursionError) as error:
-                problem = getattr(error, "msg", None) or _one_line(error)
+                problem = getattr(error, "msg", None) or one_line(error)
                 # An error near the end of the text may only mean that the value continues in the next chunk.
                 near = getattr(error, "pos", -1) > len(text) - 16
                 broken = not (near or problem.startswith("Unterminated string"))
@@ -243,8 +243,4 @@ def _number(value: Any) -> Any:
 
 
 def _stopped(error: Exception) -> Broken:
-    return Broken(f"the file cannot be read any further: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return Broken(f"the file cannot be read any further: {one_line(error)}")

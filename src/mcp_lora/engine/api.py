@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, one_line
 
 _MODEL = "llamafactory/hparams/model_args.py"
 ARGUMENTS = (  # HfArgumentParser's dataclasses
@@ -79,8 +79,7 @@ def fetched(config: Mapping[str, Any]) -> str:
     try:
         return str(try_download_model_from_other_hub(ModelArguments(**known)))
     except Exception as error:  # the hubs' packages raise any exception
-        reason = " ".join(str(error).split())[:200]
-        what = f"{model} cannot be fetched, {on[0]} is set ({reason})"
+        what = f"{model} cannot be fetched, {on[0]} is set ({one_line(error)})"
         again = f"check the network and pip show {hubs[on[0]]}, or unset {on[0]}"
         raise McpLoraError(f"{what}: {again}") from None
 

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from mcp_lora.data import files
 from mcp_lora.data.records import RowError, parsed
 from mcp_lora.engine import api
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, one_line
 from mcp_lora.evaluate import benchmark, plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
 from mcp_lora.evaluate.gates import Requirement, metrics_of
@@ -202,7 +202,7 @@ def _plain_chat(
     try:
         return plain_chat.of_run(run, adapter, template)
     except Exception as error:  # a template may raise any, and PyTorch several if memory runs out
-        say(f"warning: plain chat is not compared: {' '.join(str(error).split())[:200]}")
+        say(f"warning: plain chat is not compared: {one_line(error)}")
         return None
 
 

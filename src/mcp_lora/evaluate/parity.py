@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mcp_lora.data.calls import CALL_ID
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, one_line
 from mcp_lora.prompts.chat_template import ChatTemplate
 
 _CONTEXT = 60  # characters before and after the first difference that are shown
@@ -111,7 +111,7 @@ def parity(url: str, template: ChatTemplate, model: str | None = None) -> Parity
                 if difference:
                     differences.append(f"{name}: {difference}")
     except (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError) as error:
-        what = f"{url} does not answer as OpenAI's protocol has it ({' '.join(str(error).split())[:200]})"
+        what = f"{url} does not answer as OpenAI's protocol has it ({one_line(error)})"
         again = "is it running, does the URL end with /v1, is the key in OPENAI_API_KEY? mcp-lora serve"
         raise McpLoraError(f"{what}: {again}") from None
     return Parity(compared, len(PROBES) - left_out, differences, left_out)

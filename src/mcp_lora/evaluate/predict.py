@@ -17,7 +17,7 @@ from typing import Any
 from mcp_lora.data import files
 from mcp_lora.engine import launch
 from mcp_lora.engine.topology import find as find_topology
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, one_line
 from mcp_lora.evaluate.answers import Response
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import render
@@ -139,7 +139,7 @@ def by_endpoint(
     with client, ThreadPool(_AT_ONCE) as pool:
         yield from filter(None, pool.imap_unordered(ask, questions))
     if failures:
-        what = f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
+        what = f"{url} does not answer ({one_line(failures[0])}): is it running, is {model} its "
         what += f"model, is the key in {KEY}? Its answers so far are kept"
         raise McpLoraError(f"{what}: {command} --endpoint {url} --endpoint-model {model}")
 

@@ -20,10 +20,10 @@ from mcp_lora.data.calls import without_thought
 from mcp_lora.data.records import Tool, ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
 from mcp_lora.engine import api
-from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.errors import McpLoraError, explained, one_line
 from mcp_lora.evaluate.evaluation import Endpoint
 from mcp_lora.evaluate.predict import KEY, asked
-from mcp_lora.live.connections import Connection, reason
+from mcp_lora.live.connections import Connection
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate, calling
 from mcp_lora.train import runs
@@ -187,7 +187,9 @@ def _rendered(template: ChatTemplate, messages: Sequence[Message], tools: Sequen
     try:
         return template.ids(template.prompt(messages, tools))
     except Exception as error:  # templates raise any exception
-        raise McpLoraError(f"the chat template rejects this ({reason(error)}): /clear starts anew") from None
+        raise McpLoraError(
+            f"the chat template rejects this ({one_line(error)}): /clear starts anew"
+        ) from None
 
 
 def here(run: Path, checkpoint: str | None) -> Answer:
@@ -213,7 +215,7 @@ def here(run: Path, checkpoint: str | None) -> Answer:
             with torch.inference_mode():
                 output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         except RuntimeError as error:  # out of memory
-            raise McpLoraError(f"the model cannot answer ({reason(error)}): /clear starts anew") from None
+            raise McpLoraError(f"the model cannot answer ({one_line(error)}): /clear starts anew") from None
         text = template.tokenizer.decode(output[0, len(prompt) :])
         found = template.read(text, chat_template.schemas(tools))
         return (found.content if found.calls else template.without_end(text)).strip(), found.calls
@@ -236,7 +238,7 @@ def by_endpoint(run: Path, endpoint: Endpoint) -> Answer:
                 raise ValueError(found.text)
             calls = [ToolCall(call["name"], _object(call["arguments"])) for call in found.tool_calls]
         except Exception as error:  # any exception is possible
-            what = f"{endpoint.url} does not answer as it should ({reason(error)})"
+            what = f"{endpoint.url} does not answer as it should ({one_line(error)})"
             raise McpLoraError(f"{what}: is it running, is the key in {KEY}?") from None
         return without_thought(found.text).strip(), calls
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TextIO
 from mcp_lora.data import files
 from mcp_lora.data.records import RowError, Tool
 from mcp_lora.data.tools import tools_in
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, one_line
 
 TIMEOUT = 60.0  # seconds; `uvx` and `npx` fetch a server when it is first started
 
@@ -84,7 +84,7 @@ class Connection:
             if isinstance(error, MCPError | ValueError | RuntimeError) and (
                 getattr(error, "code", None) != CONNECTION_CLOSED
             ):
-                return Result(reason(error), True)
+                return Result(one_line(error), True)
             what = f"the server {self.name} has died{_last(self._log)}"
             raise McpLoraError(f"{what}: start it by hand, and run again") from None
         except BaseException:  # Ctrl-C
@@ -179,7 +179,7 @@ def connected(
             try:
                 client, listed = running.__enter__()
             except Exception as error:
-                failed(address, f"{reason(error)}{_last(log)}")
+                failed(address, f"{_reason(error)}{_last(log)}")
                 continue
             stack.callback(_leave, running)
             try:
@@ -241,10 +241,10 @@ async def _running(address: Address, timeout: float, log: TextIO) -> AsyncIterat
             yield client, listed
 
 
-def reason(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Return an error of the SDK in one line, without the groups around it."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, TimeoutError):
         return "it does not answer in time"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)

@@ -28,10 +28,10 @@ from mcp_lora.data.calls import without_thought
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError, Tool, ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
-from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.errors import McpLoraError, explained, one_line
 from mcp_lora.evaluate.evaluation import Endpoint
 from mcp_lora.evaluate.predict import KEY, RETRIES, asked
-from mcp_lora.live.connections import Connection, reason
+from mcp_lora.live.connections import Connection
 from mcp_lora.prompts.chat_template import calling
 
 _DIFFICULTIES = {
@@ -228,9 +228,9 @@ def _teacher(request: Request) -> _Ask:
         try:
             found, tokens = asked(client, model, messages, tools, seed=seed, **more)
         except BadRequestError as error:  # too long, for instance
-            raise RowError("rejected-by-teacher", reason(error)) from None
+            raise RowError("rejected-by-teacher", one_line(error)) from None
         except Exception as error:  # any exception is possible
-            what = f"the teacher at {url} does not answer ({reason(error)}): is it running, is {model} its"
+            what = f"the teacher at {url} does not answer ({one_line(error)}): is it running, is {model} its"
             raise McpLoraError(f"{what} model, is the key in {KEY}?") from None
         line["tokens"] = [sum(pair) for pair in zip(line["tokens"], tokens, strict=True)]
         if found.failed:

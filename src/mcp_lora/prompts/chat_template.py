@@ -39,7 +39,7 @@ from typing import Any
 from mcp_lora.data import calls
 from mcp_lora.data.calls import CallFormat, Reading, Schemas
 from mcp_lora.data.records import RowError, ToolCall
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, one_line
 
 DATE = datetime(2024, 7, 26)  # the default of Llama 3's template
 _DATE_STRING = DATE.strftime("%d %b %Y")
@@ -135,7 +135,7 @@ class ChatTemplate:
         try:
             prompt = self._apply([_QUESTION], [_TOOL])
         except Exception as error:  # templates raise any exception
-            return f"it rejects a question with tools ({_line(error)})"
+            return f"it rejects a question with tools ({one_line(error)})"
         if calls.NAME not in prompt:
             return "it leaves tools out"
         # Templates differ in this: arguments are an object or JSON text, and empty content is "" or None.
@@ -153,7 +153,7 @@ class ChatTemplate:
                         raise ValueError("it is parsed as another call")
                 return None
             except Exception as error:
-                why = why or f"it writes no call that can be parsed ({_line(error)})"
+                why = why or f"it writes no call that can be parsed ({one_line(error)})"
         return why
 
     def _fallback(self, own: str | None) -> str:
@@ -184,7 +184,7 @@ class ChatTemplate:
         except RowError:
             raise
         except Exception as error:  # templates reject with any exception
-            raise RowError("not-renderable", f"the chat template rejects it: {_line(error)}") from None
+            raise RowError("not-renderable", f"the chat template rejects it: {one_line(error)}") from None
         gold = called(answer)
         reading = self.read(target, schemas(tools))
         if not calls.same_calls(reading.calls, gold) or (gold and reading.broken):
@@ -428,7 +428,7 @@ def load(config: Mapping[str, Any], local_files_only: bool = False) -> ChatTempl
         hub = hub_arguments(config)
         tokenizer = AutoTokenizer.from_pretrained(model, **hub, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
-        what = f"the tokenizer of {model} cannot be read ({_line(error)})"
+        what = f"the tokenizer of {model} cannot be read ({one_line(error)})"
         raise McpLoraError(f"{what}: mcp-lora train --model FOLDER") from None
     for key, special in (("add_tokens", False), ("add_special_tokens", True)):
         if words := config.get(key):
@@ -458,7 +458,3 @@ def calling(made: Sequence[ToolCall], first: int = 1) -> Message:
         function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
         message["tool_calls"].append({"id": f"call_{number}", "type": "function", "function": function})
     return message
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mcp_lora.engine import api, launch
 from mcp_lora.engine.topology import Topology
-from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.errors import McpLoraError, explained, one_line
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.card import check_ollama, complete, model_card, modelfile
@@ -138,7 +138,7 @@ def push(name: str, exported: Path | None = None, card: str = "") -> str:
             hub.upload_file(repo_id=name, path_or_fileobj=exported, path_in_repo=exported.name)
             hub.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo="README.md")
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, httpx.HTTPError) as error:
-        what = f"{name} cannot be written on the hub ({' '.join(str(error).split())[:200]})"
+        what = f"{name} cannot be written on the hub ({one_line(error)})"
         again = f"hf upload {name} {exported}" if exported else "mcp-lora export --push OWNER/NAME"
         raise McpLoraError(f"{what}: hf auth login, and {again}") from None
     return address

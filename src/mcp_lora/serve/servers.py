@@ -20,7 +20,7 @@ from typing import Any
 
 from mcp_lora.data.calls import without_thought
 from mcp_lora.engine import launch
-from mcp_lora.errors import Interrupted, McpLoraError, explained
+from mcp_lora.errors import Interrupted, McpLoraError, explained, one_line
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
@@ -294,5 +294,4 @@ def _announce(url: str, api_key: str | None, say: Callable[[str], None]) -> None
         except APIConnectionError:  # it is starting
             time.sleep(1)
         except OpenAIError as error:
-            reason = " ".join(str(error).split())[:200]
-            return say(f"warning: {url} answers, but rejects a question with a tool ({reason})")
+            return say(f"warning: {url} answers, but rejects a question with a tool ({one_line(error)})")

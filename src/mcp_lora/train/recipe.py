@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mcp_lora.engine import api
-from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.errors import McpLoraError, explained, one_line
 from mcp_lora.train.machine import Machine, detect_machine, fitted
 
 RECIPE = Path("train_configs/lora_config.yaml")
@@ -138,7 +138,7 @@ def _plain(read: Callable[[], Any], problem: str, command: str) -> dict[str, Any
     try:
         content = OmegaConf.to_container(read())
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise McpLoraError(f"{problem} ({' '.join(str(error).split())}): {command}") from None
+        raise McpLoraError(f"{problem} ({one_line(error)}): {command}") from None
     if not isinstance(content, dict):
         return {}
     named = {str(key): value for key, value in content.items()}

@@ -15,7 +15,7 @@ from mcp_lora.engine import api, launch
 from mcp_lora.engine.api import number
 from mcp_lora.engine.topology import Topology
 from mcp_lora.engine.topology import find as find_topology
-from mcp_lora.errors import Interrupted, McpLoraError
+from mcp_lora.errors import Interrupted, McpLoraError, one_line
 from mcp_lora.prompts import chat_template as prompts
 from mcp_lora.prompts import render
 from mcp_lora.train import manifest, memory, runs, steps
@@ -261,8 +261,7 @@ def _needed_memory(plan: Plan) -> list[str]:
     try:
         found = memory.estimate(plan.config, plan.topology.processes)
     except Exception as error:  # building an unusual model may raise any exception
-        reason = " ".join(str(error).split())
-        return [f"memory: not known, {model} cannot be built without its weights: {reason}"]
+        return [f"memory: not known, {model} cannot be built without its weights: {one_line(error)}"]
     if not found:
         return [f"memory: not known, the config of {model} is not on this machine"]
     fraction = found.trained / (found.base + found.trained)

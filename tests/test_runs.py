@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +164,7 @@ def test_one_training_at_a_time_in_a_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with runs.locked(run):
         make_run(run)
-        told = f"by process {os.getpid()}: mcp-lora train --output OTHER_FOLDER"
+        told = "in use by another mcp-lora train: mcp-lora train --output OTHER_FOLDER"
         with pytest.raises(McpLoraError, match=told), runs.locked(run):
             pass
     with runs.locked(run):

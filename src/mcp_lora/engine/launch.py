@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,19 @@ def cached(target: Path, make: Callable[[Path], Path]) -> Path:
                 with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                     make(Path(scratch)).rename(target)
     return target
+
+
+def exclusive(lock: Path, problem: str) -> AbstractContextManager[Any]:
+    """Lock a file, which is made and remains, until the returned context ends.
+
+    Raises McpLoraError with `problem` if another process has locked it, and an OSError if it cannot be made.
+    """
+    import filelock
+
+    try:
+        return filelock.FileLock(lock).acquire(timeout=0)
+    except filelock.Timeout:
+        raise McpLoraError(problem) from None
 
 
 def output(argv: list[str]) -> str | None:

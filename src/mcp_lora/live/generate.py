@@ -15,7 +15,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -28,6 +28,7 @@ from mcp_lora.data.calls import without_thought
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError, Tool, ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
+from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError, explained, one_line
 from mcp_lora.evaluate.evaluation import Endpoint
 from mcp_lora.evaluate.predict import KEY, RETRIES, asked
@@ -105,9 +106,11 @@ def generate(
     Raises McpLoraError if no tool may be called, the teacher or a server fails, or nothing is kept.
     """
     tools = _callable(request, servers, say)
-    with explained(f"{folder} cannot be written", "mcp-lora generate --output OTHER_FOLDER"):
+    again = "mcp-lora generate --output OTHER_FOLDER"
+    with explained(f"{folder} cannot be written", again):
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        problem = f"{folder} is in use by another mcp-lora generate: {again}"
+        with launch.exclusive(folder / ".generate.lock", problem):
             journal, lines = _journal(folder, request)
             if lines:
                 say(f"going on with {journal}: {len(lines)} attempts are made")
@@ -132,16 +135,6 @@ def generate(
                 raise McpLoraError(f"{what}: mcp-lora generate --model A_STRONGER_ONE")
             dataset.dump(kept, journal.with_suffix(".new"))
             return journal.with_suffix(".new").replace(journal.with_suffix(".json")), lines
-
-
-def _locked(folder: Path) -> AbstractContextManager[Any]:
-    import filelock
-
-    try:
-        return filelock.FileLock(folder / ".generate.lock", timeout=0).acquire()
-    except filelock.Timeout:
-        what = f"another mcp-lora generate writes into {folder}"
-        raise McpLoraError(f"{what}: mcp-lora generate --output OTHER_FOLDER") from None
 
 
 def _is_rejected(lines: Sequence[_Line]) -> bool:

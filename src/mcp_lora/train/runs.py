@@ -11,17 +11,16 @@ outputs/mcp_lora/
 """
 
 import json
-import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
-from mcp_lora.engine import api
+from mcp_lora.engine import api, launch
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.prompts.chat_template import hub_arguments
 from mcp_lora.train import manifest
@@ -189,25 +188,12 @@ def put_aside(run: Path) -> Path | None:
         return run.rename(previous)
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path) -> AbstractContextManager[Any]:
     """Lock a run's folder; raise a McpLoraError if another training has locked it."""
-    import filelock
-
     with explained(f"{run} cannot be written", _ELSEWHERE):
         run.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(run.parent / f".{run.name}.lock")
-        owner = run.parent / f".{run.name}.pid"
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            process = owner.read_text("utf-8") if owner.is_file() else "another"
-            raise McpLoraError(f"{run} is in use by process {process}: {_ELSEWHERE}") from None
-        owner.write_text(str(os.getpid()), encoding="utf-8")
-    try:
-        yield
-    finally:
-        lock.release()
+        problem = f"{run} is in use by another mcp-lora train: {_ELSEWHERE}"
+        return launch.exclusive(run.parent / f".{run.name}.lock", problem)
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> None:

@@ -18,7 +18,10 @@ import openai
 import pytest
 from conftest import BIN, environment, make_project, run
 from gguf import GGUFReader
+from typer.testing import CliRunner
 
+from mcp_lora.cli.app import app
+from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import evaluation, parity, predict
 from mcp_lora.prompts import chat_template
@@ -309,10 +312,11 @@ def test_parity_is_shown_and_another_template_is_found_out(
 def test_what_is_not_equivalent_is_not_exported(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     monkeypatch.setattr(llama_cpp, "complete", lambda url, prompt, length: [])  # never a call
-    before = sorted(Path("outputs").iterdir())
+    before = {*Path("outputs").iterdir()}
     with pytest.raises(McpLoraError, match="have other calls than base \\+ adapter, at most") as refused:
-        exports.export(Path("outputs/mcp_lora"), Path("outputs/other.gguf"), gguf="f16")
-    assert refused.value.code == 1 and sorted(Path("outputs").iterdir()) == before
+        exports.export(exports.Request(Path("outputs/mcp_lora"), Path("outputs/other.gguf"), gguf="f16"))
+    assert refused.value.code == 1
+    assert {*Path("outputs").iterdir()} - before == {Path("outputs/.other.gguf.lock")}
 
 
 def test_a_merged_model_that_answers_otherwise_is_not_exported(
@@ -327,10 +331,10 @@ def test_a_merged_model_that_answers_otherwise_is_not_exported(
         return found
 
     monkeypatch.setattr(exports, "compare", damaging)
-    before = sorted(Path("outputs").iterdir())
+    before = {*Path("outputs").iterdir()}
     with pytest.raises(McpLoraError, match="other calls than base .*mcp-lora export .*--adapter-only"):
-        exports.export(Path("outputs/mcp_lora"), Path("outputs/other"))
-    assert sorted(Path("outputs").iterdir()) == before
+        exports.export(exports.Request(Path("outputs/mcp_lora"), Path("outputs/other")))
+    assert {*Path("outputs").iterdir()} - before == {Path("outputs/.other.lock")}
 
 
 def test_a_model_that_there_is_no_room_for_is_exported_with_a_warning(
@@ -341,7 +345,7 @@ def test_a_model_that_there_is_no_room_for_is_exported_with_a_warning(
 
     monkeypatch.chdir(project)
     monkeypatch.setattr(predict, "by_engine", by_engine)
-    note = exports.export(Path("outputs/mcp_lora"), Path("outputs/unasked"))
+    note = exports.export(exports.Request(Path("outputs/mcp_lora"), Path("outputs/unasked")))
     assert "difference of a logit" in note and note.endswith("(the model does not fit into memory)")
     assert Path("outputs/unasked/model.safetensors").is_file()
 
@@ -382,13 +386,11 @@ def test_ollama_gets_no_model_that_it_prompts_in_its_own_way(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_folder = project / "outputs/mcp_lora"
-    with pytest.raises(McpLoraError, match="a merged model: mcp-lora export .* --ollama"):
-        card.check_ollama(run_folder, adapter_only=True)
-    card.check_ollama(run_folder, adapter_only=False)
+    card.check_ollama(run_folder, "mcp-lora export --gguf f16")
     (tmp_path / "config.json").write_text('{"model_type": "gemma4_text"}')
     monkeypatch.setattr(chat_template, "model_folder", lambda config: tmp_path)
-    with pytest.raises(McpLoraError, match="prompts of its own for gemma4_text"):
-        card.check_ollama(run_folder, adapter_only=False)
+    with pytest.raises(McpLoraError, match="prompts of its own for gemma4_text.*--gguf f16, and"):
+        card.check_ollama(run_folder, "mcp-lora export --gguf f16")
 
 
 def test_serve_is_one_command(project: Path, gguf: Path) -> None:
@@ -494,13 +496,60 @@ def test_push_makes_a_private_repository(tmp_path: Path, monkeypatch: pytest.Mon
             raise httpx.ConnectError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    assert exports.push("me/model") == "https://huggingface.co/me/model"
-    exports.push("me/model", tmp_path)
+    address = "https://huggingface.co/me/model"
+    assert exports.push(exports.Request(tmp_path, tmp_path, push="me/model")) == address
     assert asked == [
-        ("me/model", {"private": True, "exist_ok": True}),
         ("me/model", {"private": True, "exist_ok": True}),
         {"repo_id": "me/model", "folder_path": tmp_path},
     ]
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(McpLoraError, match="cannot be written on the hub .*hf upload me/model"):
-        exports.push("me/model", tmp_path / "x.gguf")
+    file = tmp_path / "my x.gguf"
+    file.write_bytes(b"GGUF")
+    again = re.escape(f"hf auth login, and hf upload me/model '{file}'")
+    with pytest.raises(McpLoraError, match=f"cannot be written on the hub .*{again}"):
+        exports.push(exports.Request(tmp_path, file, push="me/model"))
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A run's folder, as far as an export looks at it before its work."""
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "run.yaml").write_text("model_name_or_path: none")
+    (run / "adapter_config.json").write_text("{}")
+    return run
+
+
+def test_a_refused_export_names_the_whole_command(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x"
+    output.mkdir()
+    request = exports.Request(trained, output, gguf="f16", adapter_only=True, push="me/x")
+    options = "--adapter-only --gguf f16 --push me/x --output OTHER"
+    with pytest.raises(McpLoraError, match=f"x exists: mcp-lora export '{trained}' {options}$"):
+        exports.export(request)
+    with pytest.raises(McpLoraError, match="merged model: mcp-lora export '.*my run' --ollama --output .*x$"):
+        exports.export(exports.Request(trained, output, ollama=True, adapter_only=True))
+    request = exports.Request(trained, checkpoint="300", ollama=True)
+    assert request.command() == f"mcp-lora export '{trained}' --ollama --checkpoint 300"
+
+
+def test_one_export_at_a_time_to_a_place(trained: Path, tmp_path: Path) -> None:
+    request = exports.Request(trained, tmp_path / "x")
+    begun = tmp_path / ".x.new"
+    begun.mkdir()
+    with (
+        launch.exclusive(tmp_path / ".x.lock", ""),
+        pytest.raises(McpLoraError, match="x is in use by another mcp-lora export: .* --output OTHER"),
+    ):
+        exports.export(request)
+    assert begun.is_dir()
+
+
+def test_a_repository_is_made_only_for_what_was_exported(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is not asked before an export has succeeded."""
+    monkeypatch.setattr(exports, "push", lambda *words: pytest.fail("pushed"))
+    (tmp_path / "x").mkdir()
+    words = ["export", str(trained), "--output", str(tmp_path / "x"), "--push", "me/model"]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, McpLoraError) and "x exists" in str(done.exception)

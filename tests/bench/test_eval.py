@@ -29,7 +29,7 @@ from mcp_lora.evaluate.answers import Judge, Response
 from mcp_lora.evaluate.evaluation import ADAPTER, BASE
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
-from mcp_lora.serve.export import export
+from mcp_lora.serve.export import Request, export
 from mcp_lora.train import runs
 from mcp_lora.train.machine import Machine
 
@@ -80,7 +80,7 @@ def test_asking_is_faster_than_plain_prediction(tmp_path: Path, monkeypatch: pyt
         rates = ", ".join(f"{name} {1 / each:.3f} a second" for name, each in seconds[model].items())
         ratio = seconds[model]["plain"] / seconds[model]["ours"]
         print(f"\n{model}: {count} questions, {rates}: {ratio:.2f} times; {same} answers begin alike")
-    export(run, tmp_path / "merged.gguf", gguf="f16")
+    export(Request(run, tmp_path / "merged.gguf", gguf="f16"))
     prepared = evaluation.prepare(request)
     judge, template, same = Judge(prepared.template), prepared.template, 0
     with llama_cpp.running(tmp_path / "merged.gguf", None, None) as url:

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from mcp_lora.cli import console
 from mcp_lora.cli.options import Checkpoint, Run
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, advice
 from mcp_lora.train import runs
 from mcp_lora.train.runs import DEFAULT
 
@@ -32,19 +32,14 @@ def export(
     push: Annotated[str | None, Option(metavar="OWNER/NAME", help=_PUSH)] = None,
 ) -> None:
     """Merge the adapter into the base model, or export it by itself, and check the result."""
-    from mcp_lora.serve import card as cards
     from mcp_lora.serve import export as exports
 
-    default = "outputs/adapter" if adapter_only else "outputs/merged_model"
-    output = output or Path("outputs/ollama" if ollama else f"{default}.gguf" if gguf else default)
-    if push:  # a repository that cannot be written is noticed before the work
-        exports.push(push)
+    request = exports.Request(run, output, checkpoint, gguf, adapter_only, ollama, push)
     with console.progress() as progress:
-        note = exports.export(run, output, checkpoint, gguf, adapter_only, ollama, progress)
-    console.say(f"{output}: {note}")
+        note = exports.export(request, progress)
+    console.say(f"{request.target}: {note}")
     if push:
-        card = cards.model_card(run, runs.adapter(run, checkpoint))
-        console.say(f"pushed to {exports.push(push, output, card)}, which is private if it is new")
+        console.say(f"pushed to {exports.push(request)}, which is private if it is new")
 
 
 def serve(
@@ -69,7 +64,8 @@ def serve(
         if show == "ollama":
             console.say("then ask it: ollama run mcp-lora, or http://127.0.0.1:11434/v1")
         if show == "llama.cpp" and not Path(argv[2]).is_file():
-            console.say(f"to make this file: mcp-lora export {target} --gguf f16 --output {argv[2]}")
+            again = advice("export", target, "--gguf", "f16", "--output", argv[2])
+            console.say(f"to make this file: {again}")
         return
     servers.serve(request, console.say, console.progress)
 
@@ -89,6 +85,7 @@ def parity(
     if found.left_out:
         what += f"; {found.left_out} are rejected by the chat template"
     if found.differences:
-        again = f"serve it with the chat template that is named by mcp-lora serve {run} --print vllm"
+        named = advice("serve", run, "--print", "vllm")
+        again = f"serve it with the chat template that is named by {named}"
         raise McpLoraError(f"{what}: {again}", 1)
     console.say(what)

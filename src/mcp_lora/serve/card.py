@@ -36,15 +36,16 @@ def _update(file: Path, changes: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_ollama(run: Path, adapter_only: bool) -> None:
-    """Raise McpLoraError if Ollama would not serve a run's model as it was trained."""
-    if adapter_only:
-        raise McpLoraError(f"Ollama serves a merged model: mcp-lora export {run} --ollama")
+def check_ollama(run: Path, command: str) -> None:
+    """Raise McpLoraError if Ollama would not serve a run's model as it was trained.
+
+    `command` is the one that exports it for another server.
+    """
     source = chat_template.model_folder(runs.read_run(run))
     kind = str(files.load(source / "config.json", "copy the model again").get("model_type"))
     if kind.startswith(_RENDERED_BY_OLLAMA):
         what = f"Ollama has prompts of its own for {kind}, which are not those of training"
-        raise McpLoraError(f"{what}: mcp-lora export {run} --gguf f16, and mcp-lora serve FILE.gguf")
+        raise McpLoraError(f"{what}: {command}, and mcp-lora serve FILE.gguf")
 
 
 def modelfile(template: ChatTemplate) -> str:

@@ -4,20 +4,23 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mcp_lora.engine import api, launch
 from mcp_lora.engine.topology import Topology
-from mcp_lora.errors import McpLoraError, explained, one_line
+from mcp_lora.errors import McpLoraError, advice, explained, one_line
 from mcp_lora.prompts import chat_template, render
+from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.card import check_ollama, complete, model_card, modelfile
 from mcp_lora.serve.verify import (
     OTHER_CALLS,
     Comparison,
+    by_engine,
     by_llama_cpp,
     check_answers,
-    check_merged,
     compare,
     is_slow,
 )
@@ -27,119 +30,174 @@ from mcp_lora.train.machine import detect_machine
 _ADAPTER = ("adapter_*", "tokenizer*", "*.jinja", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 
-def export(
-    run: Path,
-    output: Path,
-    checkpoint: str | None = None,
-    gguf: str | None = None,
-    adapter_only: bool = False,
-    ollama: bool = False,
-    progress: Callable[[str, float], None] = lambda step, fraction: None,
-) -> str:
-    """Export a run's adapter into `output`, which appears only once it is complete and checked.
+@dataclass(frozen=True)
+class Request:
+    """What is exported, and where to.
 
-    Args:
+    Attributes:
         run: the run's folder.
-        output: a folder, or with `gguf` alone a file.
+        output: a folder, or with `gguf` alone a file; by default one in outputs/.
         checkpoint: the checkpoint of the adapter; by default the newest.
         gguf: one of OTHER_CALLS, to write a GGUF file.
         adapter_only: without the base.
         ollama: write a folder with a GGUF file (by default f16) and a Modelfile for Ollama.
+        push: OWNER/NAME on the Hugging Face hub, for `push`.
+    """
+
+    run: Path
+    output: Path | None = None
+    checkpoint: str | None = None
+    gguf: str | None = None
+    adapter_only: bool = False
+    ollama: bool = False
+    push: str | None = None
+
+    @property
+    def target(self) -> Path:
+        """The file or folder to write."""
+        if self.output:
+            return self.output
+        if self.ollama:
+            return Path("outputs/ollama")
+        default = "outputs/adapter" if self.adapter_only else "outputs/merged_model"
+        return Path(f"{default}.gguf" if self.gguf else default)
+
+    def command(self, **changes: Any) -> str:
+        """Return the command for this request, with some of its attributes changed."""
+        new = replace(self, **changes)
+        words: list[object] = ["export", new.run]
+        words += ["--adapter-only"] * new.adapter_only + ["--ollama"] * new.ollama
+        options = {"checkpoint": new.checkpoint, "gguf": new.gguf, "push": new.push, "output": new.output}
+        for name, value in options.items():
+            if value:
+                words += [f"--{name}", value]
+        return advice(*words)
+
+
+def export(request: Request, progress: Callable[[str, float], None] = lambda step, fraction: None) -> str:
+    """Export a run's adapter into the request's target, which appears only once it is complete and checked.
+
+    Args:
+        request: what is exported.
         progress: receives the fraction of the questions that a GGUF file has answered.
 
     Returns:
         A message on how it was checked.
 
-    Raises McpLoraError if the run has no adapter, its base was quantized and is to be merged, `output`
+    Raises McpLoraError if the run has no adapter, its base was quantized and is to be merged, the target
     exists, or the engine or a converter fails; with exit code 1 if what is exported is not equivalent.
     """
     api.require()
-    adapter = runs.adapter(run, checkpoint)
-    words = ["--ollama"] * ollama
-    again = shlex.join(["mcp-lora", "export", str(run), *words, "--output", "OTHER"])
-    if runs.is_quantized(run) and not adapter_only:
-        why = "was trained on a quantized base, and merging into it loses precision"
-        raise McpLoraError(f"{run} {why}: mcp-lora export {run} --adapter-only")
-    if output.exists():
-        raise McpLoraError(f"{output} exists: {again}")
-    config = runs.read_run(run)
-    if ollama:
-        check_ollama(run, adapter_only)
-    template = chat_template.load(config)
-    gguf = gguf or ("f16" if ollama else None)
-    if gguf:
-        llama_cpp.require()
-        llama_cpp.converters()
-    new = output.with_name(f".{output.name}.new")
-    shutil.rmtree(new, ignore_errors=True)  # left by an export that was killed
-    try:
-        with explained(f"{output.parent} cannot be written", again):
-            new.mkdir(parents=True)
-        folder, file, base = new / "model", new / "model.gguf", new / "base.gguf"
-        dtype = ""
-        if adapter_only:
-            copy_adapter(adapter, folder)
-            note = "the adapter as it was trained"
-        else:
-            found = _merge(run, adapter, folder)
-            note, dtype = str(found), found.dtype
-        complete(folder, template, ollama)
-        (folder / "README.md").write_text(model_card(run, adapter), encoding="utf-8")
-        if gguf:
-            if adapter_only:
-                source = chat_template.model_folder(config)
-                llama_cpp.convert_adapter(folder, source, file, gguf)
-                llama_cpp.convert(source, base, gguf)
-            else:
-                llama_cpp.convert(folder, file, gguf)
-            served = (base, file, template.frozen()) if adapter_only else (file, None, None)
-            answers = by_llama_cpp(template, served, progress)
-            exact = f"mcp-lora export {run} --gguf f32"
-            compared = check_answers(run, adapter, template, answers, exact, OTHER_CALLS[gguf])
-            note = f"the same prompts as in training; {compared}"
-        elif not adapter_only and is_slow(str(config["model_name_or_path"]), dtype):
-            note += "; warning: its answers are not compared, as that would take long without a GPU"
-        elif not adapter_only:
-            note += f"; {check_merged(run, adapter, template, folder, dtype)}"
-        made = file if gguf else folder
-        if ollama:
-            made = new / "ollama"
-            made.mkdir()
-            file.rename(made / "model.gguf")
-            (folder / "README.md").rename(made / "README.md")
-            (made / "Modelfile").write_text(modelfile(template), encoding="utf-8")
-        made.rename(output)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    adapter, target = runs.adapter(request.run, request.checkpoint), request.target
+    other = request.command(output=Path("OTHER"))
+    if runs.is_quantized(request.run) and not request.adapter_only:
+        what = f"{request.run} was trained on a quantized base, and merging into it loses precision"
+        raise McpLoraError(f"{what}: {request.command(adapter_only=True, ollama=False)}")
+    if request.ollama and request.adapter_only:
+        raise McpLoraError(f"Ollama serves a merged model: {request.command(adapter_only=False)}")
+    with explained(f"{target.parent} cannot be written", other):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        problem = f"{target} is in use by another mcp-lora export: {other}"
+        lock = launch.exclusive(target.parent / f".{target.name}.lock", problem)
+    with lock:
+        if target.exists():
+            raise McpLoraError(f"{target} exists: {other}")
+        if request.ollama:
+            check_ollama(request.run, request.command(ollama=False, gguf="f16"))
+        template = chat_template.load(runs.read_run(request.run))
+        if request.gguf or request.ollama:
+            llama_cpp.require()
+            llama_cpp.converters()
+        new = target.with_name(f".{target.name}.new")
+        shutil.rmtree(new, ignore_errors=True)  # left by an export that was killed
+        try:
+            new.mkdir()
+            made, note = _make(request, adapter, template, new, progress)
+            made.rename(target)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
     return note
 
 
-def push(name: str, exported: Path | None = None, card: str = "") -> str:
-    """Create a private repository on the Hugging Face hub, or use one's own, and upload what was exported.
+def _make(
+    request: Request,
+    adapter: Path,
+    template: ChatTemplate,
+    new: Path,
+    progress: Callable[[str, float], None],
+) -> tuple[Path, str]:
+    """Make what is exported in a new folder, and check it; return its path and how it was checked."""
+    run, again, dtype = request.run, request.command(), ""
+    folder, file = new / "model", new / "model.gguf"
+    if request.adapter_only:
+        copy_adapter(adapter, folder)
+        note = "the adapter as it was trained"
+    else:
+        found = _merge(run, adapter, folder, again)
+        note, dtype = str(found), found.dtype
+    complete(folder, template, request.ollama)
+    (folder / "README.md").write_text(model_card(run, adapter), encoding="utf-8")
+    if kind := request.gguf or ("f16" if request.ollama else None):
+        answers = by_llama_cpp(template, _convert(request, template, folder, file, kind), progress)
+        expected = by_engine(run, template, adapter, again)
+        exact = request.command(gguf="f32")
+        compared = check_answers(run, template, expected, answers, exact, OTHER_CALLS[kind])
+        note = f"the same prompts as in training; {compared}"
+    elif not request.adapter_only and is_slow(str(runs.read_run(run)["model_name_or_path"]), dtype):
+        note += "; warning: its answers are not compared, as that would take long without a GPU"
+    elif not request.adapter_only:
+        answers = by_engine(run, template, None, again, dtype, folder)
+        expected = by_engine(run, template, adapter, again, dtype)
+        alone = request.command(adapter_only=True)
+        note += f"; {check_answers(run, template, expected, answers, alone, OTHER_CALLS['bf16'])}"
+    if request.ollama:
+        made = new / "ollama"
+        made.mkdir()
+        file.rename(made / "model.gguf")
+        (folder / "README.md").rename(made / "README.md")
+        (made / "Modelfile").write_text(modelfile(template), encoding="utf-8")
+        return made, note
+    return file if kind else folder, note
 
-    Args:
-        name: OWNER/NAME.
-        exported: a folder, or a file that `card` describes; without it nothing is uploaded yet.
-        card: the model card of a file.
+
+def _convert(
+    request: Request, template: ChatTemplate, folder: Path, file: Path, kind: str
+) -> tuple[Path, Path | None, str | None]:
+    """Write a model's or an adapter's folder as a GGUF file.
 
     Returns:
-        The repository's address. Raises McpLoraError if the hub rejects it or cannot be reached.
+        What llama.cpp serves to check it: a model, and an adapter and a chat template that are not in it.
+    """
+    if not request.adapter_only:
+        llama_cpp.convert(folder, file, kind)
+        return file, None, None
+    source, base = chat_template.model_folder(runs.read_run(request.run)), file.with_name("base.gguf")
+    llama_cpp.convert_adapter(folder, source, file, kind)
+    llama_cpp.convert(source, base, kind)
+    return base, file, template.frozen()
+
+
+def push(request: Request) -> str:
+    """Upload what was exported to the Hugging Face hub, into a repository of one's own or a new private one.
+
+    Returns the repository's address. Raises McpLoraError if the hub rejects it or cannot be reached.
     """
     import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    hub = HfApi()
+    hub, name, exported = HfApi(), str(request.push), request.target
     try:
         address = str(hub.create_repo(name, private=True, exist_ok=True))
-        if exported and exported.is_dir():
+        if exported.is_dir():
             hub.upload_folder(repo_id=name, folder_path=exported)
-        elif exported:
+        else:
             hub.upload_file(repo_id=name, path_or_fileobj=exported, path_in_repo=exported.name)
+            card = model_card(request.run, runs.adapter(request.run, request.checkpoint))
             hub.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo="README.md")
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, httpx.HTTPError) as error:
         what = f"{name} cannot be written on the hub ({one_line(error)})"
-        again = f"hf upload {name} {exported}" if exported else "mcp-lora export --push OWNER/NAME"
+        again = shlex.join(["hf", "upload", name, str(exported)])
         raise McpLoraError(f"{what}: hf auth login, and {again}") from None
     return address
 
@@ -152,7 +210,7 @@ def copy_adapter(adapter: Path, folder: Path) -> None:
             shutil.copy(file, folder)
 
 
-def _merge(run: Path, adapter: Path, folder: Path) -> Comparison:
+def _merge(run: Path, adapter: Path, folder: Path, again: str) -> Comparison:
     """Let the engine merge an adapter into its base; return how the two compare."""
     settings = runs.serving_config(run, adapter) | {"export_dir": str(folder), "export_size": 1}
     settings |= {"template": render.TEMPLATE}  # which keeps the tokenizer's chat template
@@ -160,7 +218,7 @@ def _merge(run: Path, adapter: Path, folder: Path) -> Comparison:
     environment = launch.engine_environment(settings, Topology(gpus or 1), gpus, os.environ)
     outcome = launch.run_engine("export", settings, environment)
     if outcome.code:
-        raise outcome.error(f"mcp-lora export {run}")
+        raise outcome.error(again)
     # the engine's supports no tools, and uses the engine's template
     (folder / "Modelfile").unlink(missing_ok=True)
     found = compare(settings, adapter, folder)

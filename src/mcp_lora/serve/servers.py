@@ -20,12 +20,12 @@ from typing import Any
 
 from mcp_lora.data.calls import without_thought
 from mcp_lora.engine import launch
-from mcp_lora.errors import Interrupted, McpLoraError, explained, one_line
+from mcp_lora.errors import Interrupted, McpLoraError, advice, explained, one_line
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.serve import export as exports
 from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.card import complete
-from mcp_lora.serve.export import export
 from mcp_lora.serve.llama_cpp import NAME
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine
@@ -98,10 +98,11 @@ def command(request: Request) -> list[str]:
             raise McpLoraError(f"{what}, and mcp-lora serve outputs/ollama --print ollama")
         return ["ollama", "create", NAME, "--file", str(target / "Modelfile")]
     if target.suffix == ".gguf":
-        raise McpLoraError(f"{target} is a GGUF file: mcp-lora serve {target} --engine llama.cpp")
+        again = advice("serve", target, "--engine", "llama.cpp")
+        raise McpLoraError(f"{target} is a GGUF file: {again}")
     if request.engine == "sglang" and request.is_run:  # run-time LoRA loses calls (sgl-project/sglang#30744)
-        what = "SGLang serves a merged model"
-        raise McpLoraError(f"{what}: mcp-lora export {target}, and mcp-lora serve outputs/merged_model")
+        again = f"{advice('export', target)}, and mcp-lora serve outputs/merged_model --engine sglang"
+        raise McpLoraError(f"SGLang serves a merged model: {again}")
     config = _config(request)
     template = chat_template.load(config)
     vllm_parser, sglang_parser = parser(template)
@@ -137,11 +138,12 @@ def _lora(run: Path) -> list[str]:
     if saved := settings.get("modules_to_save"):
         what = f"vLLM serves no adapter with {', '.join(saved)}"
         if runs.is_quantized(run):
-            raise McpLoraError(f"{what}, and a quantized base cannot be merged: mcp-lora chat {run}")
-        raise McpLoraError(f"{what}, only a merged model: mcp-lora export {run}")
+            raise McpLoraError(f"{what}, and a quantized base cannot be merged: {advice('chat', run)}")
+        raise McpLoraError(f"{what}, only a merged model: {advice('export', run)}")
     allowed = next((one for one in RANKS if one >= rank), None)
     if allowed is None:
-        raise McpLoraError(f"vLLM allows LoRA ranks up to {RANKS[-1]}, not {rank}: mcp-lora export {run}")
+        what = f"vLLM allows LoRA ranks up to {RANKS[-1]}, not {rank}"
+        raise McpLoraError(f"{what}: {advice('export', run)}")
     return ["--enable-lora", "--max-lora-rank", str(allowed), "--lora-modules", f"{NAME}={adapter}"]
 
 
@@ -172,10 +174,12 @@ def serve(
         llama_cpp.require()
         if not gguf.is_file():
             if not request.is_run:
-                raise McpLoraError(f"there is no {gguf}: mcp-lora export RUN --gguf f16 --output {gguf}")
+                again = advice("export", "RUN", "--gguf", "f16", "--output", gguf)
+                raise McpLoraError(f"there is no {gguf}: {again}")
             say(f"exporting {request.target} as {gguf}, once")
+            wanted = exports.Request(request.target, gguf, gguf="f16")
             with progress() as show:
-                say(f"{gguf}: {export(request.target, gguf, gguf='f16', progress=show)}")
+                say(f"{gguf}: {exports.export(wanted, show)}")
             for other in gguf.parent.glob(_KEPT.format("*")):  # of earlier adapters
                 if other != gguf:
                     other.unlink()
@@ -233,7 +237,7 @@ def _gguf(request: Request) -> Path:
         raise McpLoraError(f"{what}: mcp-lora export RUN --gguf f16")
     if runs.is_quantized(request.target):
         what = f"the base of {request.target} is quantized, and llama.cpp needs a merged model"
-        raise McpLoraError(f"{what}: mcp-lora serve {request.target} --print vllm")
+        raise McpLoraError(f"{what}: {advice('serve', request.target, '--print', 'vllm')}")
     return request.target / _KEPT.format(runs.adapter_hash(runs.adapter(request.target))[:8])
 
 

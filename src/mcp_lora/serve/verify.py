@@ -43,25 +43,24 @@ class Comparison:
 
 
 def check_answers(
-    run: Path,
-    adapter: Path,
-    template: ChatTemplate,
-    answers: _Answers,
-    command: str,
-    tolerance: float,
-    dtype: str = "",
+    run: Path, template: ChatTemplate, expected: _Answers, exported: _Answers, command: str, tolerance: float
 ) -> str:
-    """Compare the calls of what is exported with those of base + adapter, which the engine merges in memory.
+    """Compare the calls of what is exported with those of base + adapter.
 
     Args:
-        answers: yields the answers to questions, of a maximum number of tokens, of what is exported.
+        run: its held-out questions are asked.
+        template: of the prompts, by which answers are parsed.
+        expected: yields the answers of base + adapter, which the engine merges in memory, to questions, of a
+            maximum number of tokens.
+        exported: the same of what is exported.
         command: the command to run if they are not the same.
         tolerance: the fraction that may differ.
-        dtype: see `_by_engine`.
+
+    Returns a message. Raises McpLoraError, with exit code 1, if more of them differ.
     """
     request = evaluation.Request(run, limit=_QUESTIONS)
     asked: list[Question] = []
-    length, problem, expected = 0, "", {}
+    length, problem, right = 0, "", {}
     judge = Judge(template)
     try:
         prepared = evaluation.prepare(request)
@@ -69,14 +68,14 @@ def check_answers(
     except McpLoraError as error:
         problem = str(error)
     try:
-        for question, response in _by_engine(run, template, adapter, dtype)(asked, length):
-            expected[question.key] = judge(question, response).calls
+        for question, response in expected(asked, length):
+            right[question.key] = judge(question, response).calls
     except predict.NoRoomError:
         asked, problem = [], "the model does not fit into memory"
-    made = {question.key: judge(question, response).calls for question, response in answers(asked, length)}
+    made = {question.key: judge(question, response).calls for question, response in exported(asked, length)}
     if not asked:
         return f"warning: its answers are not compared ({problem})"
-    other = sum(not calls.same_calls(made[key], right) for key, right in expected.items())
+    other = sum(not calls.same_calls(made[key], one) for key, one in right.items())
     most = max(int(len(asked) > 1), int(tolerance * len(asked)))
     what = f"{other} of {len(asked)} held-out questions have other calls than base + adapter"
     if other > most:
@@ -91,17 +90,18 @@ def is_slow(model: str, dtype: str) -> bool:
     return not machine.gpus and (emulated or bool(too_big(model, machine)))
 
 
-def check_merged(run: Path, adapter: Path, template: ChatTemplate, folder: Path, dtype: str) -> str:
-    """Compare the calls of a merged model, whose dtype is `dtype`, in a folder."""
-    answers = _by_engine(run, template, None, dtype, folder)
-    again = f"mcp-lora export {run} --adapter-only"
-    return check_answers(run, adapter, template, answers, again, OTHER_CALLS["bf16"], dtype)
-
-
-def _by_engine(
-    run: Path, template: ChatTemplate, adapter: Path | None, dtype: str, merged: Path | None = None
+def by_engine(
+    run: Path,
+    template: ChatTemplate,
+    adapter: Path | None,
+    command: str,
+    dtype: str = "",
+    merged: Path | None = None,
 ) -> _Answers:
-    """Let LLaMA-Factory answer on one GPU: base + adapter, or a merged model; in bf16 if `dtype` is that."""
+    """Let LLaMA-Factory answer on one GPU: base + adapter, or a merged model; in bf16 if `dtype` is that.
+
+    `command` is the next command to run if it fails.
+    """
 
     def answers(asked: Sequence[Question], length: int) -> Iterable[tuple[Question, Response]]:
         if not asked:
@@ -110,7 +110,7 @@ def _by_engine(
         settings |= {"model_name_or_path": str(merged)} if merged else {}
         gpus = 1 if detect_machine().gpus else None
         settings |= {"max_new_tokens": length, "per_device_eval_batch_size": gpus or _QUESTIONS}
-        return predict.by_engine(asked, template, settings, gpus, f"mcp-lora export {run}")
+        return predict.by_engine(asked, template, settings, gpus, command)
 
     return answers
 

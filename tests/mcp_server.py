@@ -23,7 +23,8 @@ def tool(name: str, reads: bool = True, kind: str = "string", description: str =
 
 
 TOOLS = [tool("greet"), tool("part", description="Says goodbye."), tool("erase", reads=False)]
-CHANGED = [tool("greet", kind="integer"), tool("part", description="Says farewell."), tool("count")]
+CHANGED = [tool("greet", kind="integer"), tool("part", reads=False, description="Says farewell.")]
+CHANGED += [tool("count")]
 
 
 async def listed(context: Any, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from conftest import BIN, ROOT, catalogue_of, environment, record, run, write_js
 from mcp_lora.data import conversion, dataset
 from mcp_lora.data.conversion import Settings
 from mcp_lora.data.records import Tool
+from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate.evaluation import Endpoint
 from mcp_lora.live import chat as chats
@@ -29,6 +32,8 @@ from mcp_lora.live import connections, generate
 from mcp_lora.live.chat import Chat
 from mcp_lora.live.collect import collect
 from mcp_lora.live.connections import Address, Connection
+from mcp_lora.prompts import chat_template
+from mcp_lora.train import runs
 
 SERVER = ROOT / "tests" / "mcp_server.py"
 
@@ -52,7 +57,12 @@ def test_servers_are_named_as_in_desktop_clients(tmp_path: Path, monkeypatch: py
         tmp_path / "mcp.json",
         {
             "mcpServers": {
-                "time": {"command": "uvx", "args": ["mcp-server-time"], "env": {"TZ": "UTC"}, "cwd": "/tmp"},
+                "time": {
+                    "command": "uvx",
+                    "args": ["mcp-server-time"],
+                    "env": {"TZ": "UTC", "KEY": None},
+                    "cwd": "/tmp",
+                },
                 "docs": {"url": "https://example.org/mcp", "headers": {"X-Key": "${env:DOCS_KEY}"}},
                 "old": {"command": "old", "disabled": True},
             }
@@ -135,7 +145,8 @@ def test_a_second_collection_shows_what_has_changed(tmp_path: Path) -> None:
     collect([address("changed", "good")], tools, data, said.append)
     assert said[-1].partition(": ")[2].partition("; since ")[2].partition("+00:00: ")[2] == (
         f"count is new, erase is gone (3 calls in {data}), "
-        f"greet has another schema: 3 of 3 calls in {data} no longer validate, part has another description"
+        f"greet has another schema: 3 of 3 calls in {data} no longer validate, part has another description, "
+        "part no longer says that it only reads"
     )
 
 
@@ -176,6 +187,13 @@ def test_a_call_that_takes_too_long_is_an_error_and_a_server_that_dies_is_report
         for name in ("Death", "Ann"):
             with pytest.raises(McpLoraError, match="good has died"):
                 server.call("greet", {"name": name})
+
+
+def test_what_a_server_has_said_last_is_read_without_moving_where_it_writes() -> None:
+    with tempfile.TemporaryFile("w+") as log:
+        os.pwrite(log.fileno(), b"x" * 3000 + b"\nit starts\nno such key\n", 0)
+        assert connections._last(log) == " (no such key)"
+        assert os.lseek(log.fileno(), 0, os.SEEK_CUR) == 0
 
 
 Reply = Callable[[dict[str, Any]], dict[str, Any] | int]
@@ -368,6 +386,28 @@ def test_a_server_that_dies_ends_it_and_its_attempt_is_not_made_again(tmp_path: 
     assert [line["reason"] for line in lines] == ["failed", None] and file.is_file()
 
 
+@pytest.mark.parametrize("reply", [{"content": "no"}, 400])
+def test_a_teacher_that_makes_nothing_good_is_given_up(reply: Any, tmp_path: Path) -> None:
+    with (
+        teacher(lambda request: reply) as url,
+        connected(address()) as servers,
+        pytest.raises(McpLoraError, match="no attempt was good"),
+    ):
+        generate.generate(generate.Request(500, Endpoint(url, "m")), servers, tmp_path)
+    (journal,) = tmp_path.glob("*.failed")
+    assert 50 <= len(journal.read_text(encoding="utf-8").splitlines()) - 1 < 60
+
+
+def test_one_generation_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    request = generate.Request(1, Endpoint("http://127.0.0.1:9/v1", "m"))
+    with (
+        launch.exclusive(tmp_path / ".generate.lock", ""),
+        connected(address()) as servers,
+        pytest.raises(McpLoraError, match="in use by another mcp-lora generate: .*OTHER_FOLDER"),
+    ):
+        generate.generate(request, servers, tmp_path)
+
+
 def test_nothing_good_is_an_error_and_no_tool_is_called_unasked(tmp_path: Path) -> None:
     with teacher(lambda request: {"content": "no"}) as url, connected(address()) as servers:
         with pytest.raises(McpLoraError, match="no attempt was good.*0 calls: no.*A_STRONGER_ONE"):
@@ -508,10 +548,36 @@ def test_more_tools_than_fit_are_narrowed_to_those_closest_to_the_question(outpu
         assert shown[1:3] == [("call", "get_music_3 {}"), ("note", "not run")] and not confirmed
 
 
+def test_a_long_conversation_leaves_room_for_fewer_tools(outputs: Path) -> None:
+    tools = [Tool("s", f"get_{number}", "The weather " * 9, {}) for number in range(40)]
+    sent: list[Any] = []
+
+    def reply(request: dict[str, Any]) -> dict[str, Any]:
+        sent.append(request)
+        return {"content": "It rains and rains. " * 40}
+
+    template = chat_template.load(runs.read_run(outputs))
+    with teacher(reply) as url:
+        chat, shown, _ = chatting(outputs, url, [], tools=tools)
+        for _ in range(2):
+            chat.say("What is the weather like?")
+        first, second = (len(request["tools"]) for request in sent)
+        assert first > second > 1
+        notes = [text for who, text in shown if who == "note"]
+        assert [note.split(" of ")[0] for note in notes] == [str(first), str(second)]
+        for request in sent:
+            prompt = template.prompt(request["messages"], request["tools"])
+            assert len(template.ids(prompt)) <= 1200 - 256
+        for _ in range(4):
+            chat.say("What is the weather like?")
+    assert len(sent[-1]["tools"]) == 1
+    assert shown[-2] == ("note", "no tool fits into cutoff_len 1200, get_0 is offered: /clear starts anew")
+
+
 def test_the_chat_at_a_terminal(outputs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
-    lines = "greet Ann\ny\nerase Bob\n\n/clear\nbroken\nplain\nexit\n"
+    lines = "greet Ann\nYes\nerase Bob\n\n/clear\nbroken\nplain\nexit\n"
     server = f"{sys.executable} {SERVER} good ok"
     with teacher(adapter) as url:
         words = ["chat", outputs, "--mcp", server, "--endpoint", url, "--transcript", "chat.jsonl"]
@@ -525,20 +591,26 @@ def test_the_chat_at_a_terminal(outputs: Path, tmp_path: Path) -> None:
     assert len((folder / "chat.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     done = run([BIN / "mcp-lora", "chat", outputs, "--mcp", "no-such-program", "--endpoint", url], folder)
     assert done.returncode == 2 and "no-such-program cannot be used" in done.stderr
+    done = run([BIN / "mcp-lora", "chat", outputs, "--tools", "nothing.json"], folder)
+    assert done.returncode == 2 and "mcp-lora chat --tools OTHER_FILE" in done.stderr
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(outputs: Path, tmp_path: Path) -> None:
     asked = threading.Event()
 
     def slow(request: dict[str, Any]) -> dict[str, Any] | int:
-        if request["messages"][-1]["content"] == "wait":
+        last = request["messages"][-1]["content"]
+        if last == "wait":
             asked.set()
             stopped.wait(60)
+        if last == "call":
+            return calling(("greet", "{}"))
         return {"content": "Hello."}
 
     stopped = threading.Event()
     with teacher(slow) as url:
-        argv, pipe = [BIN / "mcp-lora", "chat", outputs, "--endpoint", url], subprocess.PIPE
+        server, pipe = f"{sys.executable} {SERVER} good ok", subprocess.PIPE
+        argv = [BIN / "mcp-lora", "chat", outputs, "--endpoint", url, "--mcp", server]
         started = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True, "env": environment()}
         with subprocess.Popen(argv, cwd=tmp_path, **started) as process:
             guard = threading.Timer(180, process.kill)  # a chat that hangs fails
@@ -549,6 +621,14 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(outputs: Path, tmp_path: Path) 
             process.send_signal(signal.SIGINT)
             assert next(line for line in process.stderr if "stopped" in line)
             stopped.set()
+            process.stdin.write("call\n")  # nor at the question whether it is run
+            process.stdin.flush()
+            question = ""
+            while not question.endswith("[y/N] "):
+                question += process.stdout.read(1)
+            time.sleep(0.5)  # until it reads the answer: Python may miss a signal just before
+            process.send_signal(signal.SIGINT)
+            assert next(line for line in process.stderr if "stopped" in line)
             out, _ = process.communicate("plain\nexit\n", timeout=60)
             guard.cancel()
     assert process.returncode == 0 and "Assistant: Hello." in out

@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -553,3 +555,39 @@ def test_a_repository_is_made_only_for_what_was_exported(
     words = ["export", str(trained), "--output", str(tmp_path / "x"), "--push", "me/model"]
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, McpLoraError) and "x exists" in str(done.exception)
+
+
+def test_an_address_where_no_server_can_listen_is_told_at_once(tmp_path: Path) -> None:
+    def check(host: str, port: int) -> None:
+        servers.check_address(Request(tmp_path, host=host, port=port, api_key="k"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with pytest.raises(McpLoraError, match=f"port {port} is in use: mcp-lora serve --port {port + 1}"):
+            check("127.0.0.1", port)
+    check("127.0.0.1", port)
+    check("127.0.0.1", 0)
+    for host in ("10.255.255.1", "nowhere.invalid"):
+        with pytest.raises(McpLoraError, match=f"{host} is not an address of this machine"):
+            check(host, port)
+
+
+def test_other_users_do_not_see_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the list of processes arguments are visible to all."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(servers, "command", lambda request, key=None: [sys.executable, str(key)])
+    monkeypatch.setattr(servers, "_announce", lambda *words: None)
+    seen: list[Any] = []
+
+    def started(argv: list[str], variables: dict[str, str]) -> launch.Outcome:
+        file = Path(argv[1])
+        seen.append((file.suffix, file.stat().st_mode & 0o777, json.loads(file.read_text()), variables))
+        return launch.Outcome(1, "")
+
+    monkeypatch.setattr(launch, "run", started)
+    request = Request(tmp_path, "sglang", port=1, api_key="secret")
+    with pytest.raises(McpLoraError, match="the server has ended"):
+        servers.serve(request, lambda text: None, lambda: nullcontext(lambda step, fraction: None))
+    assert seen == [(".yaml", 0o600, {"api-key": "secret"}, {"VLLM_API_KEY": "secret"})]
+    assert servers._key(request, Path("key.yaml")) == ["--config", "key.yaml"]
+    assert servers._key(request) == ["--api-key", "secret"]  # in a command that is printed

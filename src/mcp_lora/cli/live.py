@@ -98,7 +98,8 @@ def chat(
     from mcp_lora.live import chat as chats
 
     known = catalogue.Catalogue()
-    for note in catalogue.load(files.find([Path(name) for name in tools or []]), known):
+    again = "mcp-lora chat --tools OTHER_FILE"
+    for note in catalogue.load(files.find([Path(name) for name in tools or []], command=again), known):
         console.say(f"warning: {note}")
     servers = connections.addresses(mcp or [], mcp_config or []) if mcp or mcp_config else []
 
@@ -106,7 +107,8 @@ def chat(
         if yes and name in server.read_only:
             return True
         what = "only reads" if name in server.read_only else "may change something"
-        return console.ask(f"run {' '.join(name.split())} of {server.name}, which {what}? [y/N] ") == "y"
+        said = console.ask(f"run {' '.join(name.split())} of {server.name}, which {what}? [y/N] ")
+        return (said or "").lower() in ("y", "yes")
 
     with connections.connected(servers, _required, timeout) as connected:
         named = Endpoint(endpoint, endpoint_model) if endpoint else None

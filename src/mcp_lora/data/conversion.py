@@ -81,7 +81,8 @@ def newest_filtered() -> Path:
 def _find(settings: Settings, left_out: list[Path] | None = None) -> tuple[list[Path], list[Path]]:
     """Return the input files of a conversion, and its catalogue files."""
     inputs = files.find([Path(name) for name in settings.inputs] or [newest_filtered()], left_out)
-    return inputs, files.find([Path(name) for name in settings.tools], left_out)
+    again = "mcp-lora convert --tools OTHER_FILE"
+    return inputs, files.find([Path(name) for name in settings.tools], left_out, again)
 
 
 def convert(

@@ -26,6 +26,7 @@ from mcp_lora.errors import McpLoraError, one_line
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 _OUTPUTS = ("stats.json", "run.yaml")  # they mark the folder of a conversion or a run
+_OTHER = "mcp-lora convert OTHER_FILE"
 CHUNK = 1 << 17  # characters decoded at a time
 BUFFER = 1 << 20  # bytes read or written at a time
 _LOOKAHEAD = 32  # chunks to search for the end of a broken element
@@ -42,10 +43,11 @@ class Broken(NamedTuple):
     text: str | None = None
 
 
-def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
+def find(places: list[Path], left_out: list[Path] | None = None, command: str = _OTHER) -> list[Path]:
     """Return the files that `places` refer to: files, folders (searched recursively) and globs.
 
     Files in a folder that are hidden, symbolic links or written by mcp-lora are added to `left_out`.
+    `command` is the next command to run after an error.
 
     Raises McpLoraError if a place contains no readable file, or a file name is not valid UTF-8.
     """
@@ -65,9 +67,9 @@ def find(places: list[Path], left_out: list[Path] | None = None) -> list[Path]:
     kinds = ", ".join(SUFFIXES)
     if missing:
         others = f"; {len(left_out)} files are hidden, links, or written by mcp-lora" * bool(left_out)
-        raise McpLoraError(f"no data in {', '.join(missing)} ({kinds}{others}): mcp-lora convert OTHER_FILE")
+        raise McpLoraError(f"no data in {', '.join(missing)} ({kinds}{others}): {command}")
     if unknown := [str(file) for file in found if not file.name.endswith(SUFFIXES)]:
-        raise McpLoraError(f"{', '.join(unknown)}: not one of {kinds}: mcp-lora convert OTHER_FILE")
+        raise McpLoraError(f"{', '.join(unknown)}: not one of {kinds}: {command}")
     for file in found:
         try:
             str(file).encode()

@@ -133,21 +133,27 @@ class Chat:
         return True
 
     def _fitting(self, text: str) -> list[Any]:
-        """Return the tools that fit into a prompt of training: all, or those closest to the message."""
+        """Return the tools that fit into a prompt of training: all, or those closest to the message.
+
+        One is returned in any case, as the adapter was always trained with tools.
+        """
         ranked = [tool for tool, _ in self._tools.values()]
-        question = [*self._system, {"role": "user", "content": text}]
 
         def offered(count: int) -> list[Any]:
             return [{"type": "function", "function": tool.function} for tool in ranked[:count]]
 
         def tokens(count: int) -> int:
-            return len(_rendered(self._template, question, offered(count)))
+            return len(_rendered(self._template, self._messages, offered(count)))
 
         most = self._limit - _ROOM
         if tokens(len(ranked)) <= most:
             return offered(len(ranked))
         ranked = _ranked(text, ranked)
-        count = max(1, bisect_right(range(len(ranked) + 1), most, key=tokens) - 1)
+        count = bisect_right(range(len(ranked) + 1), most, key=tokens) - 1
+        if count < 1:
+            what = f"no tool fits into cutoff_len {self._limit}, {ranked[0].name} is offered"
+            self._show("note", f"{what}: /clear starts anew")
+            return offered(1)
         names = ", ".join(tool.name for tool in ranked[:count])
         self._show("note", f"{count} of {len(ranked)} tools fit into cutoff_len {self._limit}: {names}")
         return offered(count)

@@ -23,7 +23,7 @@ from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError, Tool
 from mcp_lora.data.tools import tools_in
 from mcp_lora.errors import McpLoraError, explained
-from mcp_lora.live.connections import TIMEOUT, Address, Connection, connected
+from mcp_lora.live.connections import TIMEOUT, Address, Connection, connected, read_only
 from mcp_lora.prompts.chat_template import called
 
 
@@ -78,7 +78,11 @@ def _write(connection: Connection, file: Path, trained: Path) -> str:
     line = f"{connection.name} {connection.version}: {len(connection.listed)} tools → {file}"
     try:
         if old := files.load(file, "mcp-lora collect"):
-            changes = _changes({tool.name: tool for tool in tools_in(old)}, connection.tools, trained)
+            before = {tool.name: tool for tool in tools_in(old)}
+            changes = _changes(before, connection.tools, trained)
+            was = read_only(old.get("tools") or [])
+            for name in sorted((was ^ connection.read_only) & before.keys() & connection.tools.keys()):
+                changes.append(f"{name} {'no longer' if name in was else 'now'} says that it only reads")
             line += f"; since {old.get('collected', 'then')}: {', '.join(changes) or 'unchanged'}"
     except (McpLoraError, RowError) as error:
         line = f"warning: {line}; what has changed is not known ({error})"

@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,8 +68,7 @@ class Connection:
         dumped = [tool.model_dump(by_alias=True, exclude_none=True, include=keys) for tool in listed]
         self.listed: list[dict[str, Any]] = sorted(dumped, key=lambda tool: tool["name"])
         self.tools: dict[str, Tool] = {tool.name: tool for tool in tools_in(self.listed, self.name)}
-        hints = {tool.name: tool.annotations for tool in listed if tool.annotations}
-        self.read_only = {name for name, one in hints.items() if one.read_only_hint}
+        self.read_only = read_only(self.listed)
         self._client, self._portal, self._log = client, portal, log
 
     def call(self, name: str, arguments: dict[str, Any]) -> Result:
@@ -95,6 +94,12 @@ class Connection:
             getattr(part, "text", f"[{one.type}]") for one, part in zip(found.content, parts, strict=True)
         ]
         return Result("\n".join(texts), bool(found.is_error))
+
+
+def read_only(listed: Iterable[Any]) -> set[str]:
+    """Return the names of the tools that say that they change nothing; only MCP's format has that."""
+    tools = [tool for tool in listed if isinstance(tool, dict)]
+    return {str(tool.get("name")) for tool in tools if (tool.get("annotations") or {}).get("readOnlyHint")}
 
 
 def addresses(servers: Sequence[str], configs: Sequence[Path]) -> list[Address]:
@@ -149,10 +154,10 @@ def _configured(file: Path) -> Iterator[Address]:
         yield Address(
             name,
             [*map(expanded, [entry["command"], *words])] if entry.get("command") else [],
-            {key: expanded(value) for key, value in environment.items()},
+            {key: expanded(value) for key, value in environment.items() if value is not None},
             expanded(entry["cwd"]) if entry.get("cwd") else None,
             expanded(entry.get("url") or ""),
-            {key: expanded(value) for key, value in headers.items()},
+            {key: expanded(value) for key, value in headers.items() if value is not None},
         )
 
 
@@ -201,9 +206,12 @@ def _leave(running: Any) -> None:
 
 
 def _last(log: TextIO) -> str:
-    """Return the last line that a server has written on stderr, in brackets."""
-    log.seek(0)
-    line = log.read()[-2000:].strip().rpartition("\n")[2]
+    """Return the last line that a server has written on stderr, in brackets.
+
+    It goes on writing where the file's position is, which is its own, too, and is left alone.
+    """
+    start = max(0, os.fstat(log.fileno()).st_size - 2000)
+    line = os.pread(log.fileno(), 2000, start).decode(errors="replace").strip().rpartition("\n")[2]
     return f" ({line})" if line else ""
 
 

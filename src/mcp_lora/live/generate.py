@@ -63,6 +63,9 @@ Is this what the user has asked for, and is it what the tool has returned? Reply
 _CANDIDATES = 10  # tools of the server from which the teacher chooses
 _AT_ONCE = 8  # attempts
 _ATTEMPTS = 5  # for each row that is wanted of a tool
+# Attempts after which a teacher is given up if none was good: one with a good attempt in ten, from which rows
+# would take their time already, gets here once in 200 times.
+_HOPELESS = 50
 _SAME = 90  # of 100, by RapidFuzz's ratio
 _RESULT = 4000  # characters
 _FATAL = "failed"  # the reason of an attempt that ended the command
@@ -127,18 +130,12 @@ def generate(
                         )
                     kept = [line["row"] for line in lines if not line["reason"]]
                     progress("generating", len(kept) / request.rows)
-                    if not kept and len(lines) >= _AT_ONCE and _is_rejected(lines):
-                        break
             if not (kept := [line["row"] for line in lines if not line["reason"]]):
                 failed = journal.rename(journal.with_suffix(".failed"))
                 what = f"no attempt was good, see {failed} (the last: {lines[-1]['message']})"
                 raise McpLoraError(f"{what}: mcp-lora generate --model A_STRONGER_ONE")
             dataset.dump(kept, journal.with_suffix(".new"))
             return journal.with_suffix(".new").replace(journal.with_suffix(".json")), lines
-
-
-def _is_rejected(lines: Sequence[_Line]) -> bool:
-    return all(line["reason"] == "rejected-by-teacher" for line in lines)
 
 
 def _callable(request: Request, servers: Sequence[Connection], say: Callable[[str], None]) -> _Tools:
@@ -182,9 +179,14 @@ def _journal(folder: Path, request: Request) -> tuple[Path, list[_Line]]:
 
 
 def _next(request: Request, tools: _Tools, lines: Sequence[_Line]) -> list[_Line]:
-    """Return the attempts to make at once, of the tools that have the fewest rows; none if all is done."""
+    """Return the attempts to make at once, of the tools that have the fewest rows.
+
+    There are none if all rows are made, all attempts, or _HOPELESS of them without a row.
+    """
     tried = Counter((line["server"], line["tool"]) for line in lines)
     rows = Counter((line["server"], line["tool"]) for line in lines if not line["reason"])
+    if len(lines) >= _HOPELESS and not rows:
+        return []
     most = _ATTEMPTS * -(-request.rows // len(tools))
     grades, batch = list(_DIFFICULTIES), list[_Line]()
     for _ in range(min(_AT_ONCE, request.rows - rows.total())):

@@ -4,12 +4,14 @@ A server parses the calls in answers with a parser that has a name. It depends o
 writes calls, not on the model's name: PARSERS.
 """
 
+import errno
 import importlib.util
 import json
 import re
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 
 from mcp_lora.data.calls import without_thought
 from mcp_lora.engine import launch
-from mcp_lora.errors import Interrupted, McpLoraError, advice, explained, one_line
+from mcp_lora.errors import Interrupted, McpLoraError, advice, one_line
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import export as exports
@@ -81,8 +83,11 @@ class Request:
         return (self.target / "run.yaml").is_file()
 
 
-def command(request: Request) -> list[str]:
+def command(request: Request, key_file: Path | None = None) -> list[str]:
     """Return the command that serves a request's target by its engine; files that it names are written.
+
+    Other users can see arguments. vLLM finds the key in its environment, SGLang, which reads none there, in
+    `key_file`, a file of options; without one it is an argument.
 
     Raises McpLoraError if the engine cannot serve the target, or no parser is known for its calls.
     """
@@ -113,7 +118,7 @@ def command(request: Request) -> list[str]:
     words = ["--chat-template", str((files / runs.CHAT_TEMPLATE).absolute()), *where]
     named = ["--served-model-name", NAME]
     if request.engine == "sglang":
-        words += ["--tool-call-parser", sglang_parser, *named, *_key(request)]
+        words += ["--tool-call-parser", sglang_parser, *named, *_key(request, key_file)]
         python = str(request.python or sys.executable)
         return [python, "-m", "sglang.launch_server", "--model-path", str(target), *words]
     words += ["--enable-auto-tool-choice", "--tool-call-parser", vllm_parser]
@@ -147,8 +152,10 @@ def _lora(run: Path) -> list[str]:
     return ["--enable-lora", "--max-lora-rank", str(allowed), "--lora-modules", f"{NAME}={adapter}"]
 
 
-def _key(request: Request) -> list[str]:
-    return ["--api-key", request.api_key] if request.api_key else []
+def _key(request: Request, key_file: Path | None = None) -> list[str]:
+    if not request.api_key:
+        return []
+    return ["--config", str(key_file)] if key_file else ["--api-key", request.api_key]
 
 
 def serve(
@@ -167,8 +174,7 @@ def serve(
     itself.
     """
     request = replace(request, engine=request.engine or _present(request))
-    if _is_in_use(request):
-        raise McpLoraError(f"port {request.port} is in use: mcp-lora serve --port {request.port + 1}")
+    check_address(request)
     if request.engine == "llama.cpp":
         gguf = _gguf(request)
         llama_cpp.require()
@@ -188,20 +194,22 @@ def serve(
             _announce(url, request.api_key, say)
             threading.Event().wait()
     else:
-        argv = command(request)
         if not request.port:
             raise McpLoraError("only llama.cpp finds a free port: mcp-lora serve --port 8000")
-        if not shutil.which(argv[0]):
-            what = f"{argv[0]} is not installed here"
-            raise McpLoraError(f"{what}: mcp-lora serve --python PATH, or --engine llama.cpp")
-        host = f"[{request.host}]" if ":" in request.host else request.host
-        arguments = (f"http://{host}:{request.port}/v1", request.api_key, say)
-        threading.Thread(target=_announce, args=arguments, daemon=True).start()
-        with suppress(Interrupted):
-            # in the environment, where other users do not see it
-            outcome = launch.run(argv, {"VLLM_API_KEY": request.api_key} if request.api_key else {})
-            error = launch.real_error(outcome.stderr)
-            raise McpLoraError(f"the server has ended:\n{error}", outcome.code or 1)
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as key_file:  # that other users cannot read
+            json.dump({"api-key": request.api_key}, key_file)
+            key_file.flush()
+            argv = command(request, Path(key_file.name))
+            if not shutil.which(argv[0]):
+                what = f"{argv[0]} is not installed here"
+                raise McpLoraError(f"{what}: mcp-lora serve --python PATH, or --engine llama.cpp")
+            host = f"[{request.host}]" if ":" in request.host else request.host
+            arguments = (f"http://{host}:{request.port}/v1", request.api_key, say)
+            threading.Thread(target=_announce, args=arguments, daemon=True).start()
+            with suppress(Interrupted):
+                outcome = launch.run(argv, {"VLLM_API_KEY": request.api_key} if request.api_key else {})
+                error = launch.real_error(outcome.stderr)
+                raise McpLoraError(f"the server has ended:\n{error}", outcome.code or 1)
     say("the server is stopped")
 
 
@@ -220,11 +228,22 @@ def _present(request: Request) -> str:
     return "llama.cpp"
 
 
-def _is_in_use(request: Request) -> bool:
+def check_address(request: Request) -> None:
+    """Raise McpLoraError if no server can listen where it is wanted."""
     family = socket.AF_INET6 if ":" in request.host else socket.AF_INET
-    unknown = explained(f"{request.host} is not an address", "mcp-lora serve --host 127.0.0.1")
-    with socket.socket(family) as probe, unknown:
-        return bool(request.port) and probe.connect_ex((request.host, request.port)) == 0
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection is not in use
+            probe.bind((request.host, request.port))
+    except PermissionError as error:
+        what = f"port {request.port} cannot be used ({error.strerror})"
+        raise McpLoraError(f"{what}: mcp-lora serve --port 8000") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            again = f"mcp-lora serve --port {request.port + 1}"
+            raise McpLoraError(f"port {request.port} is in use: {again}") from None
+        what = f"{request.host} is not an address of this machine ({error.strerror})"
+        raise McpLoraError(f"{what}: mcp-lora serve --host 127.0.0.1") from None
 
 
 def _gguf(request: Request) -> Path:

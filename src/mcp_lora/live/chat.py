@@ -97,12 +97,15 @@ class Chat:
             tools = self._fitting(text)
             for _ in range(_STEPS):
                 said, calls = self._answer(self._messages, tools)
-                message = calling(calls, len(self._messages)) if calls else {"role": "assistant"}
+                message: Message = {"role": "assistant"}
+                if calls:
+                    message = calling(calls, len(self._messages))
                 self._messages.append(message | {"content": said or (None if calls else "")})
                 if said or not calls:
                     self._show("assistant", said)
-                made = zip(calls, message.get("tool_calls", ()), strict=False)
-                if not all([self._run(call, one["id"]) for call, one in made] or [False]):
+                ids = [one["id"] for one in message.get("tool_calls", ())]
+                has_result = [self._run(call, key) for call, key in zip(calls, ids, strict=True)]
+                if not (calls and all(has_result)):
                     break
             else:
                 self._show("note", f"stopped after {_STEPS} answers with calls")

@@ -117,25 +117,41 @@ def generate(
             journal, lines = _journal(folder, request)
             if lines:
                 say(f"going on with {journal}: {len(lines)} attempts are made")
-            ask = _teacher(request)
-            with journal.open("a", encoding="utf-8") as stream, ThreadPool(_AT_ONCE) as pool:
-                while batch := _next(request, tools, lines):
-                    for line in pool.imap(partial(_attempt, ask, request.seed, tools), batch):
-                        lines.append(_original(line, lines))
-                        stream.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
-                        stream.flush()
-                    if fatal := [line for line in lines[-len(batch) :] if line["reason"] == _FATAL]:
-                        raise McpLoraError(
-                            f"{fatal[0]['message']} The same command goes on with what is done"
-                        )
-                    kept = [line["row"] for line in lines if not line["reason"]]
-                    progress("generating", len(kept) / request.rows)
-            if not (kept := [line["row"] for line in lines if not line["reason"]]):
+            _fill(journal, lines, request, tools, progress)
+            if not (kept := [line["row"] for line in _kept(lines)]):
                 failed = journal.rename(journal.with_suffix(".failed"))
                 what = f"no attempt was good, see {failed} (the last: {lines[-1]['message']})"
                 raise McpLoraError(f"{what}: mcp-lora generate --model A_STRONGER_ONE")
             dataset.dump(kept, journal.with_suffix(".new"))
             return journal.with_suffix(".new").replace(journal.with_suffix(".json")), lines
+
+
+def _fill(
+    journal: Path,
+    lines: list[_Line],
+    request: Request,
+    tools: _Tools,
+    progress: Callable[[str, float], None],
+) -> None:
+    """Make attempts until there is none left to make; add them to the journal and its lines.
+
+    Raises McpLoraError if the teacher or a server fails.
+    """
+    ask = _teacher(request)
+    with journal.open("a", encoding="utf-8") as stream, ThreadPool(_AT_ONCE) as pool:
+        while batch := _next(request, tools, lines):
+            for line in pool.imap(partial(_attempt, ask, request.seed, tools), batch):
+                lines.append(_original(line, lines))
+                stream.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
+                stream.flush()
+            for line in lines[-len(batch) :]:
+                if line["reason"] == _FATAL:
+                    raise McpLoraError(f"{line['message']} The same command goes on with what is done")
+            progress("generating", len(_kept(lines)) / request.rows)
+
+
+def _kept(lines: Sequence[_Line]) -> list[_Line]:
+    return [line for line in lines if not line["reason"]]
 
 
 def _callable(request: Request, servers: Sequence[Connection], say: Callable[[str], None]) -> _Tools:
@@ -184,7 +200,7 @@ def _next(request: Request, tools: _Tools, lines: Sequence[_Line]) -> list[_Line
     There are none if all rows are made, all attempts, or _HOPELESS of them without a row.
     """
     tried = Counter((line["server"], line["tool"]) for line in lines)
-    rows = Counter((line["server"], line["tool"]) for line in lines if not line["reason"])
+    rows = Counter((line["server"], line["tool"]) for line in _kept(lines))
     if len(lines) >= _HOPELESS and not rows:
         return []
     most = _ATTEMPTS * -(-request.rows // len(tools))
@@ -195,14 +211,14 @@ def _next(request: Request, tools: _Tools, lines: Sequence[_Line]) -> list[_Line
         key = min(left, key=lambda key: rows[key])
         number = tried[key]
         language = request.languages[number // len(grades) % len(request.languages)]
-        start = {
+        line = {
             "server": key[0],
             "tool": key[1],
             "number": number,
             "difficulty": grades[number % len(grades)],
         }
         batch.append(
-            start | {"language": language, "reason": None, "message": None, "tokens": [0, 0], "row": {}}
+            line | {"language": language, "reason": None, "message": None, "tokens": [0, 0], "row": {}}
         )
         tried[key] += 1
         rows[key] += 1  # as if it will be good
@@ -239,12 +255,8 @@ def _teacher(request: Request) -> _Ask:
 def _attempt(ask: _Ask, seed: int, tools: _Tools, line: _Line) -> _Line:
     """Make the row of a line, or note why it could not be made."""
     try:
-        _make(
-            line,
-            *tools[line["server"], line["tool"]],
-            partial(ask, line=line, seed=seed + line["number"]),
-            seed,
-        )
+        server, tool = tools[line["server"], line["tool"]]
+        _make(line, server, tool, partial(ask, line=line, seed=seed + line["number"]), seed)
     except RowError as error:
         line |= {"reason": error.reason, "message": str(error)}
     except McpLoraError as error:
@@ -322,7 +334,7 @@ def _original(line: _Line, lines: Sequence[_Line]) -> _Line:
     """Reject a row whose instruction is nearly the same as that of an earlier one."""
     from rapidfuzz import fuzz, process
 
-    kept = [one["row"]["instruction"] for one in lines if not one["reason"]]
+    kept = [one["row"]["instruction"] for one in _kept(lines)]
     if line["reason"] or not kept:
         return line
     (same, score, _) = process.extractOne(line["row"]["instruction"], kept, scorer=fuzz.ratio)

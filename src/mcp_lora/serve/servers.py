@@ -176,41 +176,54 @@ def serve(
     request = replace(request, engine=request.engine or _present(request))
     check_address(request)
     if request.engine == "llama.cpp":
-        gguf = _gguf(request)
-        llama_cpp.require()
-        if not gguf.is_file():
-            if not request.is_run:
-                again = advice("export", "RUN", "--gguf", "f16", "--output", gguf)
-                raise McpLoraError(f"there is no {gguf}: {again}")
-            say(f"exporting {request.target} as {gguf}, once")
-            wanted = exports.Request(request.target, gguf, gguf="f16")
-            with progress() as show:
-                say(f"{gguf}: {exports.export(wanted, show)}")
-            for other in gguf.parent.glob(_KEPT.format("*")):  # of earlier adapters
-                if other != gguf:
-                    other.unlink()
-        where = (request.host, request.port, request.api_key)
-        with llama_cpp.running(gguf, None, None, *where) as url, suppress(Interrupted):
-            _announce(url, request.api_key, say)
-            threading.Event().wait()
+        _serve_gguf(request, say, progress)
     else:
-        if not request.port:
-            raise McpLoraError("only llama.cpp finds a free port: mcp-lora serve --port 8000")
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as key_file:  # that other users cannot read
-            json.dump({"api-key": request.api_key}, key_file)
-            key_file.flush()
-            argv = command(request, Path(key_file.name))
-            if not shutil.which(argv[0]):
-                what = f"{argv[0]} is not installed here"
-                raise McpLoraError(f"{what}: mcp-lora serve --python PATH, or --engine llama.cpp")
-            host = f"[{request.host}]" if ":" in request.host else request.host
-            arguments = (f"http://{host}:{request.port}/v1", request.api_key, say)
-            threading.Thread(target=_announce, args=arguments, daemon=True).start()
-            with suppress(Interrupted):
-                outcome = launch.run(argv, {"VLLM_API_KEY": request.api_key} if request.api_key else {})
-                error = launch.real_error(outcome.stderr)
-                raise McpLoraError(f"the server has ended:\n{error}", outcome.code or 1)
+        _serve_by_command(request, say)
     say("the server is stopped")
+
+
+def _serve_gguf(
+    request: Request,
+    say: Callable[[str], None],
+    progress: Callable[[], AbstractContextManager[Callable[[str, float], None]]],
+) -> None:
+    """Serve with llama.cpp in this process; a run is exported first, unless it has been."""
+    gguf = _gguf(request)
+    llama_cpp.require()
+    if not gguf.is_file():
+        if not request.is_run:
+            again = advice("export", "RUN", "--gguf", "f16", "--output", gguf)
+            raise McpLoraError(f"there is no {gguf}: {again}")
+        say(f"exporting {request.target} as {gguf}, once")
+        with progress() as show:
+            say(f"{gguf}: {exports.export(exports.Request(request.target, gguf, gguf='f16'), show)}")
+        for other in gguf.parent.glob(_KEPT.format("*")):  # of earlier adapters
+            if other != gguf:
+                other.unlink()
+    where = (request.host, request.port, request.api_key)
+    with llama_cpp.running(gguf, None, None, *where) as url, suppress(Interrupted):
+        _announce(url, request.api_key, say)
+        threading.Event().wait()
+
+
+def _serve_by_command(request: Request, say: Callable[[str], None]) -> None:
+    """Start vLLM or SGLang, and wait for its end."""
+    if not request.port:
+        raise McpLoraError("only llama.cpp finds a free port: mcp-lora serve --port 8000")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as key_file:  # that other users cannot read
+        json.dump({"api-key": request.api_key}, key_file)
+        key_file.flush()
+        argv = command(request, Path(key_file.name))
+        if not shutil.which(argv[0]):
+            what = f"{argv[0]} is not installed here"
+            raise McpLoraError(f"{what}: mcp-lora serve --python PATH, or --engine llama.cpp")
+        host = f"[{request.host}]" if ":" in request.host else request.host
+        arguments = (f"http://{host}:{request.port}/v1", request.api_key, say)
+        threading.Thread(target=_announce, args=arguments, daemon=True).start()
+        with suppress(Interrupted):
+            outcome = launch.run(argv, {"VLLM_API_KEY": request.api_key} if request.api_key else {})
+            error = launch.real_error(outcome.stderr)
+            raise McpLoraError(f"the server has ended:\n{error}", outcome.code or 1)
 
 
 _KEPT = "merged-{}-f16.gguf"  # in a run's folder, by the hash of its adapter

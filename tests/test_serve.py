@@ -591,3 +591,19 @@ def test_other_users_do_not_see_the_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert seen == [(".yaml", 0o600, {"api-key": "secret"}, {"VLLM_API_KEY": "secret"})]
     assert servers._key(request, Path("key.yaml")) == ["--config", "key.yaml"]
     assert servers._key(request) == ["--api-key", "secret"]  # in a command that is printed
+
+
+def test_an_adapter_is_exported_once_and_its_command_is_offered_again(
+    trained: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    (trained / "run.yaml").write_text(f"model_name_or_path: {tiny_model}")
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, trained)
+    request = exports.Request(trained, tmp_path / "new folder" / "x", adapter_only=True)
+    assert exports.export(request) == "the adapter as it was trained"
+    there = {file.name for file in (tmp_path / "new folder").iterdir()}
+    assert there == {"x", ".x.lock"}
+    names = {"adapter_config.json", "chat_template.jinja", "generation_config.json", "README.md"}
+    assert names < {file.name for file in request.target.iterdir()}
+    with pytest.raises(McpLoraError, match="x exists: .* --adapter-only --output OTHER"):
+        exports.export(request)

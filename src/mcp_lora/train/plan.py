@@ -94,6 +94,20 @@ def needed_memory(plan: Plan) -> list[str]:
     ]
 
 
+def deepspeed_costs(config: Mapping[str, Any]) -> list[str]:
+    """Return a message on what DeepSpeed's stage 0 costs in bf16, which it shards nothing for.
+
+    On any device it casts the parameters of the model, which LLaMA-Factory has cast to fp32 (0.9.5,
+    model/adapter.py:324), to bf16 (deepspeed 0.19.8, runtime/engine.py:2080), keeps copies in fp32 for AdamW
+    (runtime/fp16/unfused_optimizer.py:78), and lets it make a step without gradients first (line 412).
+    """
+    sharding = memory.zero(config)
+    if not config.get("bf16") or sharding is None or sharding.get("stage"):
+        return []
+    costs = "shards nothing, computes with the adapter in bf16, and starts with a step without gradients"
+    return [f"DeepSpeed: stage 0 {costs}; to train without it: deepspeed=null"]
+
+
 def expected(plan: Plan, speed: float | None) -> list[str]:
     """Return messages on tokens, padding and time, by the first rows and a speed in tokens per second."""
     try:

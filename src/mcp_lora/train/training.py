@@ -104,7 +104,7 @@ def preview(request: Request, say: Say) -> str:
     variables = [f"{name}={value}" for name, value in plan.environment.items()]
     lines = [f"# {plan.run / 'run.yaml'}", api.dump(plan.config), "# command", shlex.join(plan.argv)]
     lines += ["# environment", *variables, "# plan", plan.batch]
-    lines += [*plans.needed_memory(plan), f"steps: {known}", *expected]
+    lines += [*plans.deepspeed_costs(plan.config), *plans.needed_memory(plan), f"steps: {known}", *expected]
     return "\n".join(lines)
 
 

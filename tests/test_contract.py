@@ -16,7 +16,6 @@ FUNCTIONS = {
     "llamafactory.hparams.get_infer_args",
     "llamafactory.model.load_model",
     "llamafactory.model.load_tokenizer",
-    "llamafactory.train.tuner.run_exp",
 }
 # What mcp-lora sets or reads by itself; recipes are checked by tests/test_recipe.py.
 KEYS = """

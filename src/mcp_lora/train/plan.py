@@ -199,7 +199,7 @@ def fit_memory(plan: Plan, longest: int, say: Say) -> Plan:
 
 def _learned(plan: Plan) -> int | None:
     """Return the per-device batch size that was left when memory ran out in the folder, if it did."""
-    if plan.topology.rank is not None or plan.topology.nodes > 1:  # all ranks have to find the same
+    if plan.topology.nodes > 1:  # all nodes have to find the same
         return None
     with suppress(McpLoraError):  # of a damaged manifest
         record = manifest.read(plan.run)

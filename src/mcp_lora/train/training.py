@@ -12,7 +12,6 @@ from mcp_lora import demo_model
 from mcp_lora.data import conversion, dataset, files
 from mcp_lora.engine import api, launch
 from mcp_lora.engine.api import number
-from mcp_lora.engine.topology import Topology
 from mcp_lora.engine.topology import find as find_topology
 from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import chat_template as prompts
@@ -73,17 +72,13 @@ def train(request: Request, say: Say, progress: Progress) -> None:
     engine fails, or the adapter has learned nothing.
     """
     plan = _plan(request, say, dry=False)
-    once = _said_once(say, plan.topology)
     with dataset.locked(plan.data):
         refreshed = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
-    if refreshed.statistics:  # by whichever rank came first
-        say(refreshed.message)
-        for line in dataset.summary(refreshed.statistics, plan.data):
-            say(line)
-    else:
-        once(refreshed.message)
+    say(refreshed.message)
+    for line in dataset.summary(refreshed.statistics, plan.data) if refreshed.statistics else ():
+        say(line)
     with runs.locked(plan.run) if plan.topology.is_main else nullcontext():
-        _run(plan, request, once)
+        _run(plan, request, say)
 
 
 def preview(request: Request, say: Say) -> str:
@@ -108,11 +103,6 @@ def preview(request: Request, say: Say) -> str:
     return "\n".join(lines)
 
 
-def _said_once(say: Say, topology: Topology) -> Say:
-    """Only the first rank logs."""
-    return (lambda text: None) if topology.rank else say
-
-
 def _plan(request: Request, say: Say, dry: bool) -> Plan:
     """Resolve and check a run; nothing is written, but the embedded model is fetched if it is used."""
     api.require()
@@ -120,7 +110,6 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
     machine = detect_machine(request.gpus if dry else None, wanted_memory)
     nodes = (request.nodes, request.node_rank, request.master)
     topology = find_topology(os.environ, machine.gpus, request.gpus, *nodes)
-    say = _said_once(say, topology)
     config = configuration.resolve(request.recipe, os.environ, request.overrides, request.flags, machine, say)
     config["output_dir"] = config.get("output_dir") or str(runs.DEFAULT.absolute())
     wanted = request.global_batch or steps.global_batch(config, 1)
@@ -242,10 +231,8 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
         with recorded:
             if resume and runs.is_done(plan.run, plan.config):
                 say("training has already finished, recording it")
-            elif plan.topology.rank is None:
-                _run_engine(plan, say, request.retry, record)
             else:
-                api.train(plan.config)
+                _run_engine(plan, say, request.retry, record)
             if is_main:
                 runs.check_adapter(plan.run)
                 if plan.chat_template:  # replaces the base model's, which the engine has saved

@@ -156,7 +156,7 @@ def test_parameters_that_the_schema_does_not_know_are_counted_or_refused() -> No
     turn = Turn(CALL, "", (ToolCall("sum", {"a": 1, "z": 2}),), ("",))
     content = Content([QUESTION, turn], [SUM])
     kept(content, False)
-    assert content.unknown == ["sum"]
+    assert content.cleaned == ["unknown-parameter"]
     with pytest.raises(RowError, match="sum has no z"):
         checked(QUESTION, turn, strict_schema=True)
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from decimal import Decimal
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import msgspec
 
@@ -32,6 +32,7 @@ _LOOKAHEAD = 32  # chunks to search for the end of a broken element
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:(?P<closed>")|\\?\Z)|[{}\[\]]', re.DOTALL)  # a string or a bracket
 _SEPARATORS = re.compile(r"[\s,]*")
 
+_T = TypeVar("_T")
 Progress = Callable[[int], None]  # receives the number of bytes read so far
 
 
@@ -127,6 +128,14 @@ def load(file: Path, command: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise McpLoraError(f"{file} is damaged: {command}")
     return content
+
+
+def parsed(file: Path, kind: type[_T], command: str) -> _T:
+    """Return a JSON object as a dataclass, without keys that it does not have; else as `load`."""
+    try:
+        return msgspec.convert(load(file, command), kind, dec_hook=lambda other, value: other(value))
+    except ValueError as error:
+        raise McpLoraError(f"{file} is damaged ({error}): {command}") from None
 
 
 def sha256(file: Path) -> str:

@@ -71,8 +71,6 @@ class Rows:
         count: number of rows.
         kept: by called tool, (server, name), the highest split_hash of its questions.
         sources: counts of all rows, by (file, format).
-        later_calls: calls after the first, which are in no sample.
-        unknown: number of calls with parameters that the schema does not define, by tool.
         examples: by reason, the message of the first rejected row and the numbers of the first three.
     """
 
@@ -80,8 +78,6 @@ class Rows:
         self.count = 0
         self.kept: dict[tuple[str, str], int] = {}
         self.sources: dict[tuple[str, str], Source] = {}
-        self.later_calls = 0
-        self.unknown: Counter[str] = Counter()
         self.examples: dict[str, tuple[str, list[int]]] = {}
         self._folder = folder
         self._catalogue = catalogue
@@ -128,8 +124,6 @@ class Rows:
                         rejected.write(_rejection(name, number, error, record.text if broken else record))
                         continue
                     source.cleaned.update(content.cleaned)
-                    self.unknown.update(content.unknown)
-                    self.later_calls += content.later
                     spool.write(msgspec.json.encode(row) + b"\n")
                     self.count += 1
                 before += file.stat().st_size
@@ -153,7 +147,7 @@ class Rows:
         turns = check(content, self._catalogue, settings)
         if settings.turns == "call":
             every, kept = (sum(len(turn.calls) for turn in each) for each in (content.turns, turns))
-            content.later = every - kept
+            content.cleaned += ["later-call"] * (every - kept)
         if turns[0].role != SYSTEM and own:  # plain chat has none
             turns.insert(0, Turn(SYSTEM, SYSTEM_MESSAGE))
         # ids do not make a row different

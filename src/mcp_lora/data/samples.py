@@ -59,7 +59,6 @@ class Samples:
     Attributes:
         extra: number of extra no-call samples, by split.
         count: number of samples, by split.
-        pool: where the candidates come from.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, rows: Rows, settings: Settings) -> None:
@@ -71,7 +70,7 @@ class Samples:
         self._settings = settings
         split = Split(settings.holdout_servers, settings.holdout_tools, settings.test, settings.seed)
         self._split = split.within(rows.kept)
-        self.pool = Pool(catalogue, self._split)
+        self._pool = Pool(catalogue, self._split)
         self._kept = {*rows.kept.values()}
         low, _, high = str(settings.candidates).partition("-")
         self._candidates = int(low), int(high or low)
@@ -98,7 +97,7 @@ class Samples:
                 if gold and split == "train" and size > 1 and _is_single(row.messages):
                     self._collect(row, own, gold)
                     continue
-                sampled = self.pool.sample(own, row.called, count, row.split_hash, unseen)
+                sampled = self._pool.sample(own, row.called, count, row.split_hash, unseen)
                 server = gold[0].server if gold else ""
                 # A test sample ends with the gold call.
                 if split != "train":
@@ -111,7 +110,7 @@ class Samples:
                 if gold and row.no_call_hash < self._settings.no_call * 2**64:
                     # As many candidates as with the gold tool, or their number would give it away.
                     count = len(sampled) + len(gold)
-                    more = self.pool.sample(own, row.called, count, row.split_hash, unseen)
+                    more = self._pool.sample(own, row.called, count, row.split_hash, unseen)
                     distractors = [tool for tool in more if tool.name not in row.called][: len(sampled)]
                     self._write_no_call(split, row, distractors)
             for one in conversations(self._exchanges, size, lambda key: self._count(key, "train")):
@@ -145,7 +144,7 @@ class Samples:
             if name not in gold and any(are_alike(tool, other) for other in gold.values()):
                 del own[name]
         count = conversation.candidates + len(lacking)
-        sampled = self.pool.sample([*own.values()], gold, count, exchanges[0].key)
+        sampled = self._pool.sample([*own.values()], gold, count, exchanges[0].key)
         return [tool for tool in sampled if tool.name not in lacking]
 
     def _tools_of(self, row: Row) -> tuple[list[Tool], list[Tool]]:

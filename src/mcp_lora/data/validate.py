@@ -79,7 +79,7 @@ def _checked(turn: Turn, content: Content, catalogue: Catalogue, strict: bool) -
         if unknown and "additionalProperties" not in tool.parameters:
             if strict:
                 raise RowError("schema", f"the schema of {call.name} has no {', '.join(unknown)}")
-            content.unknown.append(call.name)
+            content.cleaned.append("unknown-parameter")
         checked.append(call._replace(arguments=arguments))
     return turn._replace(calls=tuple(checked))
 

@@ -114,13 +114,13 @@ def train(request: Request, say: Say, progress: Progress) -> None:
     plan = _plan(request, say, dry=False)
     once = _said_once(say, plan.topology)
     with dataset.locked(plan.data):
-        refreshed = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
-    if refreshed.statistics:  # by whichever rank came first
-        say(refreshed.message)
-        for line in dataset.summary(refreshed.statistics, plan.data):
+        done, statistics = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
+    if statistics:  # by whichever rank came first
+        say(done)
+        for line in dataset.summary(statistics, plan.data):
             say(line)
     else:
-        once(refreshed.message)
+        once(done)
     with runs.locked(plan.run) if plan.topology.is_main else nullcontext():
         _run(plan, request, once)
 
@@ -325,7 +325,8 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
 def _render(plan: Plan, say: Say) -> Plan:
     """Render the training data with the model's chat template, and fit what depends on its size."""
     template = prompts.load(plan.config)
-    say(f"prompts: {template.note}" + (", with thinking off" * template.is_thinking_off))
+    off = template.switches_thinking and not template.thinking
+    say(f"prompts: {template.note}" + ", with thinking off" * off)
     source, folder = dataset.file_of(plan.data, "train"), plan.data / dataset.RENDERED
     path, made = render.render(template, source, folder, plan.config)
     tokens = "median {median}, 95 % up to {p95}, max {max}, cutoff_len {cutoff_len}"

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora.data import conversion, dataset, formats, records
+from mcp_lora.data import conversion, dataset, formats, records, rows
 from mcp_lora.data.conversion import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import questions
@@ -434,6 +434,9 @@ def test_a_row_is_explained_in_each_step(tmp_path: Path) -> None:
     assert "shut is called, but not among the tools" in dict(conversion.explain(settings, 3))["rejected"]
     with pytest.raises(McpLoraError, match="fewer than 4 rows"):
         list(conversion.explain(settings, 4))
+    (tmp_path / "null.jsonl").write_text("null\n")
+    steps = dict(conversion.explain(Settings([str(tmp_path / "null.jsonl")]), 1))
+    assert steps["as read (?)"] is None and "not NoneType" in steps["rejected"]
     broken = tmp_path / "rows.jsonl"
     broken.write_text("{broken\n")
     steps = dict(conversion.explain(Settings([str(broken)]), 1))
@@ -486,6 +489,30 @@ def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -
     beside = sample_data.with_name(f"{sample_data.name}.rejected.jsonl")
     rejected = list(map(json.loads, beside.read_text(encoding="utf-8").splitlines()))
     assert {line["reason"] for line in rejected} == {"not-in-catalogue"}
+
+
+def test_nothing_usable_into_this_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = write_json(tmp_path / "bad.json", [record(function_call={})])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(McpLoraError, match=r"no usable row .*here\.rejected\.jsonl"):
+        converted(Path("."), bad)
+    assert (tmp_path / "here.rejected.jsonl").is_file() and not list(Path(".").iterdir())
+
+
+def test_a_record_too_deep_to_be_redacted_is_rejected_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def redact(record: Any) -> Any:  # at what depth it fails depends on the version of Python
+        if "hunter2abc1" in str(record):
+            raise RecursionError
+        return record, Counter()
+
+    monkeypatch.setattr(rows, "redact", redact)
+    (tmp_path / "rows.jsonl").write_text(f'[[["hunter2abc1"]]]\n{json.dumps(said("Go.", "open"))}\n')
+    stats = converted(tmp_path / "out", tmp_path / "rows.jsonl", test=0, redact=True)
+    assert stats.written == {"train": 1} and stats.rejected == {"not-json-value": 1}
+    assert "hunter2abc1" not in (tmp_path / "out/rejected.jsonl").read_text()
 
 
 def test_a_damaged_description_is_an_error(sample_data: Path) -> None:

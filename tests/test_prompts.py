@@ -353,6 +353,11 @@ def test_text_that_a_template_leaves_out_beside_a_call_is_counted(texts: dict[st
         assert sample.lost == lost and ("Let me see." in sample.target) == (not lost)
 
 
+def test_a_seed_of_zero_is_one() -> None:
+    seeds = [{}, {"seed": None}, {"seed": 0}, {"seed": 7}]
+    assert [render.settings_of(config)["seed"] for config in seeds] == [42, 42, 0, 7]
+
+
 def test_a_data_set_is_rendered_once_and_every_row_is_accounted_for(
     texts: dict[str, str], tmp_path: Path
 ) -> None:

@@ -138,6 +138,11 @@ def test_what_was_thought_can_be_left_out() -> None:
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, {"a": None}, {"a": None}),
         ({}, {"a": None}, {"a": None}),
         ({"type": "object", "properties": {"b": {"type": "string"}}}, {"a": {"b": None}}, {"a": {}}),
+        (
+            {"type": "array", "items": {"properties": {"b": {"type": "string"}, "c": {"type": "string"}}}},
+            {"a": [{"b": "x", "c": None}, None]},
+            {"a": [{"b": "x"}, None]},
+        ),
         ({"type": "integer"}, {"a": 1, "z": None}, {"a": 1}),
         ({"type": {"type": "string"}}, {"a": None}, {}),
     ],

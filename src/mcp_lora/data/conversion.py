@@ -162,7 +162,7 @@ def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
         which = ", ".join(map(str, numbers)) + " …" * (count > len(numbers))
         details.append(f"{count} × {reason}, row{'s' * (count > 1)} {which}: {message}")
     if details:
-        kept = new.parent.with_name(f"{new.parent.name}.rejected.jsonl")
+        kept = Path(f"{new.parent.resolve()}.rejected.jsonl")  # resolved, as the folder "." has no name
         (new / "rejected.jsonl").replace(kept)
         details.append(f"all of them are in {kept}")
     names = ", ".join(map(str, inputs[:3])) + " …" * (len(inputs) > 3)
@@ -178,9 +178,10 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
     """
     inputs, tools = _find(settings)
     every = ((file, record) for file in inputs for record in formats.records(files.read(file)))
-    file, record = next(islice(every, number - 1, None), (Path(), None))
-    if record is None:
+    found = next(islice(every, number - 1, None), None)
+    if found is None:
         raise McpLoraError(f"there are fewer than {number} rows: mcp-lora convert --explain 1")
+    file, record = found
     if isinstance(record, files.Broken):
         yield "as read (?)", record.text
         yield "rejected", record.message

@@ -106,13 +106,18 @@ class Rows:
                     source = self.sources[key] = self.sources.get(key) or Source(*key)
                     source.read += 1
                     is_log = formats.is_session(record)
-                    if self._settings.redact or (self._settings.redact is None and is_log):
-                        record, replaced = redact(record)
-                        for kind, count in replaced.items():
-                            source.cleaned[f"redacted {kind}"] += count
                     try:
                         if broken:
                             raise RowError("not-json", record.message)
+                        if self._settings.redact or (self._settings.redact is None and is_log):
+                            try:
+                                record, replaced = redact(record)
+                            except RecursionError:
+                                record = None  # which rejected.jsonl must not show either
+                                what = "it is nested too deeply to be redacted"
+                                raise RowError("not-json-value", what) from None
+                            for kind, count in replaced.items():
+                                source.cleaned[f"redacted {kind}"] += count
                         content = formats.read(record, find)
                         row, same = self._row(source, content)
                         if not seen.execute("INSERT OR IGNORE INTO row VALUES (?)", (same,)).rowcount:

@@ -86,6 +86,8 @@ def _checked(turn: Turn, content: Content, catalogue: Catalogue, strict: bool) -
 
 def _without_nulls(value: Any, schema: Any) -> Any:
     """Return arguments without the nulls that the schema neither allows nor requires."""
+    if isinstance(value, list) and isinstance(schema, dict):
+        return [_without_nulls(item, schema.get("items")) for item in value]
     if not isinstance(value, dict) or not isinstance(schema, dict):
         return value
     properties, required = schema.get("properties"), schema.get("required")

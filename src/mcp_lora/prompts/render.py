@@ -52,7 +52,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "train_on_prompt": bool(config.get("train_on_prompt")),
         "max_samples": config.get("max_samples"),
         "val_size": config.get("val_size") or 0,
-        "seed": config.get("seed") or 42,
+        "seed": 42 if config.get("seed") is None else config["seed"],
     }
 
 

@@ -399,6 +399,10 @@ ON_OFFER = {"tide": SCHEMA, "ping": {"type": "object", "properties": {}}}
         ('[TOOL_CALLS][{"name": "ping", "arguments": {}}]', ["ping"], ""),
         ("<|channel|>commentary to=functions.ping <|constrain|>json<|message|>{}<|call|>", ["ping"], ""),
         ('{"tool": "tide", "args": {"city": "Oslo"}}', ["tide"], ""),
+        ('{"name": "tide", "args": {"city": "Oslo"}}', ["tide"], ""),
+        ('<tool_call>{"name": "tide", "input": {"city": "Oslo"}}</tool_call>', ["tide"], ""),
+        ('{"action": "tide", "action_input": {"city": "Oslo"}}', ["tide"], ""),
+        ('<TOOLCALL>[{"function": "tide", "parameters": {"city": "Oslo"}}]</TOOLCALL>', ["tide"], ""),
         (
             "Go.\n<tool_call>tide\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>",
             ["tide"],
@@ -423,7 +427,32 @@ def test_a_call_as_text_is_a_call_and_other_text_is_none(text: str, calls: list[
     tools = [{"name": name, "parameters": schema} for name, schema in ON_OFFER.items()]
     turn = read({"messages": messages, "tools": tools}).turns[-1]
     assert [call.name for call in turn.calls] == calls
+    assert all(call.arguments == (ARGUMENTS if call.name == "tide" else {}) for call in turn.calls)
     assert turn.text == (text if beside is None else beside)
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("<think>Hm.</think>\n\n2 m.", "Hm.", "2 m."),
+        ("Hm.</think>2 m.", "Hm.", "2 m."),  # opened in the prompt
+        ("Hm. </think>\n\n2 m.", "Hm.", "2 m."),
+        ("Well.\n<think>\nHm.\n</think>\n2 m.", "Hm.", "Well.\n\n2 m."),
+        ("[THINK]Hm.[/THINK]2 m.", "Hm.", "2 m."),
+        ("A thought ends with </think>.", "", None),
+        ('It is "</think>" there.', "", None),
+        ("Put it between <think>these</think> tags.", "", None),
+        ("Like this: `a</think>b`", "", None),
+        ("As code:\n```\n<think>a</think>\n```", "", None),
+        ('{"a": "b</think>c"}', "", None),
+        ("2 m.<|end|>", "", None),  # which also ends turns
+    ],
+)
+def test_a_thought_is_reasoning_and_what_mentions_its_marks_is_not(
+    text: str, thought: str, answer: str | None
+) -> None:
+    content = read({"messages": [ASKED, {"role": "assistant", "content": text}], "tools": [TOOL]})
+    assert (content.turns[-1].reasoning, content.turns[-1].text) == (thought, answer or text)
 
 
 def test_a_call_as_text_that_cannot_be_read_is_never_an_answer() -> None:

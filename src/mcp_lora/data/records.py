@@ -4,7 +4,7 @@ import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +15,9 @@ import msgspec
 
 # The roles of a turn.
 SYSTEM, USER, CALL, RESULT, ANSWER = "system", "user", "call", "result", "answer"
+# The keys of a call's name and of its arguments, in all formats; the first that is present counts.
+NAMES = ("name", "toolName", "tool_name", "tool", "action", "function")
+ARGUMENTS = ("arguments", "args", "parameters", "input", "kwargs", "action_input", "tool_input")
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -182,6 +185,11 @@ class Content:
     tools: list[Tool] = field(default_factory=list)
     cleaned: list[str] = field(default_factory=list)
     error: "RowError | None" = None
+
+
+def first(record: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """Return the first value under any of these keys, ignoring null and empty strings."""
+    return next((record[key] for key in keys if record.get(key) not in (None, "")), None)
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:

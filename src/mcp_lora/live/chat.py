@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import dataset
-from mcp_lora.data.calls import without_thought
+from mcp_lora.data.calls import split_thought
 from mcp_lora.data.records import Tool, ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
 from mcp_lora.engine import api
@@ -238,7 +238,7 @@ def by_endpoint(run: Path, endpoint: Endpoint) -> Answer:
         except Exception as error:  # any exception is possible
             what = f"{endpoint.url} does not answer as it should ({reason(error)})"
             raise McpLoraError(f"{what}: is it running, is the key in {KEY}?") from None
-        return without_thought(found.text).strip(), calls
+        return split_thought(found.text)[0].strip(), calls
 
     return answer
 

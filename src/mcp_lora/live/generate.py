@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import dataset
-from mcp_lora.data.calls import without_thought
+from mcp_lora.data.calls import split_thought
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError, Tool, ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
@@ -236,7 +236,7 @@ def _teacher(request: Request) -> _Ask:
         if found.failed:
             raise RowError(found.failed.replace(" ", "-"), f"the teacher's answer: {found.text[-200:]}")
         calls = [ToolCall(call["name"], call["arguments"]) for call in found.tool_calls]
-        return without_thought(found.text).strip(), calls
+        return split_thought(found.text)[0].strip(), calls
 
     return ask
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import dataset
-from mcp_lora.data.calls import split_thought
+from mcp_lora.data.calls import call_of, split_thought
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError, Tool, ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
@@ -312,15 +312,12 @@ def _checked(text: str, made: Sequence[ToolCall], tool: Tool) -> ToolCall:
         raise RowError("several-calls" if made else "no-call", f"{len(made)} calls: {text[:200]}")
     name, arguments = made[0]
     if name != tool.name:
-        raise RowError("wrong-tool", f"it calls {name}")
-    if isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
-    if not isinstance(arguments, dict):
-        raise RowError("not-json", f"the arguments are {str(arguments)[:200]}")
-    if problem := Catalogue().problem(tool, arguments):
+        raise RowError("wrong-tool", f"it calls {name!r}")
+    if (call := call_of(name, arguments)) is None:
+        raise RowError("not-json", f"the arguments are {str(arguments)[:200]!r}")
+    if problem := Catalogue().problem(tool, call.arguments):
         raise RowError("schema", problem)
-    return ToolCall(name, arguments)
+    return call
 
 
 def _original(line: _Line, lines: Sequence[_Line]) -> _Line:

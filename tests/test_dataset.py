@@ -480,7 +480,7 @@ def test_a_tool_with_an_invalid_schema_is_named(tmp_path: Path) -> None:
 def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -> None:
     before = contents(sample_data)
     bad = write_json(tmp_path / "sub/bad.json", [record(function_call={})])
-    with pytest.raises(McpLoraError, match=r"no usable row in .*1 × no-call.*mcp-lora convert OTHER_FILE"):
+    with pytest.raises(McpLoraError, match=r"no usable row .*1 × no-call; .* row 1 of .*convert OTHER_FILE"):
         converted(sample_data, bad)
     with pytest.raises(McpLoraError, match=r"not-in-catalogue.*mcp-lora convert --tools CATALOGUE"):
         converted(sample_data, SHAPES / "rows/function_call.json")
@@ -675,7 +675,7 @@ def test_an_output_is_no_input(tmp_path: Path) -> None:
     for _ in range(2):
         stats = converted(tmp_path / "data/llama_factory", tmp_path / "data")
         assert stats.read == 20
-    assert any("files were skipped" in note and "llama_factory" in note for note in stats.notes)
+    assert any("files were skipped" in note for note in stats.notes)
 
 
 def test_a_sample_without_the_gold_tool_has_as_many_candidates(tmp_path: Path) -> None:

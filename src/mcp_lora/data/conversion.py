@@ -61,10 +61,11 @@ def newest_filtered() -> Path:
     raise McpLoraError(f"{what}: mcp-lora convert FILE")
 
 
-def _find(settings: Settings, left_out: list[Path] | None = None) -> tuple[list[Path], list[Path]]:
-    """Return the input files of a conversion, and its catalogue files."""
-    inputs = files.find([Path(name) for name in settings.inputs] or [newest_filtered()], left_out)
-    return inputs, files.find([Path(name) for name in settings.tools], left_out)
+def _find(settings: Settings) -> tuple[list[Path], list[Path], int]:
+    """Return the input files of a conversion, its catalogue files, and how many others were skipped."""
+    inputs, skipped = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
+    tools, more = files.find([Path(name) for name in settings.tools])
+    return inputs, tools, skipped + more
 
 
 def convert(
@@ -83,8 +84,7 @@ def convert(
         what = f"{out} contains {', '.join(foreign)}, not created by mcp-lora or modified since"
         commands = "mcp-lora convert --output OTHER_FOLDER, and mcp-lora train dataset_dir=OTHER_FOLDER"
         raise McpLoraError(f"{what}: {commands}")
-    left_out: list[Path] = []
-    inputs, tools = _find(settings, left_out)
+    inputs, tools, skipped = _find(settings)
     for file in inputs:
         if file.name in dataset.FILES and file.resolve().parent == out.resolve():
             raise McpLoraError(f"{file} would be overwritten: mcp-lora convert --output OTHER_FOLDER")
@@ -93,9 +93,8 @@ def convert(
     new.mkdir(parents=True)
     try:
         stats = _convert(settings, inputs, tools, new, progress)
-        if left_out:
-            what = f"{left_out[0]}{' …' * (len(left_out) > 1)}: hidden, links, or written by mcp-lora"
-            stats.notes.append(f"{len(left_out)} files were skipped ({what})")
+        if skipped:
+            stats.notes.append(f"{skipped} files were skipped: hidden, broken links, or written by mcp-lora")
         stats.files = {file.name: files.sha256(file) for file in new.iterdir()}
         dataset.dump(stats, new / dataset.STATS)
         old = dataset.load(out / dataset.INFO)
@@ -156,12 +155,10 @@ def _in_order(counted: dict[str, int]) -> dict[str, int]:
 def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
     """Return the error of a conversion without usable rows; keep the rejected rows beside the folder."""
     rejected = rows.total("rejected")
-    details = []
-    for reason, count in rejected.most_common(3):
-        message, numbers = rows.examples[reason]
-        which = ", ".join(map(str, numbers)) + " …" * (count > len(numbers))
-        details.append(f"{count} × {reason}, row{'s' * (count > 1)} {which}: {message}")
+    details = [f"{count} × {reason}" for reason, count in rejected.most_common(3)]
     if details:
+        first = next(iter(files.read(new / "rejected.jsonl")))
+        details.append(f"the first is row {first['row']} of {first['file']}: {first['sentence']}")
         kept = Path(f"{new.parent.resolve()}.rejected.jsonl")  # resolved, as the folder "." has no name
         (new / "rejected.jsonl").replace(kept)
         details.append(f"all of them are in {kept}")
@@ -176,7 +173,7 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
 
     Raises McpLoraError if there are fewer rows, or the inputs cannot be read.
     """
-    inputs, tools = _find(settings)
+    inputs, tools, _ = _find(settings)
     every = ((file, record) for file in inputs for record in formats.records(files.read(file)))
     found = next(islice(every, number - 1, None), None)
     if found is None:
@@ -263,7 +260,7 @@ def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
     The shipped sample, which is on every machine, does not replace missing inputs.
     """
     try:
-        inputs, tools = _find(settings)
+        inputs, tools, _ = _find(settings)
         is_sample = not settings.inputs and inputs[0].name == SAMPLE
         if is_sample and known and str(inputs[0].absolute()) not in known:
             return None

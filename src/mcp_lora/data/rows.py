@@ -71,14 +71,12 @@ class Rows:
         count: number of rows.
         kept: by called tool, (server, name), the highest split_hash of its questions.
         sources: counts of all rows, by (file, format).
-        examples: by reason, the message of the first rejected row and the numbers of the first three.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, settings: Settings) -> None:
         self.count = 0
         self.kept: dict[tuple[str, str], int] = {}
         self.sources: dict[tuple[str, str], Source] = {}
-        self.examples: dict[str, tuple[str, list[int]]] = {}
         self._folder = folder
         self._catalogue = catalogue
         self._settings = settings
@@ -124,8 +122,6 @@ class Rows:
                             raise RowError("duplicate", "an earlier row has the same conversation and tools")
                     except RowError as error:
                         source.rejected[error.reason] += 1
-                        numbers = self.examples.setdefault(error.reason, (str(error), []))[1]
-                        numbers += [number] * (len(numbers) < 3)
                         rejected.write(_rejection(name, number, error, record.text if broken else record))
                         continue
                     source.cleaned.update(content.cleaned)

@@ -84,7 +84,9 @@ _TOOLS = _names("tools functions function available_tools tool_defs tool_definit
 _TOOLS += ("gen_ai.tool.definitions",)
 _SYSTEMS = _names("system system_prompt systemInstruction system_instruction instructions")
 _SYSTEMS += ("gen_ai.system_instructions",)
-_EVENT = {"sessionId", "leafUuid", "payload"}  # keys of a line in a session log of Claude Code or Codex
+# What shows a line of a session log: a key in Claude Code's, the type in Codex's.
+_CLAUDE_CODE = {"sessionId", "leafUuid"}
+_CODEX = ("session_meta", "turn_context", "event_msg", "response_item", "compacted")
 # The names in a message and its parts.
 _ROLES = {
     SYSTEM: "system developer systemmessage systemprompt",
@@ -130,21 +132,23 @@ def records(found: Iterable[Any]) -> Iterator[Any]:
 
     Messages outside a conversation form one record, and {"data": […]} contains records.
     """
-    sessions: dict[Any, list[Any]] = {}
-    messages = []
+    sessions: dict[str, list[Any]] = {}
+    messages, events = [], []
     for record in found:
         if not isinstance(record, dict):
             yield record
-        elif "type" in record and _EVENT & record.keys():
+        elif _is_event(record):
             if {"message", "payload"} & record.keys():
-                sessions.setdefault(record.get("sessionId"), []).append(record)
+                sessions.setdefault(str(record.get("sessionId")), []).append(record)
+            else:  # a summary, for instance
+                events.append(record)
         elif record.keys() == {"data"} and isinstance(record["data"], list):
             yield from records(record["data"])
         elif _role(record) and {"content", "value", "tool_calls"} & record.keys():
             messages.append(record)
         else:
             yield record
-    yield from sessions.values()
+    yield from sessions.values() if sessions else events
     if messages:
         yield messages
 
@@ -152,7 +156,13 @@ def records(found: Iterable[Any]) -> Iterator[Any]:
 def is_session(record: Any) -> bool:
     """Tell whether a record consists of the events of a session log."""
     first = record[0] if isinstance(record, list) and record else None
-    return isinstance(first, dict) and bool(_EVENT & first.keys())
+    return isinstance(first, dict) and _is_event(first)
+
+
+def _is_event(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record is a line of a session log, and no conversation with an id of its session."""
+    is_line = "type" in record and (_CLAUDE_CODE & record.keys() or record["type"] in _CODEX)
+    return bool(is_line) and not {*_HISTORY} & record.keys()
 
 
 def read(record: Any, find: Callable[[str], Tool]) -> Content:
@@ -182,8 +192,10 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
     if not content.tools:
         names = dict.fromkeys(call.name for turn in content.turns for call in turn.calls)
         content.tools = [find(name) for name in names]
-    own = {(tool.server, tool.name): tool for tool in reversed(content.tools)}
-    content.tools = list({tool.name: tool for tool in own.values()}.values())[::-1]
+    by_name: dict[str, Tool] = {}
+    for tool in content.tools:
+        by_name.setdefault(tool.name, tool)
+    content.tools = list(by_name.values())
     return content
 
 
@@ -444,10 +456,11 @@ def _without_tools(text: str) -> tuple[str, list[Tool]]:
         try:
             value, end = json.JSONDecoder().raw_decode(text, found.start())
             listed = list(tools_in(value))
+            if not any(tool.description or tool.parameters["properties"] for tool in listed):
+                continue  # any object with a name
         except (ValueError, RecursionError, RowError):
             continue
-        if listed:
-            kept, place, tools = kept + text[place : found.start()], end, tools + listed
+        kept, place, tools = kept + text[place : found.start()], end, tools + listed
     return re.sub(r"<tools>\s+</tools>", "", kept + text[place:]).strip() if tools else text, tools
 
 

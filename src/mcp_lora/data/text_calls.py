@@ -78,7 +78,10 @@ _MARKS = (
     r"<\|?/?(?:tool|function)_?call|<functioncall>|<function=|<TOOLCALL>|<invoke "
     r"|<\|python_tag\|>|\[TOOL_CALLS\]|<｜tool▁call|to=functions\.|^Action:.*^Action Input:"
 )
-_NAMED = r"\b(?:{names})\s*\{{|\b(?:{names})\([^)\s]|:\s*[\"'](?:{names})[\"']|>\s*(?:{names})\s*<"
+_NAMED = (
+    r"\b(?:{names})\s*\{{|\b(?:{names})\([^)\s]|:\s*[\"'](?:{names})[\"']|>\s*(?:{names})\s*<"
+    r"|(?m:^|[:>])\W{{0,9}}(?:{names})\(\)\W{{0,9}}(?m:$)"  # alone on its line: prose writes ping(), too
+)
 _FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL
 _LONG = 100_000  # characters; longer texts are not searched for Python literals, which takes quadratic time
 _PYTHON = re.compile(r"\{.*?\}(?=\s*(?:[<\]]|$|```))", re.DOTALL)

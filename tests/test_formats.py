@@ -352,6 +352,7 @@ def test_rows_with_the_keys_of_a_log_are_rows() -> None:
     without.append({"type": "note", "sessionId": ["s1"]})
     for rows in ([chat, chat], others, without):
         assert list(formats.records(rows)) == rows
+    assert all(map(formats.is_session, without)) and not formats.is_session(chat)  # what is redacted
     assert read(chat).turns[1].calls == (ToolCall("tide", ARGUMENTS),)
 
 

@@ -154,9 +154,9 @@ def records(found: Iterable[Any]) -> Iterator[Any]:
 
 
 def is_session(record: Any) -> bool:
-    """Tell whether a record consists of the events of a session log."""
-    first = record[0] if isinstance(record, list) and record else None
-    return isinstance(first, dict) and _is_event(first)
+    """Tell whether a record consists of the events of a session log, or is one."""
+    event = record[0] if isinstance(record, list) and record else record
+    return isinstance(event, dict) and _is_event(event)
 
 
 def _is_event(record: Mapping[str, Any]) -> bool:

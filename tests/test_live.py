@@ -21,7 +21,7 @@ from conftest import BIN, ROOT, catalogue_of, environment, record, run, write_js
 
 from mcp_lora.data import conversion, dataset
 from mcp_lora.data.conversion import Settings
-from mcp_lora.data.records import Tool
+from mcp_lora.data.records import RowError, Tool, ToolCall
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate.evaluation import Endpoint
 from mcp_lora.live import chat as chats
@@ -342,6 +342,24 @@ def test_a_malformed_reply_is_a_reason_and_no_traceback(reply: Any, reason: str,
         (journal,) = tmp_path.glob("*.failed")
         lines = list(map(json.loads, journal.read_text(encoding="utf-8").splitlines()))[1:]
         assert {line["reason"] for line in lines} == {reason}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("greet", '{"name": "\\ud800"}', "not-json"),
+        ("\ud800", "{}", "wrong-tool"),
+        ("greet", "[1]", "not-json"),
+    ],
+)
+def test_a_call_of_the_teacher_that_no_journal_can_hold_is_a_reason(
+    name: str, arguments: Any, reason: str
+) -> None:
+    greet = Tool("good", "greet", "", {"type": "object", "properties": {"name": {"type": "string"}}})
+    with pytest.raises(RowError) as caught:
+        generate._checked("", [ToolCall(name, arguments)], greet)
+    assert caught.value.reason == reason
+    str(caught.value).encode()
 
 
 def test_a_server_that_dies_ends_it_and_its_attempt_is_not_made_again(tmp_path: Path) -> None:

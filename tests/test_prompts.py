@@ -391,6 +391,11 @@ def test_padding_is_what_a_batch_has_beside_its_samples() -> None:
     assert render.padding(lengths, 1) == 0
 
 
+def test_a_seed_of_zero_is_one() -> None:
+    seeds = [{}, {"seed": None}, {"seed": 0}, {"seed": 7}]
+    assert [render.settings_of(config)["seed"] for config in seeds] == [42, 42, 0, 7]
+
+
 def test_a_data_set_is_rendered_once_and_every_row_is_accounted_for(
     texts: dict[str, str], tmp_path: Path
 ) -> None:

@@ -86,7 +86,8 @@ def test_sorted_steps_have_the_same_losses_in_less_time(project: Path) -> None:
         project, "shuffled", "--gpus", "1", "train_sampling_strategy=random", "per_device_train_batch_size=8"
     )
     print(
-        f"\nseconds: {eight['seconds']:.1f} sorted, {shuffled['seconds']:.1f} shuffled; padding {eight['padding']} %"
+        f"\nseconds: {eight['seconds']:.1f} sorted, {shuffled['seconds']:.1f} shuffled; "
+        f"padding {eight['padding']} %"
     )
     assert one["losses"] == pytest.approx(eight["losses"], rel=0.02)
 

@@ -98,7 +98,7 @@ def chat(
     from mcp_lora.live import chat as chats
 
     known = catalogue.Catalogue()
-    for note in catalogue.load(files.find([Path(name) for name in tools or []]), known):
+    for note in catalogue.load(files.find([Path(name) for name in tools or []])[0], known):
         console.say(f"warning: {note}")
     servers = connections.addresses(mcp or [], mcp_config or []) if mcp or mcp_config else []
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from mcp_lora.data import files
-from mcp_lora.data.records import RowError, parsed
+from mcp_lora.data.records import RowError
 from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import benchmark, plain_chat, predict, questions
@@ -85,14 +85,10 @@ def kept(run: Path, adapter: Path) -> Evaluation | None:
 
     Raises McpLoraError if metrics.json is damaged.
     """
-    folder, again = run / "eval", f"mcp-lora eval {run}"
-    asked, file = folder / ASKED, folder / "metrics.json"
+    asked, file = run / "eval" / ASKED, run / "eval" / "metrics.json"
     if not asked.is_file() or asked.read_text("utf-8") != runs.adapter_hash(adapter) or not file.is_file():
         return None
-    try:
-        return parsed(files.load(file, again), Evaluation)
-    except ValueError as error:
-        raise McpLoraError(f"{file} is damaged ({error}): {again}") from None
+    return files.parsed(file, Evaluation, f"mcp-lora eval {run}")
 
 
 @dataclass(frozen=True)

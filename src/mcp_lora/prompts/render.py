@@ -60,7 +60,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "train_on_prompt": bool(config.get("train_on_prompt")),
         "max_samples": config.get("max_samples"),
         "val_size": config.get("val_size") or 0,
-        "seed": config.get("seed") or 42,
+        "seed": 42 if config.get("seed") is None else config["seed"],
     }
 
 
@@ -148,12 +148,10 @@ def _key(template: ChatTemplate, file: Path, chosen: Mapping[str, Any]) -> str:
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     versions = [importlib.metadata.version(package) for package in ("transformers", "jinja2")]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    rest = json.dumps([special, template.thinking, chosen, versions])
     code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.*"))]
-    digest = hashlib.sha256()
-    for part in (files.sha256(file), vocabulary, tokenizer.chat_template, rest, *code):
-        digest.update(hashlib.sha256(part.encode(errors="surrogatepass")).digest())
-    return digest.hexdigest()[:16]
+    model = [vocabulary, tokenizer.chat_template, special, template.thinking]
+    parts = json.dumps([files.sha256(file), model, chosen, versions, code])
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, Any], workers: int) -> None:

@@ -73,9 +73,9 @@ def train(request: Request, say: Say, progress: Progress) -> None:
     """
     plan = _plan(request, say, dry=False)
     with dataset.locked(plan.data):
-        refreshed = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
-    say(refreshed.message)
-    for line in dataset.summary(refreshed.statistics, plan.data) if refreshed.statistics else ():
+        done, statistics = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
+    say(done)
+    for line in dataset.summary(statistics, plan.data) if statistics else ():
         say(line)
     with runs.locked(plan.run) if plan.topology.is_main else nullcontext():
         _run(plan, request, say)
@@ -247,7 +247,8 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
 def _render(plan: Plan, say: Say) -> Plan:
     """Render the training data with the model's chat template, and fit what depends on its size."""
     template = prompts.load(plan.config)
-    say(f"prompts: {template.note}" + (", with thinking off" * template.is_thinking_off))
+    off = template.switches_thinking and not template.thinking
+    say(f"prompts: {template.note}" + ", with thinking off" * off)
     source, folder = dataset.file_of(plan.data, "train"), plan.data / dataset.RENDERED
     step = steps.global_batch(plan.config, plan.topology.processes) if plans.is_sorted(plan) else None
     path, made = render.render(template, source, folder, plan.config, step)

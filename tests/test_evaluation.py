@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from chat_templates import tokenizer_of
-from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
+from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment, write_json
 
 from mcp_lora.cli.app import main
 from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluate import predict, questions
+from mcp_lora.evaluate import plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Response
 from mcp_lora.evaluate.evaluation import (
     BASE,
@@ -34,6 +34,7 @@ from mcp_lora.evaluate.gates import requirement, unmet
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict
 from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.serve.card import model_card
 from mcp_lora.train import manifest, runs
 from mcp_lora.train.machine import Machine
 
@@ -258,13 +259,14 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
             assert list(found.answers) == ["m"] and found.splits["seen"].figures["m"]["exact"].share == 1
 
 
+def hello(asked: list[Question], **rest: Any) -> Iterator[tuple[Question, Response]]:
+    yield from ((question, said("Hello.")) for question in asked)
+
+
 def test_a_server_is_compared_with_the_base_where_that_was_asked(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_engine(asked: list[Question], **rest: Any) -> Iterator[tuple[Question, Response]]:
-        yield from ((question, said("Hello.")) for question in asked)
-
-    monkeypatch.setattr(predict, "by_engine", by_engine)
+    monkeypatch.setattr(predict, "by_engine", hello)
     evaluate(Request(run, splits=["no_call"], limit=2, models=[BASE]))
     with server(lambda body: completion(content="half a pair: \ud800")) as (url, _):
         found = evaluate(Request(run, splits=["no_call"], limit=2, endpoint=Endpoint(url, "m")))
@@ -274,6 +276,21 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
         assert list(more.answers) == ["m"]
     metrics = json.loads((run / "eval/metrics_part.json").read_text(encoding="utf-8"))
     assert metrics["max_new_tokens"] > 32 and not (run / "eval/metrics.json").exists()
+
+
+def test_the_model_card_has_only_the_adapters_metrics(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "by_engine", hello)
+    monkeypatch.setattr(plain_chat, "of_run", lambda *rest: None)
+    write_json(run / "adapter_config.json", {})
+    evaluate(Request(run))
+    card = model_card(run, run)
+    assert "questions, base: abstained 100.0" in card and "questions, adapter: abstained 100.0" in card
+    evaluate(Request(run, models=[BASE]))
+    with server(lambda body: completion(content="Hello.")) as (url, _):
+        evaluate(Request(run, endpoint=Endpoint(url, "hosted")))
+    assert model_card(run, run) == card
+    (run / "adapter_config.json").write_text("{ }")  # as if trained again
+    assert "None." in model_card(run, run)
 
 
 def test_the_batch_is_halved_where_memory_runs_out(

@@ -197,8 +197,9 @@ def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
 def test_answers_of_an_older_checkpoint_are_marked(folders: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(folders[0], folder)
-    for adapter, stale in ((adapter_hash(folder), False), ("of another", True)):
-        (folder / "eval/adapter.sha256").write_text(adapter)
+    write_json(folder / "eval/metrics.json", {"adapter": adapter_hash(folder)})
+    for adapter, stale in ((adapter_hash(folder), False), ("of another", True), (None, False)):
+        write_json(folder / "eval/metrics_part.json", {"adapter": adapter})  # the newest
         page = report.write([folder]).read_text(encoding="utf-8")
         assert ("has changed since it was evaluated" in page) == stale
     with (folder / "eval/adapter.jsonl").open("a") as file:

@@ -32,7 +32,6 @@ from mcp_lora.train import manifest, runs
 from mcp_lora.train.machine import detect_machine
 
 BASE, ADAPTER = "base", "adapter"
-ASKED = "adapter.sha256"  # the file with the hash of the adapter that was evaluated
 _THOUGHT = 1024  # tokens
 
 
@@ -62,8 +61,8 @@ class Weakness:
 class Evaluation:
     """Metrics by split, servers and tools with the last model's worst ones first, and every answer.
 
-    `left_out` counts the questions that could not be asked, by reason. `plain_chat` is what has changed
-    without tools, if base and adapter were both asked.
+    `left_out` counts the questions that could not be asked, by reason. `adapter` is the hash of the adapter, if
+    it has answered. `plain_chat` is what has changed without tools, if base and adapter were both asked.
     """
 
     splits: dict[str, Split]
@@ -72,6 +71,7 @@ class Evaluation:
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     max_new_tokens: int = 0
+    adapter: str | None = None
     plain_chat: PlainChat | None = None
 
     def metrics(self) -> str:
@@ -85,12 +85,12 @@ def kept(run: Path, adapter: Path) -> Evaluation | None:
 
     Raises McpLoraError if metrics.json is damaged.
     """
-    folder, again = run / "eval", f"mcp-lora eval {run}"
-    asked, file = folder / ASKED, folder / "metrics.json"
-    if not asked.is_file() or asked.read_text("utf-8") != runs.adapter_hash(adapter) or not file.is_file():
+    file, again = run / "eval" / "metrics.json", f"mcp-lora eval {run}"
+    content = files.load(file, again)
+    if content.get("adapter") != runs.adapter_hash(adapter):
         return None
     try:
-        return parsed(files.load(file, again), Evaluation)
+        return parsed(content, Evaluation)
     except ValueError as error:
         raise McpLoraError(f"{file} is damaged ({error}): {again}") from None
 
@@ -180,12 +180,16 @@ def evaluate(
                         book.add(question, response)
                         progress(f"asking {model.name}", done / len(missing))
             answers[model.name] = book.answers(asked)
-        evaluation = replace(summarise(answers), left_out=prepared.left_out, max_new_tokens=length)
-        # metrics of some questions do not overwrite those of all
-        metrics = folder / ("metrics.json" if len(asked) == len(every) else "metrics_part.json")
+        evaluation = replace(
+            summarise(answers),
+            left_out=prepared.left_out,
+            max_new_tokens=length,
+            adapter=runs.adapter_hash(adapter) if adapter else None,
+        )
+        # the model card's, which those of some questions or of another model do not overwrite
+        is_all = adapter and len(asked) == len(every)
+        metrics = folder / ("metrics.json" if is_all else "metrics_part.json")
         metrics.write_text(evaluation.metrics(), encoding="utf-8")
-        if adapter:
-            (folder / ASKED).write_text(runs.adapter_hash(adapter), encoding="utf-8")
         if adapter and not request.benchmark and BASE in request.models:
             progress("comparing plain chat", 0)
             evaluation = replace(evaluation, plain_chat=_plain_chat(run, adapter, template, say))

@@ -25,7 +25,7 @@ from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.evaluate import answers, plain_chat
 from mcp_lora.evaluate.answers import Answer
 from mcp_lora.evaluate.benchmark import NAME
-from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, summarise
+from mcp_lora.evaluate.evaluation import ADAPTER, BASE, summarise
 from mcp_lora.evaluate.score import ERRORS
 from mcp_lora.train import manifest, runs, steps
 from mcp_lora.train.manifest import Manifest
@@ -258,10 +258,10 @@ def _calls(calls: Sequence[Any]) -> str:
 
 def _is_stale(run: Run, place: str) -> bool:
     """Tell whether the adapter has changed since it gave the answers in a folder of RUN/eval."""
-    file = run.folder / "eval" / place / ASKED
-    if run.adapter is None or not file.is_file():
-        return False
-    return file.read_text("utf-8") != runs.adapter_hash(run.adapter)
+    metrics = sorted((run.folder / "eval" / place).glob("metrics*.json"), key=lambda file: file.stat().st_mtime)
+    kept = (files.load(file, f"mcp-lora eval {run.folder}") for file in metrics)
+    asked = [found["adapter"] for found in kept if found.get("adapter")]
+    return bool(asked) and run.adapter is not None and asked[-1] != runs.adapter_hash(run.adapter)
 
 
 def _usage(run: Run) -> dict[str, str] | None:

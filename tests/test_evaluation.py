@@ -287,7 +287,8 @@ def test_the_model_card_has_only_the_adapters_metrics(run: Path, monkeypatch: py
     assert "questions, base: abstained 100.0" in card and "questions, adapter: abstained 100.0" in card
     evaluate(Request(run, models=[BASE]))
     with server(lambda body: completion(content="Hello.")) as (url, _):
-        evaluate(Request(run, endpoint=Endpoint(url, "hosted")))
+        found = evaluate(Request(run, endpoint=Endpoint(url, "hosted")))
+    assert list(found.answers) == ["base", "adapter", "hosted"]  # all have answered the same questions
     assert model_card(run, run) == card
     (run / "adapter_config.json").write_text("{ }")  # as if trained again
     assert "None." in model_card(run, run)

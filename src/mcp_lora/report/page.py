@@ -258,7 +258,9 @@ def _calls(calls: Sequence[Any]) -> str:
 
 def _is_stale(run: Run, place: str) -> bool:
     """Tell whether the adapter has changed since it gave the answers in a folder of RUN/eval."""
-    metrics = sorted((run.folder / "eval" / place).glob("metrics*.json"), key=lambda file: file.stat().st_mtime)
+    metrics = sorted(
+        (run.folder / "eval" / place).glob("metrics*.json"), key=lambda file: file.stat().st_mtime
+    )
     kept = (files.load(file, f"mcp-lora eval {run.folder}") for file in metrics)
     asked = [found["adapter"] for found in kept if found.get("adapter")]
     return bool(asked) and run.adapter is not None and asked[-1] != runs.adapter_hash(run.adapter)

@@ -23,6 +23,7 @@ from mcp_lora.train import manifest, runs
 from mcp_lora.train.runs import adapter_hash
 
 SCRIPT = "</script></pre><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>"
+STARTED = "2026-11-24T12:00:00+00:00"
 MODELS = ("base", "endpoint-hosted", "adapter")
 
 
@@ -49,7 +50,7 @@ def make_run(place: Path, name: str, wrong: int, **changes: Any) -> Path:
     lengths |= {"histogram": [[200, 310, 12], [310, 420, 5]]}
     made = {"samples": 17, "shortened": 0, "dropped_tools": 0, "left_out": {}, "lengths": lengths}
     described = manifest.describe(config, ["llamafactory-cli"], {}, 2)
-    manifest.write(folder, replace(described, exit=0, rendered=made))
+    manifest.write(folder, replace(described, started=STARTED, exit=0, rendered=made))
     # As transformers 5.5.4 writes it.
     history: list[dict[str, Any]] = [
         {"epoch": step / 40, "grad_norm": 1.2, "learning_rate": 2e-4 / step, "loss": 1 / step, "step": step}
@@ -159,8 +160,33 @@ def test_runs_are_compared_on_the_questions_that_both_were_asked(folders: list[P
     assert "2 questions that not all of them have answered are left out" in page
     assert "two &amp; &lt;i&gt;" in page and "<i>\n" not in page
     differing = tags("".join(re.findall(r'<tr class="differ">.*?</tr>', page, re.S)), "th")
-    assert differing == ["learning rate", "learning_rate"]
+    assert differing == ["learning_rate"] and "<details open><summary>run.yaml" in page
     assert len(tags(gains(page), "th")) == 2 + 2 + 2
+
+
+def test_a_model_that_has_answered_less_than_the_adapter_is_left_out(
+    folders: list[Path], page: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(folders[0], folder)
+    file = folder / "eval/endpoint-hosted.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text(lines[0], encoding="utf-8")
+    found = report.write([folder]).read_text(encoding="utf-8")
+    assert f"endpoint-hosted has answered only 1 of {len(lines)} questions and is left out" in found
+    assert "endpoint-hosted" not in gains(found)
+    counts = re.compile(r"<p>\d+ questions</p>")
+    assert counts.findall(found) == counts.findall(page)
+
+
+def test_a_manifest_of_an_earlier_version_may_lack_the_times(folders: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(folders[0], folder)
+    content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    content |= {"ended": "2026-11-24T14:10:03+00:00"}
+    for removed, time in (("", f"{STARTED}, took 2:10:03"), ("started", "not recorded")):
+        write_json(folder / "manifest.json", {key: content[key] for key in content if key != removed})
+        assert f"time {time}" in tags(report.write([folder]).read_text(encoding="utf-8"), "tr")
 
 
 def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:

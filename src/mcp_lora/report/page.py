@@ -84,10 +84,15 @@ def _render(found: Sequence[Run]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     several = len(found) > 1
-    adapters = {run.name: run.answers[ADAPTER] for run in found if ADAPTER in run.answers}
-    by_model, left_out = _common(adapters if several else found[0].answers)
+    asked = {run.name: run.answers[ADAPTER] for run in found if ADAPTER in run.answers}
     judged = {run.name: run.judged[ADAPTER] for run in found if ADAPTER in run.judged}
-    by_judged, unjudged = _common(judged if several else found[0].judged)
+    fewer: list[str] = []
+    fewer_judged: list[str] = []
+    if not several:
+        asked, fewer = _comparable(found[0].answers)
+        judged, fewer_judged = _comparable(found[0].judged)
+    by_model, left_out = _common(asked)
+    by_judged, unjudged = _common(judged)
     base = Path(found[0].config["model_name_or_path"])
     wrong = {one.verdict.error for each in by_model.values() for one in each}
     curves: dict[str, list[Any]] = defaultdict(list)
@@ -109,6 +114,8 @@ def _render(found: Sequence[Run]) -> str:
         judged_models=list(by_judged),
         unjudged=unjudged,
         left_out=left_out,
+        fewer=fewer,
+        fewer_judged=fewer_judged,
         unasked=[run.folder for run in found if not (ADAPTER in run.answers if several else run.answers)],
         examples=_examples(by_model),
         errors={error: f"var(--error-{place})" for place, error in enumerate(ERRORS) if error in wrong},
@@ -158,6 +165,23 @@ def _answers(folder: Path) -> dict[str, list[Answer]]:
     return {model: kept[model] for model in models if kept.get(model)}
 
 
+def _comparable(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], list[str]]:
+    """Leave out the models without an answer to each of the adapter's questions, or of the base's.
+
+    Also returns a note on each. With a server that was asked one question, one question would be left of all.
+    """
+    main = next((name for name in (ADAPTER, BASE, *by_model) if name in by_model), "")
+    asked = {answer.question for answer in by_model.get(main, ())}
+    kept, notes = {}, []
+    for name, each in by_model.items():
+        count = len(asked & {answer.question for answer in each})
+        if count == len(asked):
+            kept[name] = each
+        else:
+            notes.append(f"{name} has answered only {count} of {len(asked)} questions and is left out.")
+    return kept, notes
+
+
 def _common(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], int]:
     """Return the answers to the questions that all models share, in one order, and the number of others."""
     by_key = {name: {answer.question: answer for answer in each} for name, each in by_model.items()}
@@ -167,46 +191,30 @@ def _common(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer
     return found if common else {}, len(every) - len(common)
 
 
-def _made_of(run: Run) -> dict[str, str]:
-    """Return the table of what a run was made from; missing keys have the engine's defaults."""
-    config, record = run.config, run.manifest
-    rendered = record.rendered if record else {}
+def _made_of(run: Run) -> dict[str, Any]:
+    """Return the table of what a run was made from; all its settings are in run.yaml."""
+    record = run.manifest or Manifest()
     done, epochs = (max((row.get(key, 0) for row in run.history), default=0) for key in ("step", "epoch"))
-    data = record.data if record else None
-    quantized = f"{config['quantization_bit']}-bit base, " if config.get("quantization_bit") else ""
-    rank = config.get("lora_rank", 8)
-    found = {
-        "base model": config["model_name_or_path"],
-        "chat template": rendered.get("chat_template", "not recorded"),
-        "method": f"{quantized}{config.get('finetuning_type', 'lora')}, rank {rank}, alpha "
-        f"{config.get('lora_alpha', 2 * rank)}, dropout {config.get('lora_dropout', 0)}, "
-        f"{config.get('lora_target', 'all')} layers",
-        "learning rate": f"{config.get('learning_rate', 5e-5)}, {config.get('lr_scheduler_type', 'linear')}",
-        "batch": steps.describe_batch(config, record.processes if record else 1).removeprefix("batch "),
+    return {
+        "base model": run.config["model_name_or_path"],
+        "chat template": record.rendered.get("chat_template", "not recorded"),
+        "batch": steps.describe_batch(run.config, record.processes).removeprefix("batch "),
         "trained": f"{done} steps, {epochs:g} epochs",
-        "samples": f"{rendered['samples']:,}" if rendered.get("samples") else "not recorded",
-        "data": f"{Path(data.file).name}, SHA-256 {data.sha256[:12]}…" if data else "not recorded",
+        "samples": record.rendered.get("samples", "not recorded"),
+        "data": record.data.file if record.data else "not recorded",
+        "time": _time(record),
+        "hardware": ", ".join(record.gpus) or "CPU",
+        "packages": ", ".join(f"{name} {version}" for name, version in record.packages.items()),
+        "commit": record.git_commit or "none",
     }
-    if record:
-        found |= {
-            "time": _duration(record),
-            "hardware": ", ".join(record.gpus) or "CPU",
-            "packages": ", ".join(f"{name} {version}" for name, version in record.packages.items()),
-            "commit": record.git_commit or "none",
-            "seed": record.seed,
-        }
-        if record.retries:
-            found["restarts"] = f"{len(record.retries)} with a smaller per-device batch size"
-    return found
 
 
-def _duration(record: Manifest) -> str:
-    started = datetime.fromisoformat(record.started)
-    when = f"{started:%Y-%m-%d %H:%M} UTC"
-    if not record.ended:
-        return f"{when}, not finished"
-    ended = "" if record.exit == 0 else f", failed with exit code {record.exit}"
-    return f"{when}, took {datetime.fromisoformat(record.ended) - started}{ended}"
+def _time(record: Manifest) -> str:
+    if not record.started or not record.ended:
+        return f"{record.started}, not finished" if record.started else "not recorded"
+    took = datetime.fromisoformat(record.ended) - datetime.fromisoformat(record.started)
+    failed = f", failed with exit code {record.exit}" if record.exit else ""
+    return f"{record.started}, took {took}{failed}"
 
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:

@@ -172,6 +172,10 @@ def test_a_requirement_holds_or_is_told(evaluation: Evaluation) -> None:
     assert told.startswith("unseen_tool.ast is 0.") and told.endswith("unseen_tool.ast>=0.95 is required")
     with pytest.raises(McpLoraError, match="is not SPLIT.METRIC>=VALUE: mcp-lora eval --require"):
         requirement("ast>=1")
+    with pytest.raises(McpLoraError, match="60 is not a share from 0 to 1: .*seen.ast>=60%"):
+        requirement("seen.ast>=60")
+    with pytest.raises(McpLoraError, match="101% is not a share from 0 to 1"):
+        requirement("seen.ast>=101%")
     with pytest.raises(McpLoraError, match="no no_call.ast, only .*no_call.abstained"):
         told_of("no_call.ast>=1")
 
@@ -217,8 +221,8 @@ def completion(finish: str = "stop", **message: Any) -> tuple[int, dict[str, Any
 @pytest.fixture
 def run(data: Path, tiny_model: Path, tmp_path: Path) -> Path:
     config = {"dataset_dir": str(data), "model_name_or_path": str(tiny_model)}
-    runs.write_config(tmp_path / "run", config)
-    return tmp_path / "run"
+    runs.write_config(tmp_path / "my run", config)
+    return tmp_path / "my run"
 
 
 def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
@@ -337,7 +341,7 @@ def test_json_is_all_that_is_on_stdout(
         main(words)
     shown = capfd.readouterr()
     assert not caught.value.code and json.loads(shown.out)["splits"]["seen"]["count"] == 1
-    assert "predict metrics" in shown.err
+    assert "predict metrics" in shown.err and f"mcp-lora report '{run}'" in shown.err
 
 
 def test_a_run_is_asked_about_its_own_data_and_splits(run: Path) -> None:
@@ -461,6 +465,32 @@ def test_a_server_gets_no_empty_list_of_tools() -> None:
     with server(lambda body: completion(content="No.")) as (url, requests):
         list(predict.by_endpoint([Question("bfcl.x", sample)], url, "m", 8, template, "mcp-lora eval"))
     assert "tools" not in requests[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--endpoint-model", "m", "--checkpoint", "300"], "asked without --checkpoint: mcp-lora eval"),
+        (["--endpoint-model", "m", "--gpus", "2", "--batch-size", "4"], "asked without --gpus, --batch-size"),
+        (["--endpoint-model", "m", "--base-only"], "exclude each other"),
+        (["--endpoint-model", "base"], "base is the name of the run's own answers"),
+        (["--endpoint-model", "adapter"], "adapter is the name of the run's own answers"),
+        ([], "use both options or neither"),
+    ],
+)
+def test_options_that_a_server_cannot_have_are_refused(
+    run: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", str(run), "--endpoint", "http://127.0.0.1:9/v1", *words])
+    told = capsys.readouterr().err
+    assert said in told and "mcp-lora " in told
+    assert not (run / "eval").exists()
+
+
+def test_gpus_that_are_not_there_are_told_with_the_command(run: Path) -> None:
+    with pytest.raises(McpLoraError, match="not 8 .*omit --gpus: mcp-lora eval '.*my run'$"):
+        evaluate(Request(run, models=[BASE], gpus=8))
 
 
 def test_the_benchmark_has_no_splits(capsys: Any, run: Path) -> None:

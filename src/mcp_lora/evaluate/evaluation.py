@@ -17,7 +17,7 @@ from urllib.parse import quote
 from mcp_lora.data import files
 from mcp_lora.data.records import RowError, parsed
 from mcp_lora.engine import api
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, quoted
 from mcp_lora.evaluate import benchmark, plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
 from mcp_lora.evaluate.gates import Requirement, metrics_of
@@ -84,7 +84,7 @@ def kept(run: Path, adapter: Path) -> Evaluation | None:
 
     Raises McpLoraError if metrics.json is damaged.
     """
-    file, again = run / "eval" / "metrics.json", f"mcp-lora eval {run}"
+    file, again = run / "eval" / "metrics.json", f"mcp-lora eval {quoted(run)}"
     content = files.load(file, again)
     if content.get("adapter") != runs.adapter_hash(adapter):
         return None
@@ -135,7 +135,7 @@ class Request:
     @property
     def command(self) -> str:
         """The command that evaluates the same kind of questions."""
-        return f"mcp-lora eval {self.run}" + f" --benchmark {benchmark.NAME}" * self.benchmark
+        return f"mcp-lora eval {quoted(self.run)}" + f" --benchmark {benchmark.NAME}" * self.benchmark
 
 
 def evaluate(
@@ -152,6 +152,11 @@ def evaluate(
     run's folder cannot be written.
     """
     api.require()
+    if request.endpoint and request.endpoint.model in (BASE, ADAPTER):
+        what = f"--endpoint-model {request.endpoint.model} is the name of the run's own answers"
+        raise McpLoraError(
+            f"{what}: serve it under another name, as mcp-lora serve {quoted(request.run)} does"
+        )
     run, prepared, adapter = request.run, prepare(request), None
     if ADAPTER in request.models and not request.endpoint:
         adapter = runs.adapter(run, request.checkpoint)
@@ -163,7 +168,8 @@ def evaluate(
             compared = parity(server.url, template, server.model)
             if compared.differences:
                 what = f"{len(compared.differences)} of {compared.count} prompts are not those of training"
-                say(f"warning: {what}: {compared.differences[0]}; see mcp-lora parity {server.url} {run}")
+                again = f"mcp-lora parity {quoted(server.url)} {quoted(run)}"
+                say(f"warning: {what}: {compared.differences[0]}; see {again}")
     judge, answers = Judge(template), {}
     folder = run / "eval" / (benchmark.NAME if request.benchmark else "")
     adapter_hash = runs.adapter_hash(adapter) if adapter else None
@@ -251,7 +257,7 @@ def prepare(request: Request) -> Prepared:
     by_split = {split: [one for one in every if one.split == split] for split in wanted}
     if idle := [one for one in request.requirements if not by_split.get(one.split)]:
         there = ", ".join(split for split, found in by_split.items() if found)
-        again = f"mcp-lora eval {run}" + " --benchmark bfcl" * benchmark.is_asked_in(idle[0].split)
+        again = f"mcp-lora eval {quoted(run)}" + " --benchmark bfcl" * benchmark.is_asked_in(idle[0].split)
         raise McpLoraError(f"--require {idle[0].text}: the splits are {there}: {again}")
     # by their hash, as questions about one tool often stand together
     hashed = (sorted(found, key=operator.attrgetter("key")) for found in by_split.values())

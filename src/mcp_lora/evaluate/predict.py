@@ -17,7 +17,7 @@ from typing import Any
 from mcp_lora.data import files
 from mcp_lora.engine import launch
 from mcp_lora.engine.topology import find as find_topology
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, quoted
 from mcp_lora.evaluate.answers import Response
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts import render
@@ -58,7 +58,9 @@ def by_engine(
     """
     visible = detect_machine().gpus
     # what a shell has left (NPROC_PER_NODE) counts only on a CPU, where it is the one way to say so
-    topology = find_topology({} if visible else os.environ, visible, gpus, nodes=1, node_rank=0)
+    topology = find_topology(
+        {} if visible else os.environ, visible, gpus, nodes=1, node_rank=0, command=command
+    )
     encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
     longest_first = sorted(encoded, key=lambda one: -len(one[1]))
     for start in range(0, len(questions), CHUNK):
@@ -141,7 +143,7 @@ def by_endpoint(
     if failures:
         what = f"{url} does not answer ({' '.join(str(failures[0]).split())}): is it running, is {model} its "
         what += f"model, is the key in {KEY}? Its answers so far are kept"
-        raise McpLoraError(f"{what}: {command} --endpoint {url} --endpoint-model {model}")
+        raise McpLoraError(f"{what}: {command} --endpoint {quoted(url)} --endpoint-model {quoted(model)}")
 
 
 def asked(

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from mcp_lora.data import files
-from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.errors import McpLoraError, explained, quoted
 from mcp_lora.evaluate import answers, plain_chat
 from mcp_lora.evaluate.answers import Answer
 from mcp_lora.evaluate.benchmark import NAME
@@ -104,6 +104,7 @@ def _render(found: Sequence[Run]) -> str:
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     return environment.get_template("page.html").render(
         runs=found,
+        quoted=quoted,
         several=several,
         base=base.name if base.is_absolute() else base,
         made_of=_side_by_side([_made_of(run) for run in found]),
@@ -153,7 +154,7 @@ def compare(expected: str, answer: str) -> list[tuple[str, str]]:
 def _read(folder: Path, name: str) -> Run:
     config = runs.read_run(folder)
     states = [folder, *runs.complete_checkpoints(folder)[::-1]]
-    again = f"remove it, and mcp-lora report {folder}"
+    again = f"remove it, and mcp-lora report {quoted(folder)}"
     logs = (files.load(place / "trainer_state.json", again).get("log_history") for place in states)
     asked, judged = (_answers(folder / "eval" / place) for place in ("", NAME))
     return Run(name, folder, config, manifest.read(folder), next(filter(None, logs), []), asked, judged)
@@ -269,7 +270,7 @@ def _is_stale(run: Run, place: str) -> bool:
     metrics = sorted(
         (run.folder / "eval" / place).glob("metrics*.json"), key=lambda file: file.stat().st_mtime
     )
-    kept = (files.load(file, f"mcp-lora eval {run.folder}") for file in metrics)
+    kept = (files.load(file, f"mcp-lora eval {quoted(run.folder)}") for file in metrics)
     asked = [found["adapter"] for found in kept if found.get("adapter")]
     return bool(asked) and run.adapter is not None and asked[-1] != runs.adapter_hash(run.adapter)
 

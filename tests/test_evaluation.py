@@ -467,6 +467,25 @@ def test_a_server_gets_no_empty_list_of_tools() -> None:
     assert "tools" not in requests[0]
 
 
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_server_that_rejects_arguments_for_a_chat_template_is_asked_without(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant"}], "tools": []}
+    template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
+    monkeypatch.setattr(ChatTemplate, "server_arguments", {"enable_thinking": False})
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if "chat_template_kwargs" in body:
+            return code, {"error": {"message": "unrecognized request argument: chat_template_kwargs"}}
+        return completion(content="No.")
+
+    asked = [Question("seen", sample)] * 2
+    with server(answer) as (url, requests):
+        found = list(predict.by_endpoint(asked, url, "m", 8, template, "mcp-lora eval"))
+    assert [reply.text for _, reply in found] == ["No.", "No."] and len(requests) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -115,24 +115,33 @@ def by_endpoint(
         url: the base URL, including /v1.
         model: its name on the server.
         max_tokens: tokens per answer.
-        template: the model's chat template; requests set its arguments as in training.
+        template: the model's chat template; requests set its arguments as in training, unless the server
+            rejects them.
         command: the command to run again after a failure, without the server's options.
 
     Raises McpLoraError if the server cannot be reached, or rejects a request.
     """
-    from openai import OpenAI
+    from openai import BadRequestError, OpenAI, UnprocessableEntityError
 
     arguments = {"chat_template_kwargs": template.server_arguments} if template.server_arguments else None
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=RETRIES)
     failures: list[Exception] = []
 
+    def reply(question: Question) -> Response:
+        words = (client, model, question.sample["messages"][:-1], question.sample["tools"])
+        more: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0}
+        try:
+            return asked(*words, **more, extra_body=arguments)[0]
+        except (BadRequestError, UnprocessableEntityError):
+            if not arguments:
+                raise
+        return asked(*words, **more)[0]  # a hosted model may reject the arguments
+
     def ask(question: Question) -> tuple[Question, Response] | None:
         if failures:  # requests in flight are completed and kept, but no new ones are sent
             return None
-        messages, more = question.sample["messages"][:-1], {"max_tokens": max_tokens, "temperature": 0}
         try:
-            found, _ = asked(client, model, messages, question.sample["tools"], **more, extra_body=arguments)
-            return question, found
+            return question, reply(question)
         except Exception as error:  # any exception is possible
             failures.append(error)
             return None

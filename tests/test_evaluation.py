@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from chat_templates import tokenizer_of
 from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment, write_json
@@ -19,7 +20,7 @@ from mcp_lora.cli.app import main
 from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluate import plain_chat, predict, questions
+from mcp_lora.evaluate import parity, plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Response
 from mcp_lora.evaluate.evaluation import (
     BASE,
@@ -465,6 +466,29 @@ def test_a_server_gets_no_empty_list_of_tools() -> None:
     with server(lambda body: completion(content="No.")) as (url, requests):
         list(predict.by_endpoint([Question("bfcl.x", sample)], url, "m", 8, template, "mcp-lora eval"))
     assert "tools" not in requests[0]
+
+
+def test_parity_shows_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
+
+    def get(client: httpx.Client, place: str) -> httpx.Response:
+        return httpx.Response(200, json={"data": [{"id": "m"}]}, request=httpx.Request("GET", place))
+
+    def post(client: httpx.Client, place: str, json: Any) -> httpx.Response:
+        if not place.endswith("/tokenize"):
+            return httpx.Response(404)
+        assert json["model"] == "m"
+        prompt = template.prompt(json["messages"], json.get("tools", [])).replace("You may call", "Call")
+        request = httpx.Request("POST", place)
+        return httpx.Response(200, json={"tokens": template.ids(prompt)}, request=request)
+
+    monkeypatch.setattr(httpx.Client, "get", get)
+    monkeypatch.setattr(httpx.Client, "post", post)
+    found = parity.parity("http://127.0.0.1:9/v1/", template)
+    assert (found.compared, found.count, found.left_out) == ("token ids", len(parity.PROBES), 0)
+    assert len(found.differences) == sum(bool(tools) for _, tools in parity.PROBES.values())
+    assert found.differences[0].startswith("a question and one tool: at character ")
+    assert "You may call" in found.differences[0].split(" in training, ")[0]
 
 
 @pytest.mark.parametrize("code", [400, 422])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -134,9 +135,9 @@ def test_the_page_holds_what_the_run_was_made_of(folders: list[Path], page: str)
 
 def test_examples_are_of_every_split_and_outcome(page: str) -> None:
     kinds = re.findall(r'data-split="(\w+)" data-outcome="(\w+)"', page)
-    assert len(kinds) == report.EXAMPLES
+    assert max(Counter(kinds).values()) == report.EXAMPLES
     assert {split for split, _ in kinds} == {"seen", "unseen_server", "no_call"}
-    assert {outcome for _, outcome in kinds} == {"gained", "lost", "wrong", "right"}
+    assert list(dict.fromkeys(outcome for _, outcome in kinds)) == ["lost", "wrong", "gained", "right"]
 
 
 def test_differences_are_marked_by_words() -> None:
@@ -290,16 +291,15 @@ def test_it_works_in_a_browser(browser: Any, folders: list[Path], page: str) -> 
             ".map((card) => [card.dataset.split, card.dataset.outcome])"
         )
         count = browser.execute_script("return document.querySelector('.filter output').value")
-        assert count == f"{len(cards)} of {report.EXAMPLES}"
+        assert count == f"{len(cards)} of {page.count('data-outcome')}"
         return cards
 
     everything = shown()
-    assert len(everything) == report.EXAMPLES
     assert shown(outcome="lost") == [card for card in everything if card[1] == "lost"]
     assert shown(split="seen") == [card for card in everything if card == ["seen", "lost"]]
     assert shown(outcome="", split="") == everything
     assert shown(text="no such word") == []
-    assert 0 < len(shown(text="SUM-1")) < report.EXAMPLES
+    assert 0 < len(shown(text="SUM-1")) < len(everything)
     assert browser.get_log("browser") == []
 
     pictures = ROOT / "outputs/artefacts"

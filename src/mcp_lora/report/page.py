@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from itertools import chain, islice, zip_longest
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mcp_lora.evaluate.score import ERRORS
 from mcp_lora.train import manifest, runs, steps
 from mcp_lora.train.manifest import Manifest
 
-EXAMPLES = 20
+EXAMPLES = 3  # of each outcome and split
 _COMPARED = 20_000  # characters; comparing them takes a second, and the time is quadratic
 _OUTCOMES = ("lost", "wrong", "gained", "right")  # in the order in which examples are shown
 
@@ -228,28 +228,22 @@ def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[
 
 
 def _examples(by_model: Mapping[str, list[Answer]]) -> list[dict[str, Any]]:
-    """Return examples of each split and outcome in turn, so that all are represented.
+    """Return the first EXAMPLES of each outcome and split, so that all are represented.
 
     Each has the last model's answer, the outcome (right or wrong; gained or lost if the first model's
     differs), the gold calls as text, and (name, error, parts; see `compare`) of each model's answer.
     """
-    groups: dict[tuple[str, str], list[tuple[Answer, ...]]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in zip(*by_model.values(), strict=True):
         first, last = (row[place].verdict.error is None for place in (0, -1))
         outcome = ("right" if last else "wrong") if first == last else ("gained" if last else "lost")
-        groups[outcome, row[-1].split].append(row)
+        group = groups[outcome, row[-1].split]
+        if len(group) < EXAMPLES:
+            expected = _calls(row[-1].expected) or "no call: no candidate tool fits"
+            shown = [(name, row[i].verdict.error, _parts(row[i])) for i, name in enumerate(by_model)]
+            group.append({"answer": row[-1], "outcome": outcome, "expected": expected, "answers": shown})
     ordered = sorted(groups, key=lambda group: (_OUTCOMES.index(group[0]), group[1]))
-    turns = zip_longest(*([(group[0], row) for row in groups[group]] for group in ordered))
-    # Only the examples that are shown are compared, as a comparison takes quadratic time.
-    return [
-        {
-            "answer": row[-1],
-            "outcome": outcome,
-            "expected": _calls(row[-1].expected) or "no call: no candidate tool fits",
-            "answers": [(name, row[i].verdict.error, _parts(row[i])) for i, name in enumerate(by_model)],
-        }
-        for outcome, row in islice(filter(None, chain.from_iterable(turns)), EXAMPLES)
-    ]
+    return [example for group in ordered for example in groups[group]]
 
 
 def _parts(answer: Answer) -> list[tuple[str, str]]:

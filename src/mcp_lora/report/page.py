@@ -6,7 +6,6 @@ trainer_state.json, eval/*.jsonl, eval/bfcl/*.jsonl, eval/plain_chat.json. Its J
 
 import difflib
 import json
-import re
 import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,6 @@ from mcp_lora.train import manifest, runs, steps
 from mcp_lora.train.manifest import Manifest
 
 EXAMPLES = 3  # of each outcome and split
-_COMPARED = 20_000  # characters; comparing them takes a second, and the time is quadratic
 _OUTCOMES = ("lost", "wrong", "gained", "right")  # in the order in which examples are shown
 
 
@@ -134,21 +132,13 @@ def _render(found: Sequence[Run]) -> str:
 
 
 def compare(expected: str, answer: str) -> list[tuple[str, str]]:
-    """Return the diff of an answer in parts: "same", "extra" if not expected, "missing" if expected only.
-
-    Texts are compared by words and punctuation, so that a wrong argument is marked, not its whole line.
-    """
-    if len(expected) + len(answer) > _COMPARED:
-        return [("missing", expected), ("extra", answer)]
-    one, other = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (expected, answer))
-    parts = []
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    for kind, low, high, start, end in matcher.get_opcodes():
-        if kind == "equal":
-            parts.append(("same", "".join(one[low:high])))
-        else:
-            parts += [("missing", "".join(one[low:high])), ("extra", "".join(other[start:end]))]
-    return [part for part in parts if part[1]]
+    """Return the lines of two texts: "same", "extra" if not expected, "missing" if expected only."""
+    if expected == answer:
+        return [("same", expected)]
+    one, other = expected.split("\n"), answer.split("\n")
+    lines = list(difflib.unified_diff(one, other, n=len(one), lineterm=""))[3:]  # without its header
+    kinds = {" ": "same", "+": "extra", "-": "missing"}
+    return [(kinds[line[0]], f"{line[1:]}\n") for line in lines]
 
 
 def _read(folder: Path, name: str) -> Run:

@@ -1,5 +1,6 @@
 """The errors that are shown to users."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +26,11 @@ class Interrupted(BaseException):
         super().__init__("interrupted")
         self.code = code
         self.option: str | None = None
+
+
+def quoted(word: object) -> str:
+    """Return a path, or another word of a command in a message, as a shell reads it."""
+    return shlex.quote(str(word))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from mcp_lora.cli import console
 from mcp_lora.cli.options import Checkpoint, Run
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, quoted
 from mcp_lora.train import runs
 from mcp_lora.train.runs import DEFAULT
 
@@ -69,7 +69,9 @@ def serve(
         if show == "ollama":
             console.say("then ask it: ollama run mcp-lora, or http://127.0.0.1:11434/v1")
         if show == "llama.cpp" and not Path(argv[2]).is_file():
-            console.say(f"to make this file: mcp-lora export {target} --gguf f16 --output {argv[2]}")
+            console.say(
+                f"to make this file: mcp-lora export {quoted(target)} --gguf f16 --output {quoted(argv[2])}"
+            )
         return
     servers.serve(request, console.say, console.progress)
 
@@ -89,6 +91,6 @@ def parity(
     if found.left_out:
         what += f"; {found.left_out} are rejected by the chat template"
     if found.differences:
-        again = f"serve it with the chat template that is named by mcp-lora serve {run} --print vllm"
+        again = f"serve it with the chat template that is named by mcp-lora serve {quoted(run)} --print vllm"
         raise McpLoraError(f"{what}: {again}", 1)
     console.say(what)

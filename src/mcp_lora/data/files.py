@@ -131,10 +131,15 @@ def load(file: Path, command: str) -> dict[str, Any]:
     return content
 
 
+def typed(content: Any, kind: type[_T]) -> _T:
+    """Return JSON as a dataclass, without keys that it does not have; raise a ValueError if it is invalid."""
+    return msgspec.convert(content, kind, dec_hook=lambda other, value: other(value))
+
+
 def parsed(file: Path, kind: type[_T], command: str) -> _T:
     """Return a JSON object as a dataclass, without keys that it does not have; else as `load`."""
     try:
-        return msgspec.convert(load(file, command), kind, dec_hook=lambda other, value: other(value))
+        return typed(load(file, command), kind)
     except ValueError as error:
         raise McpLoraError(f"{file} is damaged ({error}): {command}") from None
 

@@ -38,17 +38,19 @@ def find(
     nodes: int | None = None,
     node_rank: int | None = None,
     master: str | None = None,
+    command: str | None = None,
 ) -> Topology:
     """Return the topology that the options, or else LLaMA-Factory's variables, describe.
 
-    `visible` is the number of GPUs on this machine, `master` is HOST:PORT of the first node.
+    `visible` is the number of GPUs on this machine, `master` is HOST:PORT of the first node, `command` what
+    to run instead of a training if there are fewer GPUs.
 
     Raises McpLoraError if there are fewer GPUs, the first node is not named, or node_rank is out of range.
     """
     if gpus and gpus > visible:
         what = f"this machine has {visible} visible GPUs, not {gpus} (CUDA_VISIBLE_DEVICES, nvidia-smi)"
-        again = f"omit --gpus, or plan for {gpus}: mcp-lora train --gpus {gpus} --dry-run"
-        raise McpLoraError(f"{what}: {again}")
+        plan = f"omit --gpus, or plan for {gpus}: mcp-lora train --gpus {gpus} --dry-run"
+        raise McpLoraError(f"{what}: " + (f"omit --gpus: {command}" if command else plan))
     per_node = gpus or _number(environment, "NPROC_PER_NODE") or visible or 1
     nodes = nodes or _number(environment, "NNODES") or 1
     if node_rank is None:

@@ -377,7 +377,7 @@ class ChatTemplate:
                 message["tool_calls"] = []
             for call in made or []:
                 given, function = call.get("id", ""), call["function"]
-                ids[given] = f"{next(number):0{len(calls.CALL_ID)}d}"
+                ids[given] = call_id(next(number))
                 arguments = function["arguments"]
                 if self.arguments_parsed and isinstance(arguments, str):
                     arguments = json.loads(arguments)
@@ -454,8 +454,13 @@ def calling(made: Sequence[ToolCall], first: int = 1) -> Message:
     message: Message = {"role": "assistant", "content": None, "tool_calls": []}
     for number, (name, arguments) in enumerate(made, first):
         function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-        message["tool_calls"].append({"id": f"call_{number}", "type": "function", "function": function})
+        message["tool_calls"].append({"id": call_id(number), "type": "function", "function": function})
     return message
+
+
+def call_id(number: int) -> str:
+    """Return the id of a call: nine digits, as Mistral's templates require."""
+    return f"{number:0{len(calls.CALL_ID)}d}"
 
 
 def _line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, quoted
 from mcp_lora.evaluate import evaluation
 from mcp_lora.evaluate.stats import Proportion
 from mcp_lora.prompts import chat_template
@@ -39,12 +39,12 @@ def _update(file: Path, changes: dict[str, Any]) -> None:
 def check_ollama(run: Path, adapter_only: bool) -> None:
     """Raise McpLoraError if Ollama would not serve a run's model as it was trained."""
     if adapter_only:
-        raise McpLoraError(f"Ollama serves a merged model: mcp-lora export {run} --ollama")
+        raise McpLoraError(f"Ollama serves a merged model: mcp-lora export {quoted(run)} --ollama")
     source = chat_template.model_folder(runs.read_run(run))
     kind = str(files.load(source / "config.json", "copy the model again").get("model_type"))
     if kind.startswith(_RENDERED_BY_OLLAMA):
         what = f"Ollama has prompts of its own for {kind}, which are not those of training"
-        raise McpLoraError(f"{what}: mcp-lora export {run} --gguf f16, and mcp-lora serve FILE.gguf")
+        raise McpLoraError(f"{what}: mcp-lora export {quoted(run)} --gguf f16, and mcp-lora serve FILE.gguf")
 
 
 def modelfile(template: ChatTemplate) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import calls
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, quoted
 from mcp_lora.evaluate import evaluation, predict
 from mcp_lora.evaluate.answers import Judge, Response
 from mcp_lora.evaluate.parity import parity
@@ -94,7 +94,7 @@ def is_slow(model: str, dtype: str) -> bool:
 def check_merged(run: Path, adapter: Path, template: ChatTemplate, folder: Path, dtype: str) -> str:
     """Compare the calls of a merged model, whose dtype is `dtype`, in a folder."""
     answers = _by_engine(run, template, None, dtype, folder)
-    again = f"mcp-lora export {run} --adapter-only"
+    again = f"mcp-lora export {quoted(run)} --adapter-only"
     return check_answers(run, adapter, template, answers, again, OTHER_CALLS["bf16"], dtype)
 
 
@@ -110,7 +110,7 @@ def _by_engine(
         settings |= {"model_name_or_path": str(merged)} if merged else {}
         gpus = 1 if detect_machine().gpus else None
         settings |= {"max_new_tokens": length, "per_device_eval_batch_size": gpus or _QUESTIONS}
-        return predict.by_engine(asked, template, settings, gpus, f"mcp-lora export {run}")
+        return predict.by_engine(asked, template, settings, gpus, f"mcp-lora export {quoted(run)}")
 
     return answers
 

@@ -2,7 +2,8 @@
 
 # setup WHAT: activate .venv where no environment is active (making it), and install WHAT
 # (. or .[dev], which holds .) unless that has been done for this pyproject.toml. Conda's base counts as
-# none: it is everybody's.
+# none: it is everybody's. In .venv the versions are those that the tests ran with (constraints.txt); an
+# environment of the user's own keeps what it has, such as torch for its driver.
 setup() {
     local active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
     if [ -z "${VIRTUAL_ENV:-}" ] && { [ -z "${CONDA_PREFIX:-}" ] || [ "${CONDA_DEFAULT_ENV:-}" = base ]; }; then
@@ -23,7 +24,9 @@ setup() {
     stamp="$(python -c 'import sys; print(sys.prefix)')/mcp-lora-installed"
     if ! { grep -qF "$1" "$stamp" && [ "$stamp" -nt pyproject.toml ]; } 2>/dev/null; then
         echo "== installing $1 (several GB the first time)"
-        python -m pip install --quiet --editable "$1"
+        local versions=(--constraint scripts/constraints.txt)
+        [ -z "$active" ] || versions=()
+        python -m pip install --quiet "${versions[@]}" --editable "$1"
         [ "$stamp" -nt pyproject.toml ] || rm -f "$stamp"
         echo "$1" >> "$stamp"
     fi

@@ -59,7 +59,7 @@ def write_json(path: Path, content: Any) -> Path:
 
 def catalogue_of(*places: Path) -> Catalogue:
     catalogue = Catalogue()
-    catalogues.load(files.find(list(places)), catalogue)
+    catalogues.load(files.find(list(places))[0], catalogue)
     return catalogue
 
 

@@ -20,7 +20,7 @@ def test_both_kinds_of_file_are_read_and_what_is_no_tool_is_told(tmp_path: Path)
     catalogue = Catalogue()
     (tmp_path / "empty.json").touch()
     write_json(tmp_path / "braces.json", {})
-    found = files.find([SHAPES / "tools", tmp_path])
+    found, _ = files.find([SHAPES / "tools", tmp_path])
     notes = catalogues.load(found, catalogue)
     assert [(tool.server, tool.name) for tool in catalogue.tools] == [
         ("office", "calculate"),

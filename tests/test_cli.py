@@ -241,6 +241,14 @@ def test_rejections_can_be_bounded(capsys: Capture, faulty: str, words: list[str
         assert Path("data/llama_factory/rejected.jsonl").read_text()
 
 
+def test_a_percentage_of_rejections_is_not_rounded_down(capsys: Capture, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(record()) + "\n" + "1\n" * 9_999)
+    with pytest.raises(SystemExit):
+        main(["convert", str(file), "--output", str(tmp_path / "out"), "--max-rejects", "0.57%"])
+    assert "at most 57 may be" in capsys.readouterr().err
+
+
 def test_inspect_shows_a_sample_as_the_engine_sees_it(
     capsys: Capture, project: Path, tiny_model: Path
 ) -> None:

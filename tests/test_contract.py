@@ -16,7 +16,6 @@ FUNCTIONS = {
     "llamafactory.hparams.get_infer_args",
     "llamafactory.model.load_model",
     "llamafactory.model.load_tokenizer",
-    "llamafactory.train.tuner.run_exp",
 }
 # What mcp-lora sets or reads by itself; recipes are checked by tests/test_recipe.py.
 KEYS = """
@@ -54,3 +53,11 @@ def test_the_commands_and_the_template() -> None:
     done = subprocess.run([BIN / "llamafactory-cli", "help"], capture_output=True, text=True)
     assert all(f"llamafactory-cli {verb}" in done.stdout for verb in ("train", "export"))
     assert TEMPLATE in TEMPLATES
+
+
+def test_the_tags_of_the_converted_data_are_the_default_ones() -> None:
+    from llamafactory.data.parser import DatasetAttr
+
+    names = ("user", "assistant", "observation", "function", "system")
+    tags = [getattr(DatasetAttr("file", "x"), f"{name}_tag") for name in ("role", "content", *names)]
+    assert tags == ["from", "value", "human", "gpt", "observation", "function_call", "system"]

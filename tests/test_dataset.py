@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora.data import conversion, dataset, formats, records
+from mcp_lora.data import conversion, dataset, formats, records, rows
 from mcp_lora.data.conversion import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import questions
@@ -352,7 +352,7 @@ def test_the_engine_is_told_where_the_data_is(sample_data: Path) -> None:
         "mcp_test_seen": "mcp_test_seen.json",
     }
     columns = {"messages": "conversations", "system": "system", "tools": "tools"}
-    assert info["mcp_train"]["columns"] == columns and len(info["mcp_train"]["tags"]) == 7
+    assert info["mcp_train"]["columns"] == columns and info["mcp_train"]["formatting"] == "sharegpt"
 
 
 def said(question: str, *called: str, system: str = "", **more: Any) -> dict[str, Any]:
@@ -410,9 +410,9 @@ def test_a_duplicate_is_equal_in_all_that_is_trained_on_and_shown(tmp_path: Path
 def test_a_sample_for_each_call_or_the_first_alone(tmp_path: Path) -> None:
     source = write_json(tmp_path / "rows.json", [said("Go.", "open", "wait", "close")])
     stats = convert(Settings([str(source)], test=0), tmp_path)
-    assert (stats.later_calls, stats.samples) == (2, {"train": 1})
+    assert (stats.cleaned, stats.samples) == ({"later-call": 2}, {"train": 1})
     stats = convert(Settings([str(source)], test=0, turns="each"), tmp_path)
-    assert (stats.later_calls, stats.written, stats.samples) == (0, {"train": 1}, {"train": 3})
+    assert (stats.cleaned, stats.written, stats.samples) == ({}, {"train": 1}, {"train": 3})
     assert load(tmp_path / "stats.json")["samples"]["train"] == 3
     for number, sample in enumerate(dataset.samples(tmp_path, "train")):
         answers = [message for message in sample["messages"] if message["role"] == "assistant"]
@@ -434,6 +434,9 @@ def test_a_row_is_explained_in_each_step(tmp_path: Path) -> None:
     assert "shut is called, but not among the tools" in dict(conversion.explain(settings, 3))["rejected"]
     with pytest.raises(McpLoraError, match="fewer than 4 rows"):
         list(conversion.explain(settings, 4))
+    (tmp_path / "null.jsonl").write_text("null\n")
+    steps = dict(conversion.explain(Settings([str(tmp_path / "null.jsonl")]), 1))
+    assert steps["as read (?)"] is None and "not NoneType" in steps["rejected"]
     broken = tmp_path / "rows.jsonl"
     broken.write_text("{broken\n")
     steps = dict(conversion.explain(Settings([str(broken)]), 1))
@@ -457,18 +460,27 @@ def test_a_row_of_which_the_calls_are_context_is_tested_as_one_without_a_call(tm
     assert tests["no_call"] and all(one["messages"][-1]["content"] == "Done." for one in tests["no_call"])
 
 
-def test_parameters_that_no_schema_knows_are_counted_by_tool(tmp_path: Path) -> None:
+def test_parameters_that_no_schema_defines_are_counted(tmp_path: Path) -> None:
     row = said("Go.", "open")
     row["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"far": true}'
     source = write_json(tmp_path / "rows.json", [row, said("Go.", "wait")])
-    assert converted(tmp_path, source, test=0).unknown_parameters == {"open": 1}
+    assert converted(tmp_path, source, test=0).cleaned == {"unknown-parameter": 1}
     assert converted(tmp_path, source, test=0, strict_schema=True).rejected == {"schema": 1}
+
+
+def test_a_tool_with_an_invalid_schema_is_named(tmp_path: Path) -> None:
+    row = said("Go.", "open")
+    row["tools"][0]["parameters"] = {"properties": {"far": {"pattern": "("}}}
+    stats = converted(tmp_path, write_json(tmp_path / "rows.json", [row]), test=0)
+    (note,) = stats.notes
+    assert note.startswith("the schema of open is invalid, its calls are not validated: ")
+    assert any(note in line for line in dataset.summary(stats, tmp_path))
 
 
 def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -> None:
     before = contents(sample_data)
     bad = write_json(tmp_path / "sub/bad.json", [record(function_call={})])
-    with pytest.raises(McpLoraError, match=r"no usable row in .*1 × no-call.*mcp-lora convert OTHER_FILE"):
+    with pytest.raises(McpLoraError, match=r"no usable row .*1 × no-call; .* row 1 of .*convert OTHER_FILE"):
         converted(sample_data, bad)
     with pytest.raises(McpLoraError, match=r"not-in-catalogue.*mcp-lora convert --tools CATALOGUE"):
         converted(sample_data, SHAPES / "rows/function_call.json")
@@ -477,6 +489,30 @@ def test_nothing_usable_writes_nothing_over(sample_data: Path, tmp_path: Path) -
     beside = sample_data.with_name(f"{sample_data.name}.rejected.jsonl")
     rejected = list(map(json.loads, beside.read_text(encoding="utf-8").splitlines()))
     assert {line["reason"] for line in rejected} == {"not-in-catalogue"}
+
+
+def test_nothing_usable_into_this_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = write_json(tmp_path / "bad.json", [record(function_call={})])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(McpLoraError, match=r"no usable row .*here\.rejected\.jsonl"):
+        converted(Path("."), bad)
+    assert (tmp_path / "here.rejected.jsonl").is_file() and not list(Path(".").iterdir())
+
+
+def test_a_record_too_deep_to_be_redacted_is_rejected_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def redact(record: Any) -> Any:  # at what depth it fails depends on the version of Python
+        if "hunter2abc1" in str(record):
+            raise RecursionError
+        return record, Counter()
+
+    monkeypatch.setattr(rows, "redact", redact)
+    (tmp_path / "rows.jsonl").write_text(f'[[["hunter2abc1"]]]\n{json.dumps(said("Go.", "open"))}\n')
+    stats = converted(tmp_path / "out", tmp_path / "rows.jsonl", test=0, redact=True)
+    assert stats.written == {"train": 1} and stats.rejected == {"not-json-value": 1}
+    assert "hunter2abc1" not in (tmp_path / "out/rejected.jsonl").read_text()
 
 
 def test_a_damaged_description_is_an_error(sample_data: Path) -> None:
@@ -498,7 +534,7 @@ def test_a_damaged_or_foreign_row_is_an_error(sample_data: Path, end: str) -> No
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file is in the way")
     for out in (tmp_path / "out", tmp_path / "out/below"):
-        with pytest.raises(McpLoraError, match="mcp-lora convert --output"):
+        with pytest.raises(McpLoraError, match="mcp-lora convert --output"), dataset.locked(out):
             converted(out, SAMPLE)
     assert (tmp_path / "out").read_text() == "a file is in the way"
 
@@ -529,7 +565,7 @@ def test_a_conversion_that_is_killed_leaves_the_old_one_or_is_made_again(
     # no rows of the old one stand beside new ones
     left = {file: content for file, content in contents(old).items() if file != "stats.json"}
     assert left.items() <= before.items() or left.items() <= after.items()
-    assert (refresh([], old).statistics is None) == unharmed
+    assert (refresh([], old)[1] is None) == unharmed
     assert contents(old) == (before if unharmed else after)
     converted(old, SAMPLE, seed=2)  # and the next one is not disturbed
     assert contents(old) == after and load(old / "mine/notes.json") == "mine"
@@ -544,43 +580,49 @@ def test_changed_contents_are_converted_with_the_last_settings(tmp_path: Path) -
     assert set(stats.inputs) == {str(source), str(tools)}
     os.utime(source, (2e9, 2e9))
     for data in ([], [source]):
-        assert conversion.is_up_to_date(out) and "up to date" in refresh(data, out).message
+        assert conversion.is_up_to_date(out) and "up to date" in refresh(data, out)[0]
     write_json(source, [record(f"Q{i}", tool=f"t{i}") for i in range(12)])
     os.utime(source, (1, 1))
     assert not conversion.is_up_to_date(out)
-    done = refresh([], out)
-    assert done.statistics and done.statistics.read == 12 and "--candidates 3" in done.message
+    done, statistics = refresh([], out)
+    assert statistics and statistics.read == 12 and "--candidates 3" in done
     assert all(len(names(sample)) == 3 for sample in dataset.samples(out, "train"))
     write_json(tools, [{"name": "other", "parameters": {}}])
-    assert refresh([], out).statistics
+    assert refresh([], out)[1]
     dataset.file_of(out, "train").unlink()  # what is not there cannot be used
-    assert refresh([], out).statistics
-    done = refresh([SAMPLE], out)
-    assert done.statistics and done.statistics.read > 200
+    assert refresh([], out)[1]
+    _, statistics = refresh([SAMPLE], out)
+    assert statistics and statistics.read > 200
     with pytest.raises(McpLoraError, match=r"no data in nowhere\.json"):
         refresh([Path("nowhere.json")], out)
 
 
-def test_a_conversion_of_an_earlier_version_is_made_anew(tmp_path: Path) -> None:
+def test_a_conversion_that_was_not_finished_is_made_anew_with_its_settings(tmp_path: Path) -> None:
     source = write_json(tmp_path / "row.json", record())
     kept = {"inputs": [str(source)], "candidates": 3, "test": 0.1, "seed": 42}
-    write_json(tmp_path / "out/stats.json", {"settings": kept, "files": [str(source)]})
+    write_json(tmp_path / "out/stats.json", {"settings": kept})
     assert dataset.statistics(tmp_path / "out") is None
-    again = refresh([], tmp_path / "out").statistics
+    _, again = refresh([], tmp_path / "out")
     assert again and again.settings.candidates == 3 and again.samples == {"train": 1}
+    write_json(tmp_path / "out/stats.json", {"settings": kept, "files": [str(source)]})
+    with pytest.raises(
+        McpLoraError, match=r"stats\.json is damaged .*files.*: remove it, and mcp-lora convert"
+    ):
+        refresh([], tmp_path / "out")
 
 
-def test_statistics_with_a_broken_schema_are_read_again(tmp_path: Path) -> None:
-    broken = {"server": "s", "tool": "t", "problem": "no type"}
+def test_statistics_are_read_again_also_those_of_another_version(tmp_path: Path) -> None:
     settings = {"inputs": ["a"], "candidates": "4-10", "redact": None, "of_another_version": 1}
-    found = {"read": 1, "samples": {"train": 1}, "inputs": {"a": "b"}, "broken_schemas": [broken]}
+    found = {"read": 1, "samples": {"train": 1}, "inputs": {"a": "b"}, "of_another_version": 1}
     found |= {"settings": settings, "sources": [{"file": "a", "format": "f", "written": {"train": 1}}]}
     write_json(tmp_path / "stats.json", found)
     stats = dataset.statistics(tmp_path)
-    assert stats and stats.broken_schemas == [records.BrokenSchema(**broken)]
-    assert stats.settings == Settings(["a"], candidates="4-10") and stats.sources[0].written["train"] == 1
+    assert (
+        stats
+        and stats.settings == Settings(["a"], candidates="4-10")
+        and stats.sources[0].written["train"] == 1
+    )
     dataset.dump(stats, tmp_path / "stats.json")
-    assert load(tmp_path / "stats.json")["broken_schemas"] == [broken]
     assert dataset.statistics(tmp_path) == stats
 
 
@@ -594,16 +636,16 @@ def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("one").rename("two")
     monkeypatch.chdir("two")
-    assert "up to date" in refresh([], Path("out")).message  # where it lies does not matter
+    assert "up to date" in refresh([], Path("out"))[0]  # where it lies does not matter
     source.unlink()
     for _ in range(2):
         for folder in (Path("out"), Path("named")):
-            assert "not on this machine" in refresh([], folder).message and conversion.is_up_to_date(folder)
+            assert "not on this machine" in refresh([], folder)[0] and conversion.is_up_to_date(folder)
         write_json(Path("data/filtered/filtered_sample.json"), [record("sample")])
     newer = write_json(Path("data/filtered/filtered_20260101_000000.json"), [record("newer")])
-    stats = refresh([], Path("out")).statistics
+    _, stats = refresh([], Path("out"))
     assert stats and list(stats.inputs) == [str(newer.absolute())]
-    assert refresh([], Path("named")).statistics is None
+    assert refresh([], Path("named"))[1] is None
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "stats.json", "train.jsonl", "seen.jsonl"])
@@ -633,7 +675,7 @@ def test_an_output_is_no_input(tmp_path: Path) -> None:
     for _ in range(2):
         stats = converted(tmp_path / "data/llama_factory", tmp_path / "data")
         assert stats.read == 20
-    assert any("files were skipped" in note and "llama_factory" in note for note in stats.notes)
+    assert any("files were skipped" in note for note in stats.notes)
 
 
 def test_a_sample_without_the_gold_tool_has_as_many_candidates(tmp_path: Path) -> None:

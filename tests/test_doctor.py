@@ -1,6 +1,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from conftest import BIN, run
 
 from mcp_lora import demo_model, doctor
 from mcp_lora.data import conversion
+from mcp_lora.engine import launch
 from mcp_lora.train import recipe
 from mcp_lora.train.machine import Machine
 
@@ -105,14 +107,55 @@ def test_what_no_training_could_use(tiny_model: Path, tmp_path: Path) -> None:
     assert model.verdict == "warning" and "org/model is not on this machine" in model.words
 
 
-def test_a_broken_deepspeed_file_and_torch_without_cuda(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("built", "driver", "verdict", "words"),
+    [
+        ("13.0", "12.4", "problem", "the driver supports CUDA 12.4, torch is built for 13.0"),
+        ("12.4", "13.0", "warning", "none is visible"),
+        (None, "12.4", "problem", "is built for the CPU"),
+        ("13.0", None, "warning", "none is visible"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use(
+    built: str | None,
+    driver: str | None,
+    verdict: str,
+    words: str,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    said = f"| NVIDIA-SMI 550.54  Driver Version: 550.54  CUDA Version: {driver} |" if driver else None
+    monkeypatch.setattr(launch, "output", lambda argv: said if argv == ["nvidia-smi"] else None)
+    monkeypatch.setattr("torch.version.cuda", built)
+    gpu = found(tiny_model)["GPU"]
+    assert gpu.verdict == verdict and words in gpu.words
+
+
+@pytest.mark.parametrize(("named", "verdict"), [(None, "ok"), ("lo-none", "problem"), ("^lo", "ok")])
+def test_several_nodes_need_a_network_and_shared_memory(
+    named: str | None, verdict: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "NCCL" not in found(tiny_model)
+    monkeypatch.setenv("NNODES", "2")
+    if named:
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", named)
+    assert found(tiny_model)["NCCL"].verdict == verdict
+    disk = shutil.disk_usage("/dev/shm")._replace(total=64_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
+    shared = found(tiny_model)["/dev/shm"]
+    assert shared.verdict == "problem" and "64 MB" in shared.words and "--ipc=host" in shared.words
+
+
+def test_the_disk_has_room_for_the_checkpoints(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.search(r"3 checkpoints take up to [\d.]+ GB", found(tiny_model)["disk"].words)
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    disk = found(tiny_model)["disk"]
+    assert disk.verdict == "warning" and "save_total_limit=1" in disk.words
+
+
+def test_a_broken_deepspeed_file(tiny_model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "zero.json"
     broken.write_text("{")
     recipe = found(tiny_model, deepspeed=str(broken))["recipe"]
     assert recipe.verdict == "problem" and f"{broken} is damaged" in recipe.words
-    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
-    monkeypatch.setattr("torch.version.cuda", None)
-    gpu = found(tiny_model)["GPU"]
-    assert gpu.verdict == "problem" and "is built for the CPU" in gpu.words

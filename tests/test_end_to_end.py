@@ -261,7 +261,8 @@ def test_two_ranks_under_the_deepspeed_launcher(
     assert steps(project / "outputs/two") == 2
     assert "batch 4 = 2 per device × 1 accumulated × 2 processes" in output
     assert "(w. parallel, distributed & accumulation) = 4" in output
-    # both have loaded the one data set that the first to come has rendered
+    assert (project / "outputs/two/train.log").is_file()
+    # both have loaded the one data set that was rendered for them
     (made,) = (project / "data/two/rendered").glob("*/rendered.json")
     assert f"Loaded tokenized dataset from {made.parent}" in output
     assert len(collated(project / "outputs/two/run.yaml")) == json.loads(made.read_text())["samples"]

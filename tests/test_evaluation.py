@@ -11,15 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from chat_templates import tokenizer_of
-from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment
+from conftest import BIN, CHAT_TEMPLATE, SAMPLE, environment, write_json
 
 from mcp_lora.cli.app import main
 from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError
-from mcp_lora.evaluate import predict, questions
+from mcp_lora.evaluate import parity, plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Response
 from mcp_lora.evaluate.evaluation import (
     BASE,
@@ -34,6 +35,7 @@ from mcp_lora.evaluate.gates import requirement, unmet
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict
 from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.serve.card import model_card
 from mcp_lora.train import manifest, runs
 from mcp_lora.train.machine import Machine
 
@@ -171,6 +173,10 @@ def test_a_requirement_holds_or_is_told(evaluation: Evaluation) -> None:
     assert told.startswith("unseen_tool.ast is 0.") and told.endswith("unseen_tool.ast>=0.95 is required")
     with pytest.raises(McpLoraError, match="is not SPLIT.METRIC>=VALUE: mcp-lora eval --require"):
         requirement("ast>=1")
+    with pytest.raises(McpLoraError, match="60 is not a share from 0 to 1: .*seen.ast>=60%"):
+        requirement("seen.ast>=60")
+    with pytest.raises(McpLoraError, match="101% is not a share from 0 to 1"):
+        requirement("seen.ast>=101%")
     with pytest.raises(McpLoraError, match="no no_call.ast, only .*no_call.abstained"):
         told_of("no_call.ast>=1")
 
@@ -216,8 +222,8 @@ def completion(finish: str = "stop", **message: Any) -> tuple[int, dict[str, Any
 @pytest.fixture
 def run(data: Path, tiny_model: Path, tmp_path: Path) -> Path:
     config = {"dataset_dir": str(data), "model_name_or_path": str(tiny_model)}
-    runs.write_config(tmp_path / "run", config)
-    return tmp_path / "run"
+    runs.write_config(tmp_path / "my run", config)
+    return tmp_path / "my run"
 
 
 def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
@@ -258,13 +264,14 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
             assert list(found.answers) == ["m"] and found.splits["seen"].figures["m"]["exact"].share == 1
 
 
+def hello(asked: list[Question], **rest: Any) -> Iterator[tuple[Question, Response]]:
+    yield from ((question, said("Hello.")) for question in asked)
+
+
 def test_a_server_is_compared_with_the_base_where_that_was_asked(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def by_engine(asked: list[Question], **rest: Any) -> Iterator[tuple[Question, Response]]:
-        yield from ((question, said("Hello.")) for question in asked)
-
-    monkeypatch.setattr(predict, "by_engine", by_engine)
+    monkeypatch.setattr(predict, "by_engine", hello)
     evaluate(Request(run, splits=["no_call"], limit=2, models=[BASE]))
     with server(lambda body: completion(content="half a pair: \ud800")) as (url, _):
         found = evaluate(Request(run, splits=["no_call"], limit=2, endpoint=Endpoint(url, "m")))
@@ -274,6 +281,22 @@ def test_a_server_is_compared_with_the_base_where_that_was_asked(
         assert list(more.answers) == ["m"]
     metrics = json.loads((run / "eval/metrics_part.json").read_text(encoding="utf-8"))
     assert metrics["max_new_tokens"] > 32 and not (run / "eval/metrics.json").exists()
+
+
+def test_the_model_card_has_only_the_adapters_metrics(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "by_engine", hello)
+    monkeypatch.setattr(plain_chat, "of_run", lambda *rest: None)
+    write_json(run / "adapter_config.json", {})
+    evaluate(Request(run))
+    card = model_card(run, run)
+    assert "questions, base: abstained 100.0" in card and "questions, adapter: abstained 100.0" in card
+    evaluate(Request(run, models=[BASE]))
+    with server(lambda body: completion(content="Hello.")) as (url, _):
+        found = evaluate(Request(run, endpoint=Endpoint(url, "hosted")))
+    assert list(found.answers) == ["base", "adapter", "hosted"]  # all have answered the same questions
+    assert model_card(run, run) == card
+    (run / "adapter_config.json").write_text("{ }")  # as if trained again
+    assert "None." in model_card(run, run)
 
 
 def test_the_batch_is_halved_where_memory_runs_out(
@@ -319,7 +342,7 @@ def test_json_is_all_that_is_on_stdout(
         main(words)
     shown = capfd.readouterr()
     assert not caught.value.code and json.loads(shown.out)["splits"]["seen"]["count"] == 1
-    assert "predict metrics" in shown.err
+    assert "predict metrics" in shown.err and f"mcp-lora report '{run}'" in shown.err
 
 
 def test_a_run_is_asked_about_its_own_data_and_splits(run: Path) -> None:
@@ -443,6 +466,74 @@ def test_a_server_gets_no_empty_list_of_tools() -> None:
     with server(lambda body: completion(content="No.")) as (url, requests):
         list(predict.by_endpoint([Question("bfcl.x", sample)], url, "m", 8, template, "mcp-lora eval"))
     assert "tools" not in requests[0]
+
+
+def test_parity_shows_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
+
+    def get(client: httpx.Client, place: str) -> httpx.Response:
+        return httpx.Response(200, json={"data": [{"id": "m"}]}, request=httpx.Request("GET", place))
+
+    def post(client: httpx.Client, place: str, json: Any) -> httpx.Response:
+        if not place.endswith("/tokenize"):
+            return httpx.Response(404)
+        assert json["model"] == "m"
+        prompt = template.prompt(json["messages"], json.get("tools", [])).replace("You may call", "Call")
+        request = httpx.Request("POST", place)
+        return httpx.Response(200, json={"tokens": template.ids(prompt)}, request=request)
+
+    monkeypatch.setattr(httpx.Client, "get", get)
+    monkeypatch.setattr(httpx.Client, "post", post)
+    found = parity.parity("http://127.0.0.1:9/v1/", template)
+    assert (found.compared, found.count, found.left_out) == ("token ids", len(parity.PROBES), 0)
+    assert len(found.differences) == sum(bool(tools) for _, tools in parity.PROBES.values())
+    assert found.differences[0].startswith("a question and one tool: at character ")
+    assert "You may call" in found.differences[0].split(" in training, ")[0]
+
+
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_server_that_rejects_arguments_for_a_chat_template_is_asked_without(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant"}], "tools": []}
+    template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
+    monkeypatch.setattr(ChatTemplate, "server_arguments", {"enable_thinking": False})
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if "chat_template_kwargs" in body:
+            return code, {"error": {"message": "unrecognized request argument: chat_template_kwargs"}}
+        return completion(content="No.")
+
+    asked = [Question("seen", sample)] * 2
+    with server(answer) as (url, requests):
+        found = list(predict.by_endpoint(asked, url, "m", 8, template, "mcp-lora eval"))
+    assert [reply.text for _, reply in found] == ["No.", "No."] and len(requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--endpoint-model", "m", "--checkpoint", "300"], "asked without --checkpoint: mcp-lora eval"),
+        (["--endpoint-model", "m", "--gpus", "2", "--batch-size", "4"], "asked without --gpus, --batch-size"),
+        (["--endpoint-model", "m", "--base-only"], "exclude each other"),
+        (["--endpoint-model", "base"], "base is the name of the run's own answers"),
+        (["--endpoint-model", "adapter"], "adapter is the name of the run's own answers"),
+        ([], "use both options or neither"),
+    ],
+)
+def test_options_that_a_server_cannot_have_are_refused(
+    run: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", str(run), "--endpoint", "http://127.0.0.1:9/v1", *words])
+    told = capsys.readouterr().err
+    assert said in told and "mcp-lora " in told
+    assert not (run / "eval").exists()
+
+
+def test_gpus_that_are_not_there_are_told_with_the_command(run: Path) -> None:
+    with pytest.raises(McpLoraError, match="not 8 .*omit --gpus: mcp-lora eval '.*my run'$"):
+        evaluate(Request(run, models=[BASE], gpus=8))
 
 
 def test_the_benchmark_has_no_splits(capsys: Any, run: Path) -> None:

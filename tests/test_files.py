@@ -151,14 +151,13 @@ def test_places_are_files_folders_and_globs(tmp_path: Path) -> None:
     for name in [*names, "a/notes.txt"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = files.find([tmp_path / "a", tmp_path / "a/one.json", tmp_path / "*.parquet"])
+    found, _ = files.find([tmp_path / "a", tmp_path / "a/one.json", tmp_path / "*.parquet"])
     assert [str(file.relative_to(tmp_path)) for file in found] == [
         "a/b/two.jsonl",
         "a/one.json",
         "three.parquet",
     ]
     (tmp_path / ".git").mkdir()
-    (tmp_path / "link.json").symlink_to(tmp_path / "a/one.json")
     outputs = (".git/x.json", "a/._one.json", "run/run.yaml", "run/eval/base.jsonl", "out/stats.json")
     for name in (*outputs, "out/train.jsonl", "out.rejected.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -167,14 +166,27 @@ def test_places_are_files_folders_and_globs(tmp_path: Path) -> None:
     (tmp_path / "mine/stats.json").write_text('{"of": "another program"}')
     names += ["mine/stats.json"]
     (tmp_path / "out/stats.json").write_text('{"settings": {}}')
-    left_out: list[Path] = []
-    assert sorted(files.find([tmp_path], left_out)) == sorted(tmp_path / name for name in names)
-    assert len(left_out) == 7  # all of outputs but run.yaml, two more, and the link
+    found, skipped = files.find([tmp_path])
+    assert found == sorted(tmp_path / name for name in names)
+    assert skipped == 6  # all of outputs but run.yaml, and two more
     (tmp_path / "empty").mkdir()
     with pytest.raises(McpLoraError, match=r"no data in .*empty, .*no\.json .*mcp-lora convert"):
         files.find([tmp_path / "a", tmp_path / "empty", tmp_path / "no.json"])
     with pytest.raises(McpLoraError, match=r"notes\.txt: not one of"):
         files.find([tmp_path / "a/notes.txt"])
+
+
+def test_a_snapshot_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/1f").write_text('{"a": 1}\n')
+    snapshot = tmp_path / "snapshots/9c"
+    (snapshot / "data").mkdir(parents=True)
+    (snapshot / "data/train.jsonl").symlink_to("../../../blobs/1f")
+    (snapshot / "data/gone.jsonl").symlink_to("../../../blobs/2f")
+    (snapshot / "folder.json").mkdir()
+    found, skipped = files.find([snapshot])
+    assert (found, skipped) == ([snapshot / "data/train.jsonl"], 1)  # and one that is broken
+    assert list(files.read(found[0])) == [{"a": 1}]
 
 
 def test_a_name_that_is_no_utf8_is_an_error(tmp_path: Path) -> None:

@@ -343,6 +343,45 @@ def test_a_session_log_is_a_record_for_each_session() -> None:
     assert list(formats.records([OPENAI, RECORDS["trl"]])) == [OPENAI, RECORDS["trl"]]
 
 
+def test_rows_with_the_keys_of_a_log_are_rows() -> None:
+    """Every one of them: none may vanish, or become a part of another."""
+    chat = {"type": "chat", "sessionId": "s1", "messages": OPENAI, "tools": [TOOL]}
+    others = [{"type": "x", "payload": {"a": number}} for number in range(2)]
+    others += [{"timestamp": "t"} | one for one in others]
+    without = [{"type": "note", "sessionId": "s1", "text": "a"}, {"type": "note", "sessionId": "s2"}]
+    without.append({"type": "note", "sessionId": ["s1"]})
+    for rows in ([chat, chat], others, without):
+        assert list(formats.records(rows)) == rows
+    assert all(map(formats.is_session, without)) and not formats.is_session(chat)  # what is redacted
+    assert read(chat).turns[1].calls == (ToolCall("tide", ARGUMENTS),)
+
+
+def test_a_system_message_keeps_json_that_is_no_tool() -> None:
+    for said in (
+        'The user is {"name": "Alice", "age": 3}. Be kind.',
+        'Answer as {"name": "…", "parts": [{"name": "…"}]}.',
+    ):
+        content = read({"messages": [{"role": "system", "content": said}, *OPENAI], "tools": [TOOL]})
+        assert content.turns[0].text == said and [tool.name for tool in content.tools] == ["tide"]
+    ping = {"name": "ping", "description": "Pings.", "parameters": {}}
+    said = f"Call these: {json.dumps([FUNCTION, ping])} Be kind."
+    content = read({"messages": [{"role": "system", "content": said}, *OPENAI]})
+    assert content.turns[0].text == "Call these:  Be kind."
+    assert [tool.name for tool in content.tools] == ["tide", "ping"]
+
+
+def test_the_first_definition_of_a_tool_counts() -> None:
+    tools = [
+        {
+            "server_info": {"name": server},
+            "tools": [{"name": "tide", "description": text, "inputSchema": SCHEMA}],
+        }
+        for server, text in (("A", "one"), ("B", "two"), ("A", "three"))
+    ]
+    (tool,) = read({"messages": OPENAI, "tools": tools}).tools
+    assert (tool.server, tool.description) == ("A", "one")
+
+
 def test_the_docs_show_a_record_of_each_form() -> None:
     docs = (ROOT / "docs/data.md").read_text(encoding="utf-8")
     for name, record in RECORDS.items():
@@ -399,6 +438,10 @@ ON_OFFER = {"tide": SCHEMA, "ping": {"type": "object", "properties": {}}}
         ('[TOOL_CALLS][{"name": "ping", "arguments": {}}]', ["ping"], ""),
         ("<|channel|>commentary to=functions.ping <|constrain|>json<|message|>{}<|call|>", ["ping"], ""),
         ('{"tool": "tide", "args": {"city": "Oslo"}}', ["tide"], ""),
+        ('{"name": "tide", "args": {"city": "Oslo"}}', ["tide"], ""),
+        ('<tool_call>{"name": "tide", "input": {"city": "Oslo"}}</tool_call>', ["tide"], ""),
+        ('{"action": "tide", "action_input": {"city": "Oslo"}}', ["tide"], ""),
+        ('<TOOLCALL>[{"function": "tide", "parameters": {"city": "Oslo"}}]</TOOLCALL>', ["tide"], ""),
         (
             "Go.\n<tool_call>tide\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>",
             ["tide"],
@@ -415,6 +458,7 @@ ON_OFFER = {"tide": SCHEMA, "ping": {"type": "object", "properties": {}}}
         ("I would ask tide about Oslo, which takes {city}.", [], None),
         ('{"name": "bob", "arguments": {}}', [], None),
         ("It is in [tide].", [], None),
+        ("The function ping() takes nothing, call it as you like.", [], None),
         ("{'tide': {1, 2}}", [], None),  # which JSON has not
     ],
 )
@@ -423,7 +467,32 @@ def test_a_call_as_text_is_a_call_and_other_text_is_none(text: str, calls: list[
     tools = [{"name": name, "parameters": schema} for name, schema in ON_OFFER.items()]
     turn = read({"messages": messages, "tools": tools}).turns[-1]
     assert [call.name for call in turn.calls] == calls
+    assert all(call.arguments == (ARGUMENTS if call.name == "tide" else {}) for call in turn.calls)
     assert turn.text == (text if beside is None else beside)
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "answer"),
+    [
+        ("<think>Hm.</think>\n\n2 m.", "Hm.", "2 m."),
+        ("Hm.</think>2 m.", "Hm.", "2 m."),  # opened in the prompt
+        ("Hm. </think>\n\n2 m.", "Hm.", "2 m."),
+        ("Well.\n<think>\nHm.\n</think>\n2 m.", "Hm.", "Well.\n\n2 m."),
+        ("[THINK]Hm.[/THINK]2 m.", "Hm.", "2 m."),
+        ("A thought ends with </think>.", "", None),
+        ('It is "</think>" there.', "", None),
+        ("Put it between <think>these</think> tags.", "", None),
+        ("Like this: `a</think>b`", "", None),
+        ("As code:\n```\n<think>a</think>\n```", "", None),
+        ('{"a": "b</think>c"}', "", None),
+        ("2 m.<|end|>", "", None),  # which also ends turns
+    ],
+)
+def test_a_thought_is_reasoning_and_what_mentions_its_marks_is_not(
+    text: str, thought: str, answer: str | None
+) -> None:
+    content = read({"messages": [ASKED, {"role": "assistant", "content": text}], "tools": [TOOL]})
+    assert (content.turns[-1].reasoning, content.turns[-1].text) == (thought, answer or text)
 
 
 def test_a_call_as_text_that_cannot_be_read_is_never_an_answer() -> None:
@@ -434,9 +503,14 @@ def test_a_call_as_text_that_cannot_be_read_is_never_an_answer() -> None:
         "result = tide('Oslo')",
         "tide {'tool_calls': [{1, 2}]}",
         "<use><name>tide</name></use>",
+        "ping()",
+        "I look it up:\n`ping()`",
+        "So I ask: ping()",
+        "```python\nping()\n```",
         'tide {"city": "Os',
     ):
-        content = read({"messages": [ASKED, {"role": "assistant", "content": text}], "tools": [TOOL]})
+        tools = [TOOL, {"name": "ping", "parameters": {}}]
+        content = read({"messages": [ASKED, {"role": "assistant", "content": text}], "tools": tools})
         assert content.error and content.error.reason == "call-as-text" and len(content.turns) == 1
 
 

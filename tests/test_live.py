@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +20,12 @@ from typing import Any
 import pytest
 from conftest import BIN, ROOT, catalogue_of, environment, record, run, write_json
 
+from mcp_lora.cli.app import main
 from mcp_lora.data import conversion, dataset
 from mcp_lora.data.conversion import Settings
-from mcp_lora.data.records import Tool
+from mcp_lora.data.records import RowError, Tool, ToolCall
 from mcp_lora.engine import launch
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.evaluate.evaluation import Endpoint
 from mcp_lora.live import chat as chats
 from mcp_lora.live import connections, generate
@@ -362,6 +362,24 @@ def test_a_malformed_reply_is_a_reason_and_no_traceback(reply: Any, reason: str,
         assert {line["reason"] for line in lines} == {reason}
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("greet", '{"name": "\\ud800"}', "not-json"),
+        ("\ud800", "{}", "wrong-tool"),
+        ("greet", "[1]", "not-json"),
+    ],
+)
+def test_a_call_of_the_teacher_that_no_journal_can_hold_is_a_reason(
+    name: str, arguments: Any, reason: str
+) -> None:
+    greet = Tool("good", "greet", "", {"type": "object", "properties": {"name": {"type": "string"}}})
+    with pytest.raises(RowError) as caught:
+        generate._checked("", [ToolCall(name, arguments)], greet)
+    assert caught.value.reason == reason
+    str(caught.value).encode()
+
+
 def test_a_server_that_dies_ends_it_and_its_attempt_is_not_made_again(tmp_path: Path) -> None:
     def reply(request: dict[str, Any]) -> dict[str, Any]:
         text = request["messages"][-1]["content"]
@@ -603,14 +621,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(outputs: Path, tmp_path: Path) 
         if last == "wait":
             asked.set()
             stopped.wait(60)
-        if last == "call":
-            return calling(("greet", "{}"))
         return {"content": "Hello."}
 
     stopped = threading.Event()
     with teacher(slow) as url:
-        server, pipe = f"{sys.executable} {SERVER} good ok", subprocess.PIPE
-        argv = [BIN / "mcp-lora", "chat", outputs, "--endpoint", url, "--mcp", server]
+        pipe = subprocess.PIPE
+        argv = [BIN / "mcp-lora", "chat", outputs, "--endpoint", url]
         started = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True, "env": environment()}
         with subprocess.Popen(argv, cwd=tmp_path, **started) as process:
             guard = threading.Timer(180, process.kill)  # a chat that hangs fails
@@ -621,17 +637,33 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(outputs: Path, tmp_path: Path) 
             process.send_signal(signal.SIGINT)
             assert next(line for line in process.stderr if "stopped" in line)
             stopped.set()
-            process.stdin.write("call\n")  # nor at the question whether it is run
-            process.stdin.flush()
-            question = ""
-            while not question.endswith("[y/N] "):
-                question += process.stdout.read(1)
-            time.sleep(0.5)  # until it reads the answer: Python may miss a signal just before
-            process.send_signal(signal.SIGINT)
-            assert next(line for line in process.stderr if "stopped" in line)
             out, _ = process.communicate("plain\nexit\n", timeout=60)
             guard.cancel()
     assert process.returncode == 0 and "Assistant: Hello." in out
+
+
+def test_ctrl_c_at_the_question_whether_a_tool_is_run_does_not_end_the_chat(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: Iterator[Any] = iter(["call", Interrupted(128 + signal.SIGINT), "plain", "exit"])
+
+    def typed(question: str) -> str:
+        line = next(lines)
+        if isinstance(line, Interrupted):
+            assert question.endswith("[y/N] ")
+            raise line
+        return line
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        is_call = request["messages"][-1]["content"] == "call"
+        return calling(("greet", "{}")) if is_call else {"content": "Hello."}
+
+    monkeypatch.setattr("builtins.input", typed)
+    server = f"{sys.executable} {SERVER} good ok"
+    with teacher(answer) as url, pytest.raises(SystemExit) as end:
+        main(["chat", str(outputs), "--endpoint", url, "--mcp", server])
+    said = capsys.readouterr()
+    assert end.value.code == 0 and "stopped" in said.err and "Assistant: Hello." in said.out
 
 
 def test_the_commands_say_what_comes_next(tmp_path: Path) -> None:

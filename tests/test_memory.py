@@ -188,6 +188,8 @@ def test_a_dry_run_plans_for_another_machine(tmp_path: Path, monkeypatch: pytest
         return training.preview(request, said.append)
 
     assert "\nbatch 128 = 4 per device × 32 accumulated × 1 processes" in planned(80)
+    assert "DeepSpeed: stage 0 shards nothing" in planned(80)
+    assert "DeepSpeed: stage 0" not in planned(80, "bf16=false")
     assert [line for line in said if "to keep 16: per_device_train_batch_size=16" in line]
     assert "\nbatch 128 = 16 per device × 8" in planned(80, "per_device_train_batch_size=16")
     planned(24)

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from chat_templates import (
     ANSWER,
@@ -351,6 +352,48 @@ def test_text_that_a_template_leaves_out_beside_a_call_is_counted(texts: dict[st
     for name, lost in (("Qwen-Qwen2.5-7B-Instruct", 0), ("mistralai-Mistral-Nemo-Instruct-2407", 1)):
         (sample,) = ChatTemplate(tokenizer_of(texts[name])).encode(row)
         assert sample.lost == lost and ("Let me see." in sample.target) == (not lost)
+
+
+def test_steps_have_the_same_samples_in_any_number_of_batches_and_little_padding(
+    texts: dict[str, str], tmp_path: Path
+) -> None:
+    from datasets import load_from_disk
+
+    template = ChatTemplate(tokenizer_of(texts["Qwen-Qwen2.5-7B-Instruct"]))
+    file = tmp_path / "train.jsonl"
+    rows = [
+        {
+            "messages": [
+                QUESTION | {"content": "why " * (number * 7 % 50)},
+                {"role": "assistant", "content": "So."},
+            ]
+        }
+        for number in range(50)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    kept, _ = render.render(template, file, tmp_path / "rendered", {})
+    folder, _ = render.render(template, file, tmp_path / "rendered", {}, 16)
+    before, after = ([*map(tuple, load_from_disk(str(one))["train"]["input_ids"])] for one in (kept, folder))
+    assert sorted(before) == sorted(after) and before != after
+    lengths = [*map(len, after)]
+    steps = [lengths[start : start + 16] for start in range(0, 50, 16)]
+    assert all(step == sorted(step, reverse=True) for step in steps) and lengths != sorted(
+        lengths, reverse=True
+    )
+    assert lengths[0] == max(lengths)  # memory runs out at once, or not at all
+    assert render.lengths(folder).tolist() == lengths
+    assert render.padding(render.lengths(folder), 4) < 0.5 * render.padding(render.lengths(kept), 4)
+
+
+def test_padding_is_what_a_batch_has_beside_its_samples() -> None:
+    lengths = numpy.array([3, 1, 2, 2, 5])
+    assert render.padding(lengths, 2) == 1 - 13 / (2 * 3 + 2 * 2 + 5)
+    assert render.padding(lengths, 1) == 0
+
+
+def test_a_seed_of_zero_is_one() -> None:
+    seeds = [{}, {"seed": None}, {"seed": 0}, {"seed": 7}]
+    assert [render.settings_of(config)["seed"] for config in seeds] == [42, 42, 0, 7]
 
 
 def test_a_data_set_is_rendered_once_and_every_row_is_accounted_for(

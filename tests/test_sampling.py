@@ -72,7 +72,6 @@ def test_a_tool_that_does_what_the_gold_tool_does_is_no_distractor() -> None:
     tools = Pool(catalogue, NOTHING)
     sampled = names(tools.sample([gold], {"convert_currency"}, 10, content=1))
     assert sorted(sampled) == ["convert_currencies", "convert_currency", "translate", "查询天气"]
-    assert tools.synonyms >= 3
     assert "查询天气" in names(tools.sample([chinese], {"预订酒店"}, 10, content=1))
 
 
@@ -145,4 +144,3 @@ def test_a_tool_of_the_first_gold_tools_server_does_not_do_what_another_gold_too
     for content in range(50):
         sampled = names(tools.sample(gold, {"add", "get_weather"}, 4, content))
         assert sorted(sampled) == ["add", "echo", "get_weather"]
-    assert tools.synonyms

@@ -61,6 +61,24 @@ def before(trainer, inputs):
             sample = ids[mask.bool()].tolist()
             file.write(json.dumps([trainer.state.global_step, hash(tuple(sample))]) + "\\n")
 """
+NO_NETWORK = """
+import socket, sys
+
+def only_here(function, host_of):
+    def checked(*arguments, **more):
+        host = str(host_of(arguments))
+        here = host in ("None", "", "localhost", socket.gethostname()) or host.startswith(("127.", "::1"))
+        if not here:
+            with open(os.environ["TRAFFIC"], "a") as file:
+                file.write(f"{host} {sys.argv}\\n")
+            raise OSError("there is no network")
+        return function(*arguments, **more)
+    return checked
+
+connect = socket.socket.connect
+socket.socket.connect = only_here(connect, lambda given: given[1][0] if isinstance(given[1], tuple) else "")
+socket.getaddrinfo = only_here(socket.getaddrinfo, lambda given: given[0])
+"""
 OUT_OF_MEMORY = """
 def before(trainer, inputs):
     import torch
@@ -98,7 +116,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(project: Path, tiny_model: Path) -> Path:
     """A run of one process that nothing has disturbed; what it trained on is in one.jsonl."""
-    done = run(train(tiny_model, "whole"), project, **hooked(project, RECORD, RECORD="one.jsonl"))
+    variables = hooked(project, "import os" + NO_NETWORK + RECORD, RECORD="one.jsonl", TRAFFIC="traffic.txt")
+    done = run(train(tiny_model, "whole"), project, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "batch 8 = 4 per device × 2 accumulated × 1 processes" in done.stderr
     return project / "outputs/whole"
@@ -148,6 +167,11 @@ def losses(run: Path) -> list[float]:
 
 def manifest(run: Path) -> dict[str, Any]:
     return json.loads((run / "manifest.json").read_text())
+
+
+def test_a_model_in_a_folder_is_trained_without_a_network(whole: Path, project: Path) -> None:
+    traffic = project / "traffic.txt"
+    assert not traffic.exists(), traffic.read_text()
 
 
 def test_two_processes_train_as_one_does(whole: Path, project: Path, tiny_model: Path) -> None:

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 
 def set_up(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +36,31 @@ def test_an_environment_of_ones_own_is_used(tmp_path: Path) -> None:
     done = set_up(tmp_path, CONDA_PREFIX=f"{tmp_path}/mine", CONDA_DEFAULT_ENV="mine", PATH=path)
     assert done.stdout.splitlines()[-1] == str(tmp_path / "mine")
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_pinned_versions_are_those_that_are_allowed() -> None:
+    lines = (ROOT / "scripts/constraints.txt").read_text().splitlines()
+    pinned = {
+        canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    for requirement in map(Requirement, required):
+        if requirement.name != "mcp-lora":
+            assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_versions_are_pinned_but_in_an_environment_of_ones_own(tmp_path: Path, own: bool) -> None:
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "activate").write_text(f'PATH="{folder}:$PATH"\n')
+    (folder / "python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho {tmp_path}\n')
+    (folder / "python").chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    set_up(tmp_path, **({"VIRTUAL_ENV": f"{tmp_path}/.venv", "PATH": path} if own else {}))
+    (install,) = [line for line in (tmp_path / "calls").read_text().splitlines() if "install" in line]
+    assert ("--constraint scripts/constraints.txt" in install) is not own and install.endswith("--editable .")
 
 
 @pytest.mark.parametrize("active", [False, True])

@@ -146,6 +146,29 @@ def test_five_rows_are_learned_from(tiny_model: Path, tmp_path: Path) -> None:
     assert (output / "training_loss.png").is_file() and (output / "training_eval_loss.png").is_file()
 
 
+def test_a_plan_expects_tokens_padding_and_hours(
+    tiny_model: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["train", "--dry-run", "--model", str(tiny_model), "per_device_train_batch_size=4", *words])
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(project)
+    with pytest.raises(SystemExit):
+        main(["convert", "--test", "0"])
+    planned = plan("max_steps=10", "--global-batch", "8", "--tokens-per-second", "100")
+    found = re.search(r"tokens: about ([\d,]+) per sample, ([\d,]+) in all", planned)
+    assert found
+    mean, tokens = (int(number.replace(",", "")) for number in found.groups())
+    assert tokens == pytest.approx(10 * 8 * mean, rel=0.01)
+    assert f"time: about {tokens / 100 / 3600:.2g} hours at 100 tokens per second" in planned
+    shares = re.search(r"padding: ([\d.]+)% .* \(shuffled: ([\d.]+)%\)", planned)
+    assert shares and float(shares[1]) <= float(shares[2])
+    assert "padding" not in plan("train_sampling_strategy=random")
+    assert "tokens: not known" in plan("--model", "Qwen/Qwen2.5-7B-Instruct")  # nothing is fetched
+
+
 def test_a_plan_shows_what_is_fitted(
     tiny_model: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,12 +5,23 @@ from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError
 
 
-def test_a_worker_belongs_to_its_launchers_world() -> None:
-    assert topology.worker_rank({}) is None
-    assert topology.worker_rank({"RANK": "0"}) is None  # a scheduler's, not a launcher's
-    launched = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "NPROC_PER_NODE": "2"}
-    assert topology.find(launched, 2) == Topology(4, rank=3)
-    assert not topology.find(launched, 2).is_main
+def test_the_first_process_of_a_launch_trains_on_all_gpus_of_its_node() -> None:
+    assert topology.launched({}) == {}
+    assert topology.launched({"RANK": "0"}) == {}  # a scheduler's, not a launcher's
+    deepspeed = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_SIZE": "4", "MASTER_PORT": "29500"}
+    variables = {"NPROC_PER_NODE": "4", "NNODES": "1", "NODE_RANK": "0", "MASTER_PORT": "29501"}
+    assert topology.launched(deepspeed) == variables
+    assert topology.launched(deepspeed | {"RANK": "1", "LOCAL_RANK": "1"}) is None
+    torchrun = {
+        "RANK": "8",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "16",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "a",
+    }
+    found = topology.launched(torchrun)
+    assert found is not None
+    assert topology.find(torchrun | found, 8) == Topology(8, 2, 1, ("a", "29501"))
 
 
 def test_one_machine_trains_on_the_gpus_that_it_shows() -> None:

@@ -138,6 +138,11 @@ def test_what_was_thought_can_be_left_out() -> None:
         ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, {"a": None}, {"a": None}),
         ({}, {"a": None}, {"a": None}),
         ({"type": "object", "properties": {"b": {"type": "string"}}}, {"a": {"b": None}}, {"a": {}}),
+        (
+            {"type": "array", "items": {"properties": {"b": {"type": "string"}, "c": {"type": "string"}}}},
+            {"a": [{"b": "x", "c": None}, None]},
+            {"a": [{"b": "x"}, None]},
+        ),
         ({"type": "integer"}, {"a": 1, "z": None}, {"a": 1}),
         ({"type": {"type": "string"}}, {"a": None}, {}),
     ],
@@ -156,7 +161,7 @@ def test_parameters_that_the_schema_does_not_know_are_counted_or_refused() -> No
     turn = Turn(CALL, "", (ToolCall("sum", {"a": 1, "z": 2}),), ("",))
     content = Content([QUESTION, turn], [SUM])
     kept(content, False)
-    assert content.unknown == ["sum"]
+    assert content.cleaned == ["unknown-parameter"]
     with pytest.raises(RowError, match="sum has no z"):
         checked(QUESTION, turn, strict_schema=True)
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,16 +15,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from mcp_lora import demo_model
 from mcp_lora.data import conversion, dataset
+from mcp_lora.engine import launch
+from mcp_lora.engine.api import number
 from mcp_lora.errors import McpLoraError, one_line
 from mcp_lora.prompts import chat_template
-from mcp_lora.train import manifest, training
+from mcp_lora.train import manifest, memory, training
 from mcp_lora.train.machine import Machine
 from mcp_lora.train.recipe import missing_model
 
 _ROOM = 20e9  # bytes: a 7B model's weights in bf16, and some checkpoints
+_SHARED = 1e9  # bytes; NCCL takes some 10 MB for each pair of GPUs, and data loaders pass batches there
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def examine(config: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
     """Check everything that a training with this configuration requires; nothing is fetched or written."""
     yield from _packages()
     yield from _machine(machine)
-    yield _disk(Path(str(config.get("output_dir") or ".")))
+    yield _disk({**config, **demo_model.located(config, fetch=False)})
     if problems := training.settings_problems(config):
         yield Finding("recipe", "problem", f"{'; '.join(problems)}: fix it")
     else:
@@ -75,18 +80,28 @@ def _packages() -> Iterator[Finding]:
 def _machine(machine: Machine) -> Iterator[Finding]:
     import torch
 
-    if not machine.gpus and shutil.which("nvidia-smi") and not torch.version.cuda:
+    driver = re.search(r"CUDA Version: ([\d.]+)", launch.output(["nvidia-smi"]) or "")
+    built = torch.version.cuda
+    if not machine.gpus and driver and not built:
         words = f"torch {torch.__version__} is built for the CPU: install the build for CUDA (pytorch.org)"
         yield Finding("GPU", "problem", words)
+    elif not machine.gpus and driver and Version(driver[1]) < Version(str(built)):
+        words = (
+            f"the driver supports CUDA {driver[1]}, torch is built for {built}: update the driver, or install"
+        )
+        yield Finding("GPU", "problem", f"{words} torch for CUDA {driver[1]} (pytorch.org)")
     elif not machine.gpus:
         yield Finding("GPU", "warning", "none is visible, only small models can be trained: nvidia-smi")
-    for number in range(machine.gpus):
-        free, total = torch.cuda.mem_get_info(number)
-        words = f"{torch.cuda.get_device_name(number)}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+    for device in range(machine.gpus):
+        free, total = torch.cuda.mem_get_info(device)
+        words = f"{torch.cuda.get_device_name(device)}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
         if free > 0.9 * total:
-            yield Finding(f"GPU {number}", "ok", words)
+            yield Finding(f"GPU {device}", "ok", words)
         else:
-            yield Finding(f"GPU {number}", "warning", f"{words}, in use by other processes: nvidia-smi")
+            yield Finding(f"GPU {device}", "warning", f"{words}, in use by other processes: nvidia-smi")
+    if machine.gpus > 1 or os.environ.get("NNODES", "1") != "1":
+        yield _network()
+        yield _shared_memory()
     lower = f"no, training is in {'fp16' if machine.gpus else 'fp32'}"
     yield Finding("bf16", "ok", "yes" if machine.bf16 else lower)
     if machine.deepspeed:
@@ -98,14 +113,49 @@ def _machine(machine: Machine) -> Iterator[Finding]:
             yield Finding("DeepSpeed", "problem", f"{one_line(error)}: or train without it: deepspeed=null")
 
 
-def _disk(output: Path) -> Finding:
+def _network() -> Finding:
+    """Check the network interface that NCCL connects nodes with."""
+    import psutil
+
+    up = [name for name, state in psutil.net_if_stats().items() if state.isup and name != "lo"]
+    named = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    wanted = [name for name in re.split(",", named.lstrip("=")) if name]
+    if not named or named.startswith("^"):
+        return Finding(
+            "NCCL", "ok", f"chooses from {', '.join(up) or 'no interface'}, else NCCL_SOCKET_IFNAME"
+        )
+    if any(name.startswith(tuple(wanted)) for name in up):  # NCCL takes the words for prefixes
+        return Finding("NCCL", "ok", f"uses {named}")
+    words = f"NCCL_SOCKET_IFNAME={named}, but the interfaces are {', '.join(up)}: export another, or unset it"
+    return Finding("NCCL", "problem", words)
+
+
+def _shared_memory() -> Finding:
+    """Check the memory that the processes of a training share, 64 MB in a container by default."""
+    folder = "/dev/shm"
+    if not os.path.isdir(folder):
+        return Finding(folder, "warning", "is not there, NCCL needs it on Linux")
+    size = shutil.disk_usage(folder).total
+    if size < _SHARED:
+        words = f"{size / 1e6:.0f} MB, several GPUs need more: docker run --ipc=host, or --shm-size=8g"
+        return Finding(folder, "problem", words)
+    return Finding(folder, "ok", f"{size / 1e9:.0f} GB")
+
+
+def _disk(config: Mapping[str, Any]) -> Finding:
+    output = Path(str(config.get("output_dir") or "."))
     there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not os.access(there, os.W_OK):
         return Finding("disk", "problem", f"{there} cannot be written: mcp-lora train --output FOLDER")
     free = shutil.disk_usage(there).free
-    words = f"{free / 1e9:.0f} GB free in {there}"
-    if free < _ROOM:
-        return Finding("disk", "warning", f"{words}, too little for weights and checkpoints: df -h")
+    words, needed = f"{free / 1e9:.0f} GB free in {there}", _ROOM
+    with contextlib.suppress(Exception):  # building an unusual model may raise any exception
+        if found := memory.estimate(config, 1):
+            kept = int(number(config, "save_total_limit", 100)) + 2  # the one being written, and the adapter
+            needed = kept * 12 * found.trained  # fp32 weights and AdamW's two moments
+            words += f", {kept - 2} checkpoints take up to {needed / 1e9:.1f} GB"
+    if free < needed:
+        return Finding("disk", "warning", f"{words}, too little: df -h, or save_total_limit=1")
     return Finding("disk", "ok", words)
 
 

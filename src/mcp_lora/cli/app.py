@@ -14,7 +14,6 @@ import typer
 from typer import Option
 
 from mcp_lora.cli import console, data, demo, evaluate, live, serve, train
-from mcp_lora.engine.topology import worker_rank
 from mcp_lora.errors import Interrupted, McpLoraError
 
 app = typer.Typer(
@@ -80,9 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     MCP_LORA_TRACEBACK=1 in the environment also prints the traceback.
     """
-    if arguments is None:  # ignore the shell's: only train_lora.py is started by a launcher
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # with which the engine would wait for other processes
+        os.environ.pop(name, None)
     words = sys.argv[1:] if arguments is None else arguments
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupted)
@@ -93,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             app(words)
         except OSError as error:  # the output or the temporary folder, on a full disk
-            if error.errno not in _DISK or worker_rank(os.environ) is not None:
+            if error.errno not in _DISK:
                 raise
             where = error.filename or "the output"
             what = f"{where} cannot be read or written ({error.strerror or error})"
@@ -101,7 +99,6 @@ def main(arguments: list[str] | None = None) -> None:
     except (McpLoraError, Interrupted) as error:
         if os.environ.get("MCP_LORA_TRACEBACK"):
             traceback.print_exc()
-        if not (os.environ.get("RANK", "").isdigit() and worker_rank(os.environ)):
-            hint = f"; to continue: {_again(words, error.option)}" if isinstance(error, Interrupted) else ""
-            console.say(f"error: {error}{hint}")
+        hint = f"; to continue: {_again(words, error.option)}" if isinstance(error, Interrupted) else ""
+        console.say(f"error: {error}{hint}")
         sys.exit(error.code)

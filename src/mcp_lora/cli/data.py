@@ -2,6 +2,7 @@
 
 import json
 import re
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -88,7 +89,8 @@ def convert(
         statistics = conversion.convert(settings, output, progress)
     console.show_statistics(statistics, output)
     rejected, rows = sum(statistics.rejected.values()), statistics.read
-    allowed = int(float(bound.rstrip("%")) * (rows / 100 if bound.endswith("%") else 1))
+    limit = Decimal(bound.rstrip("%"))  # a float would make 56 of 0.57 % of 10,000
+    allowed = int(limit * rows / 100 if bound.endswith("%") else limit)
     if rejected > allowed:
         what = f"{rejected} of {rows} rows were rejected, at most {allowed} may be"
         raise McpLoraError(f"{what}: see why in {output / 'rejected.jsonl'}", code=1)

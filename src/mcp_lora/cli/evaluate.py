@@ -8,9 +8,10 @@ from typer import Argument, Option
 
 from mcp_lora.cli import console
 from mcp_lora.cli.options import SPLITS, AsJson, Checkpoint, Gpus, Run
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, advice
 from mcp_lora.train.runs import DEFAULT
 
+_BATCH_SIZE = 16
 _BENCHMARK = "Ask the questions of the Berkeley Function Calling Leaderboard instead."
 _REQUIRE = "Exit with 1 if not met; repeatable."
 _RUNS = f"A run's folder, by default {DEFAULT}; several are compared."
@@ -28,7 +29,7 @@ def evaluate(
     endpoint_model: Annotated[str | None, Option(metavar="NAME", help="Its model's name.")] = None,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Maximum tokens per answer.")] = None,
     gpus: Gpus = None,
-    batch_size: Annotated[int, Option(min=1, help="Questions per batch on a GPU.")] = 16,
+    batch_size: Annotated[int, Option(min=1, help="Questions per batch on a GPU.")] = _BATCH_SIZE,
     require: Annotated[list[str] | None, Option(metavar="SPLIT.METRIC>=VALUE", help=_REQUIRE)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -40,7 +41,12 @@ def evaluate(
     if benchmark and split:
         raise McpLoraError("the benchmark has no --split: mcp-lora eval --benchmark bfcl --limit 20")
     if base_only + adapter_only + bool(endpoint) > 1:
-        raise McpLoraError("--base-only, --adapter-only and --endpoint exclude each other: use one of them")
+        what = "--base-only, --adapter-only and --endpoint exclude each other"
+        raise McpLoraError(f"{what}: use one of them, as in mcp-lora eval --adapter-only")
+    of_engine = {"--checkpoint": checkpoint, "--gpus": gpus, "--batch-size": batch_size != _BATCH_SIZE}
+    if endpoint and (idle := ", ".join(option for option, given in of_engine.items() if given)):
+        again = advice("eval", run, "--endpoint", endpoint, "--endpoint-model", "NAME")
+        raise McpLoraError(f"a server is asked without {idle}: {again}")
     request = evaluation.Request(
         run=run,
         checkpoint=checkpoint,
@@ -63,9 +69,9 @@ def evaluate(
     if found.left_out:
         console.say(f"warning: some questions cannot be asked: {console.counts(found.left_out)}")
     place = run / "eval" / (benchmark or "")
-    console.say(f"all answers and metrics are in {place}; see them with mcp-lora report {run}")
+    console.say(f"all answers and metrics are in {place}; see them with {advice('report', run)}")
     if missed := gates.unmet(found, request.requirements):
-        raise McpLoraError(f"{'; '.join(missed)}. See what is wrong: mcp-lora report {run}", 1)
+        raise McpLoraError(f"{'; '.join(missed)}. See what is wrong: {advice('report', run)}", 1)
 
 
 def report(runs: Annotated[list[Path] | None, Argument(metavar="RUN", help=_RUNS)] = None) -> None:

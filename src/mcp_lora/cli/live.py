@@ -99,7 +99,7 @@ def chat(
 
     known = catalogue.Catalogue()
     again = "mcp-lora chat --tools OTHER_FILE"
-    for note in catalogue.load(files.find([Path(name) for name in tools or []], command=again), known):
+    for note in catalogue.load(files.find([Path(name) for name in tools or []], again)[0], known):
         console.say(f"warning: {note}")
     servers = connections.addresses(mcp or [], mcp_config or []) if mcp or mcp_config else []
 

@@ -15,6 +15,7 @@ from mcp_lora.train import training
 from mcp_lora.train.machine import detect_machine
 
 _MEMORY = "Of each GPU, if not all of it: --dry-run --gpus 8 --gpu-memory 80 plans for another machine."
+_SPEED = "Of each GPU, from an earlier run: --dry-run estimates the hours."
 _OVERRIDES = "Settings with LLaMA-Factory's keys."
 
 
@@ -26,6 +27,7 @@ def train(
     output: Annotated[Path | None, Option("--output", "-o", help="The run's folder.")] = None,
     gpus: Gpus = None,
     gpu_memory: Annotated[float | None, Option(min=1, metavar="GB", help=_MEMORY)] = None,
+    tokens_per_second: Annotated[float | None, Option(min=0.1, metavar="N", help=_SPEED)] = None,
     nodes: Annotated[int | None, Option(min=1, help="Number of nodes; 1 by default.")] = None,
     node_rank: Annotated[int | None, Option(min=0, help="This node's rank, from 0.")] = None,
     master: Annotated[str | None, Option(metavar="HOST:PORT", help="The first node's address.")] = None,
@@ -47,6 +49,7 @@ def train(
         global_batch=global_batch,
         gpus=gpus,
         gpu_memory=gpu_memory,
+        tokens_per_second=tokens_per_second,
         nodes=nodes,
         node_rank=node_rank,
         master=master,

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mcp_lora.data.records import ToolCall, literal, value_of
+from mcp_lora.data.records import ARGUMENTS, NAMES, ToolCall, first, literal, value_of
 from mcp_lora.data.tools import types_of
 
 # How models delimit their reasoning: DeepSeek, Qwen and most others; Gemma 4; Mistral; Seed; Cohere.
@@ -30,6 +30,7 @@ THOUGHTS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel|>analysis<|message|>", "<|end|>"),
 )
+_ENDS_TURNS = "<|end|>"  # other models end every turn with it, so that it closes only what is opened
 
 NAME, KEYS, VALUES = "probe_name", ("probe_key_a", "probe_key_b"), ("probe value c", "probe value d")
 PROBE = ToolCall(NAME, dict(zip(KEYS, VALUES, strict=True)))
@@ -74,9 +75,9 @@ class CallFormat:
     def __init__(self, write: Callable[[list[ToolCall]], str], answer: str) -> None:
         self._answer = answer
         self._quote = ""
-        self._one = one = without_thought(write([PROBE]))
+        self._one = one = split_thought(write([PROBE]))[0]
         try:
-            self._two = without_thought(write([PROBE, PROBE]))
+            self._two = split_thought(write([PROBE, PROBE]))[0]
         except Exception:  # some templates reject parallel calls, with any exception
             self._two = ""
         if NAME not in one:
@@ -85,7 +86,6 @@ class CallFormat:
             value, end = _decoded(one, place)
             if value is not None and NAME in json.dumps(value):
                 self._literals(place, end)
-                self._name_key, self._arguments_key = _keys(value)
                 self._read_one = self._object
                 return
         start = one.index(NAME)
@@ -111,7 +111,7 @@ class CallFormat:
             places = [one.find(word, after) for word in (KEYS[0], VALUES[0], KEYS[1], VALUES[1])]
             if -1 in places or places != sorted(places):
                 raise ValueError("the template writes calls in an unknown format")
-            self._learn_tags(start, places, without_thought(write([TYPED])))
+            self._learn_tags(start, places, split_thought(write([TYPED]))[0])
             self._read_one = self._tagged
 
     def _learn_tags(self, start: int, places: list[int], typed: str) -> None:
@@ -174,7 +174,7 @@ class CallFormat:
             schemas: the parameters' JSON Schema of each candidate tool, by name; it types the values that a
                 format writes as bare text.
         """
-        text = without_thought(text)
+        text, _ = split_thought(text)
         if self._mark.pattern:
             mark = self._mark.search(text)
             start = mark.start() if mark else -1
@@ -205,9 +205,7 @@ class CallFormat:
         if not isinstance(value, dict):
             return None
         inner: dict[str, Any] = value["function"] if isinstance(value.get("function"), dict) else value
-        keys = (self._arguments_key, "arguments", "parameters")
-        arguments: Any = next((inner[key] for key in keys if key in inner), {})
-        call = call_of(inner.get(self._name_key, inner.get("name")), arguments)
+        call = call_of(first(inner, NAMES), first(inner, ARGUMENTS))
         return (call, end) if call else None
 
     def _named(self, text: str, place: int, schemas: Schemas) -> tuple[ToolCall, int] | None:
@@ -265,39 +263,42 @@ def _decoded(text: str, place: int) -> tuple[Any, int]:
         return None, place
 
 
+def arguments_of(value: Any, decode: Callable[[str], Any]) -> Any:
+    """Return the arguments of a call, decoded if they are text, where `""` and None mean none."""
+    for _ in range(2):  # encoded twice, as by models that have seen OpenAI's format
+        if isinstance(value, str):
+            value = decode(value) if value.strip() else {}
+    return {} if value is None else value
+
+
 def call_of(name: Any, arguments: Any) -> ToolCall | None:
     """Return a call, None if it is invalid; arguments are an object or JSON text, where `""` means none."""
     try:
-        # Encoded twice, as by models that have seen OpenAI's format.
-        for _ in range(2):
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments) if arguments.strip() else {}
+        arguments = arguments_of(arguments, json.loads)
         json.dumps([name, arguments], allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError):  # NaN, a lone surrogate, not JSON
         return None
-    arguments = {} if arguments is None else arguments
     is_valid = isinstance(name, str) and name and isinstance(arguments, dict)
     return ToolCall(name, arguments) if is_valid else None
 
 
-def without_thought(text: str) -> str:
-    """Return an answer without its reasoning, which may have started in the prompt."""
+def split_thought(text: str) -> tuple[str, str]:
+    """Return an answer without its reasoning, which may have started in the prompt, and the reasoning.
+
+    Marks that are only mentioned, in a sentence, in code or in an argument, are a part of the answer.
+    """
+    thought = ""
     for opening, closing in THOUGHTS:
-        before, found, after = text.partition(closing)
-        # only reasoning that starts the answer, or started in the prompt: not tags that are quoted later
-        if found and (opening in before or not re.search(r"[{\[]", before)):
-            start = before.find(opening)
-            text = (before[:start] if start > 0 else "") + after
-    return text
-
-
-def _keys(value: Any) -> tuple[str, str]:
-    """Return the keys under which an object, or one inside it, has the name and the arguments."""
-    inner = next((item for item in value.values() if isinstance(item, dict) and NAME in item.values()), value)
-    name = next((key for key, item in inner.items() if item == NAME), None)
-    if name is None:
-        raise ValueError("the template writes calls in an unknown format")
-    return name, next((key for key, item in inner.items() if KEYS[0] in json.dumps(item)), "arguments")
+        before, closed, after = text.partition(closing)
+        said, opened, inside = before.partition(opening)
+        if not closed or (not opened and closing == _ENDS_TURNS) or re.search(r"[{\[]", said):
+            continue
+        beside = re.search(r"\S[ \t]+$|[\"'(]$", said)
+        in_sentence = beside and (opened or re.match(r"[ \t.,;:!?)\"']", after))
+        if in_sentence or said.count("`") % 2:
+            continue
+        text, thought = (said + after, inside) if opened else (after, said)
+    return text, thought.strip()
 
 
 def _loose(literal: str) -> str:

@@ -20,7 +20,6 @@ class Catalogue:
     def __init__(self) -> None:
         self.tools: list[Tool] = []
         self.by_server: dict[str, list[Tool]] = {}
-        self.consulted = 0  # number of look-ups for rows without tools of their own
         self.broken: dict[tuple[str, str], str] = {}  # tools with an invalid schema, and why
         self._numbers: dict[tuple[str, str], int] = {}
         self._by_name: dict[str, list[Tool]] = {}
@@ -48,7 +47,6 @@ class Catalogue:
 
         Raises RowError if there is none, or it is ambiguous.
         """
-        self.consulted += 1
         number = self._numbers.get((server, name))
         if number is not None:
             return self.tools[number]

@@ -7,8 +7,8 @@ Each answer has the prompt that a server would send at that moment (see ChatTemp
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import count, islice, product
+from dataclasses import dataclass
+from itertools import islice, product
 from typing import Any
 
 from mcp_lora.data.records import Tool
@@ -36,52 +36,30 @@ class Exchange:
     refuses: bool = False
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """At most `size` questions with the same `candidates` (their number); half of these are gold at most."""
+def fits(one: Exchange, others: list[Exchange], size: int, candidates: int) -> bool:
+    """Tell whether a question fits into a conversation of at most `size` about `candidates` tools.
 
-    size: int
-    candidates: int
-    exchanges: list[Exchange] = field(default_factory=list)
-
-    def add(self, one: Exchange) -> bool:
-        """Add a question if it fits; tell whether it did.
-
-        No question is asked twice, none can be answered by a tool that another's refusal lacks, and no tool
-        is called more than `size` / 2 times.
-        """
-        if len(self.exchanges) == self.size or one.key in (other.key for other in self.exchanges):
-            return False
-        if self.exchanges and one.messages[0] != self.exchanges[0].messages[0]:
-            return False
-        for other in self.exchanges:
-            for tool, known in product(one.gold, other.gold):
-                is_same = tool == known and one.refuses == other.refuses
-                if not is_same and (tool.name == known.name or are_alike(tool, known)):
-                    return False
-        called = Counter(
-            tool.name for each in (*self.exchanges, one) if not each.refuses for tool in each.gold
-        )
-        most = max(called.values(), default=0)
-        if self.exchanges and (len(called) > self.candidates // 2 or most > self.size // 2):
-            return False
-        self.exchanges.append(one)
+    No question is asked twice, none can be answered by a tool that another's refusal lacks, no tool is called
+    more than `size` / 2 times, and half of the candidates are gold at most. The first always fits.
+    """
+    if not others:
         return True
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The whole conversation, in OpenAI's format."""
-        made, numbers = [self.exchanges[0].messages[0]], count(1)
-        for one in self.exchanges:
-            _, question, answer = one.messages
-            calls = [call | {"id": f"call_{next(numbers)}"} for call in answer.get("tool_calls", ())]
-            made += [question, answer | {"tool_calls": calls} if calls else answer]
-        return made
+    if len(others) == size or one.messages[0] != others[0].messages[0]:
+        return False
+    if one.key in {other.key for other in others}:
+        return False
+    for other in others:
+        for tool, known in product(one.gold, other.gold):
+            is_same = tool == known and one.refuses == other.refuses
+            if not is_same and (tool.name == known.name or are_alike(tool, known)):
+                return False
+    called = Counter(tool.name for each in (*others, one) if not each.refuses for tool in each.gold)
+    return len(called) <= candidates // 2 and max(called.values(), default=0) <= size // 2
 
 
 def conversations(
     exchanges: Iterable[Exchange], size: int, candidates: Callable[[int], int]
-) -> Iterator[Conversation]:
+) -> Iterator[list[Exchange]]:
     """Yield conversations that contain every exchange once, those of one server together.
 
     Args:
@@ -95,6 +73,9 @@ def conversations(
 
     ordered, waiting = iter(sorted(exchanges, key=place)), list[Exchange]()
     while waiting := [*waiting, *islice(ordered, max(0, _AHEAD * size - len(waiting)))]:
-        made = Conversation(size, candidates(waiting[0].key))
-        waiting = [one for one in waiting if not made.add(one)]
+        made, rest = list[Exchange](), list[Exchange]()
+        tools = candidates(waiting[0].key)
+        for one in waiting:
+            (made if fits(one, made, size, tools) else rest).append(one)
+        waiting = rest
         yield made

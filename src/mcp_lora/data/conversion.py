@@ -7,7 +7,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import Any
 from mcp_lora.data import catalogue as catalogues
 from mcp_lora.data import dataset, files, formats
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.records import BrokenSchema, RowError, Statistics
+from mcp_lora.data.records import RowError, Statistics
 from mcp_lora.data.records import Settings as Settings
 from mcp_lora.data.rows import Progress, Rows
 from mcp_lora.data.samples import SPLITS, Samples, engine_file
@@ -25,28 +25,11 @@ from mcp_lora.errors import McpLoraError
 
 FILTERED_FOLDER = Path("data/filtered")
 SAMPLE = "filtered_sample.json"
-# How LLaMA-Factory reads a file of samples.
+# How LLaMA-Factory reads a file of samples; its tags are the default ones.
 _COLUMNS = {
     "formatting": "sharegpt",
     "columns": {"messages": "conversations", "system": "system", "tools": "tools"},
-    "tags": {
-        "role_tag": "from",
-        "content_tag": "value",
-        "user_tag": "human",
-        "assistant_tag": "gpt",
-        "observation_tag": "observation",
-        "function_tag": "function_call",
-        "system_tag": "system",
-    },
 }
-
-
-@dataclass(frozen=True)
-class Refreshed:
-    """What `refresh` did, as a message; `statistics` are those of the new conversion, if there was one."""
-
-    message: str
-    statistics: Statistics | None = None
 
 
 def shipped_sample() -> Path:
@@ -78,11 +61,12 @@ def newest_filtered() -> Path:
     raise McpLoraError(f"{what}: mcp-lora convert FILE")
 
 
-def _find(settings: Settings, left_out: list[Path] | None = None) -> tuple[list[Path], list[Path]]:
-    """Return the input files of a conversion, and its catalogue files."""
-    inputs = files.find([Path(name) for name in settings.inputs] or [newest_filtered()], left_out)
+def _find(settings: Settings) -> tuple[list[Path], list[Path], int]:
+    """Return the input files of a conversion, its catalogue files, and how many others were skipped."""
+    inputs, skipped = files.find([Path(name) for name in settings.inputs] or [newest_filtered()])
     again = "mcp-lora convert --tools OTHER_FILE"
-    return inputs, files.find([Path(name) for name in settings.tools], left_out, again)
+    tools, more = files.find([Path(name) for name in settings.tools], again)
+    return inputs, tools, skipped + more
 
 
 def convert(
@@ -94,38 +78,34 @@ def convert(
     seed give the same bytes. `out` keeps the old conversion until the new one is complete. Files in it that
     no conversion has written, or that were modified since, are never touched.
 
-    Raises McpLoraError if there is no usable row, or `out` cannot be written; nothing is overwritten then.
+    Raises McpLoraError if there is no usable row, and OSError if `out` cannot be written, which
+    `dataset.locked` explains; nothing is overwritten then.
     """
     if foreign := dataset.foreign(out):
         what = f"{out} contains {', '.join(foreign)}, not created by mcp-lora or modified since"
         commands = "mcp-lora convert --output OTHER_FOLDER, and mcp-lora train dataset_dir=OTHER_FOLDER"
         raise McpLoraError(f"{what}: {commands}")
-    left_out: list[Path] = []
-    inputs, tools = _find(settings, left_out)
+    inputs, tools, skipped = _find(settings)
     for file in inputs:
         if file.name in dataset.FILES and file.resolve().parent == out.resolve():
             raise McpLoraError(f"{file} would be overwritten: mcp-lora convert --output OTHER_FOLDER")
     new = out / ".new"
-    with dataset.writing(out):
-        shutil.rmtree(new, ignore_errors=True)  # left by a conversion that was killed
-        new.mkdir(parents=True)
-        try:
-            stats = _convert(settings, inputs, tools, new, progress)
-            if left_out:
-                what = f"{left_out[0]}{' …' * (len(left_out) > 1)}: hidden, links, or written by mcp-lora"
-                stats.notes.append(f"{len(left_out)} files were skipped ({what})")
-            stats.files = {file.name: files.sha256(file) for file in new.iterdir()}
-            dataset.dump(stats, new / dataset.STATS)
-            old = dataset.load(out / dataset.INFO)
-            info = {name: entry for name, entry in old.items() if name not in SPLITS.values()}
-            for split in stats.samples:
-                info[SPLITS[split]] = {"file_name": engine_file(split)} | _COLUMNS
-            dataset.dump(info, new / dataset.INFO)
-            dataset.put_in_place(new, out, settings)
-        finally:
-            shutil.rmtree(new)
-            with contextlib.suppress(OSError):
-                out.rmdir()  # if it is empty
+    shutil.rmtree(new, ignore_errors=True)  # left by a conversion that was killed
+    new.mkdir(parents=True)
+    try:
+        stats = _convert(settings, inputs, tools, new, progress)
+        if skipped:
+            stats.notes.append(f"{skipped} files were skipped: hidden, broken links, or written by mcp-lora")
+        stats.files = {file.name: files.sha256(file) for file in new.iterdir()}
+        dataset.dump(stats, new / dataset.STATS)
+        old = dataset.load(out / dataset.INFO)
+        info = {name: entry for name, entry in old.items() if name not in SPLITS.values()}
+        for split in stats.samples:
+            info[SPLITS[split]] = {"file_name": engine_file(split)} | _COLUMNS
+        dataset.dump(info, new / dataset.INFO)
+        dataset.put_in_place(new, out, settings)
+    finally:
+        shutil.rmtree(new)
     return stats
 
 
@@ -140,8 +120,6 @@ def _convert(
         raise _nothing_usable(rows, inputs, new)
     if not settings.inputs and inputs[0].name == SAMPLE:
         notes.append(f"this is the shipped sample; {FILTERED_FOLDER} contains no data of your own")
-    if tools and not catalogue.consulted:
-        notes.append("no row required --tools, its tools are used only as candidates")
     samples = Samples(new, catalogue, rows, settings)
     samples.write(progress)
     if not samples.count["train"]:
@@ -152,6 +130,8 @@ def _convert(
     for split, fraction in (held_out | {"unseen_server": settings.holdout_servers}).items():
         if fraction and not samples.count[split]:
             notes.append(f"too little data for split {split}, it was not created")
+    for (_, tool), problem in catalogue.broken.items():
+        notes.append(f"the schema of {tool} is invalid, its calls are not validated: {problem}")
     (new / "rows").unlink()
     return Statistics(
         read=sum(source.read for source in rows.sources.values()),
@@ -159,14 +139,10 @@ def _convert(
         rejected=rows.total("rejected"),
         cleaned=rows.total("cleaned"),
         samples=_in_order(samples.count),
-        later_calls=rows.later_calls,
-        synonyms=samples.pool.synonyms,
-        unknown_parameters=dict(rows.unknown.most_common()),
         no_call_samples=_in_order(samples.extra),
         tools=len(rows.kept),
         servers=len({server for server, _ in rows.kept if server}),
         sources=list(rows.sources.values()),
-        broken_schemas=[BrokenSchema(*tool, why) for tool, why in catalogue.broken.items()],
         notes=notes,
         settings=settings,
         inputs=_hashes(inputs + tools),
@@ -180,13 +156,11 @@ def _in_order(counted: dict[str, int]) -> dict[str, int]:
 def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
     """Return the error of a conversion without usable rows; keep the rejected rows beside the folder."""
     rejected = rows.total("rejected")
-    details = []
-    for reason, count in rejected.most_common(3):
-        message, numbers = rows.examples[reason]
-        which = ", ".join(map(str, numbers)) + " …" * (count > len(numbers))
-        details.append(f"{count} × {reason}, row{'s' * (count > 1)} {which}: {message}")
+    details = [f"{count} × {reason}" for reason, count in rejected.most_common(3)]
     if details:
-        kept = new.parent.with_name(f"{new.parent.name}.rejected.jsonl")
+        first = next(iter(files.read(new / "rejected.jsonl")))
+        details.append(f"the first is row {first['row']} of {first['file']}: {first['sentence']}")
+        kept = Path(f"{new.parent.resolve()}.rejected.jsonl")  # resolved, as the folder "." has no name
         (new / "rejected.jsonl").replace(kept)
         details.append(f"all of them are in {kept}")
     names = ", ".join(map(str, inputs[:3])) + " …" * (len(inputs) > 3)
@@ -200,11 +174,12 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
 
     Raises McpLoraError if there are fewer rows, or the inputs cannot be read.
     """
-    inputs, tools = _find(settings)
+    inputs, tools, _ = _find(settings)
     every = ((file, record) for file in inputs for record in formats.records(files.read(file)))
-    file, record = next(islice(every, number - 1, None), (Path(), None))
-    if record is None:
+    found = next(islice(every, number - 1, None), None)
+    if found is None:
         raise McpLoraError(f"there are fewer than {number} rows: mcp-lora convert --explain 1")
+    file, record = found
     if isinstance(record, files.Broken):
         yield "as read (?)", record.text
         yield "rejected", record.message
@@ -233,8 +208,10 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
 
 def refresh(
     data: Sequence[Path], out: Path, progress: Progress = lambda step, fraction: None, keep: bool = False
-) -> Refreshed:
+) -> tuple[str, Statistics | None]:
     """Convert again if the inputs differ from those of the conversion in `out`.
+
+    Returns a message on what was done, and the statistics of the new conversion, if there was one.
 
     Inputs are compared by content. The settings of the last conversion are kept, and without `data` also its
     inputs, or the newest filtered data if none were named. A conversion whose inputs no longer exist is
@@ -249,16 +226,16 @@ def refresh(
     if keep and is_complete:
         if data:
             raise McpLoraError("a run is resumed on its own data, omit --data: mcp-lora train --resume")
-        return Refreshed(f"the data in {out} is used as it is, to resume")
+        return f"the data in {out} is used as it is, to resume", None
     if data:
         settings = replace(settings, inputs=[str(one) for one in data])
     if is_complete:
         changed = _have_changed(settings, old.inputs)
         if changed is None and not data:
-            return Refreshed(f"the data in {out} is used; its inputs are not on this machine")
+            return f"the data in {out} is used; its inputs are not on this machine", None
         if changed is False:
-            return Refreshed(f"the data in {out} is up to date")
-    return Refreshed(f"converted, like {command(settings, out)}", convert(settings, out, progress))
+            return f"the data in {out} is up to date", None
+    return f"converted, like {command(settings, out)}", convert(settings, out, progress)
 
 
 def command(settings: Settings, out: Path) -> str:
@@ -284,7 +261,7 @@ def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
     The shipped sample, which is on every machine, does not replace missing inputs.
     """
     try:
-        inputs, tools = _find(settings)
+        inputs, tools, _ = _find(settings)
         is_sample = not settings.inputs and inputs[0].name == SAMPLE
         if is_sample and known and str(inputs[0].absolute()) not in known:
             return None

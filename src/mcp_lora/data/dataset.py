@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from mcp_lora.data import files
-from mcp_lora.data.records import Settings, Statistics, parsed
+from mcp_lora.data.records import Settings, Statistics
 from mcp_lora.data.samples import SPLITS as SPLITS
 from mcp_lora.data.samples import engine_file
 from mcp_lora.errors import McpLoraError, explained
@@ -40,23 +40,17 @@ def foreign(out: Path) -> list[str]:
     if "settings" not in load(out / STATS):
         return there + [STATS] * (out / STATS).is_file()
     written = recorded(out).files
-    if written is None:  # from an earlier version, or a conversion that was killed
+    if written is None:  # a conversion that was killed
         return []
     return [name for name in there if name != INFO and written.get(name) != files.sha256(out / name)]
 
 
 def recorded(folder: Path) -> Statistics:
-    """Return the statistics in a folder; only the settings of an earlier version, or if it is not complete.
+    """Return the statistics in a folder, only the settings if it is not complete.
 
     Raises McpLoraError if they are damaged.
     """
-    content, file = load(folder / STATS), folder / STATS
-    with contextlib.suppress(ValueError):
-        return parsed(content, Statistics)
-    try:
-        return Statistics(settings=parsed(content.get("settings", {}), Settings))
-    except ValueError as error:
-        raise McpLoraError(f"{file} is damaged ({error}): remove it, and mcp-lora convert") from None
+    return files.parsed(folder / STATS, Statistics, f"remove it, and mcp-lora convert --output {folder}")
 
 
 def statistics(folder: Path) -> Statistics | None:
@@ -75,18 +69,6 @@ def summary(statistics: Statistics, out: Path) -> Iterator[str]:
         yield f"the rejected rows, and why, are in {out / 'rejected.jsonl'}"
     for name, count in statistics.no_call_samples.items():
         yield f"{count} extra samples without the gold tool in {name}"
-    if statistics.synonyms:
-        yield f"{statistics.synonyms} candidates were left out because they do the same as a gold tool"
-    if statistics.later_calls:
-        yield f"{statistics.later_calls} later calls are in no sample: --turns each, or all"
-    if unknown := statistics.unknown_parameters:
-        worst = ", ".join(f"{count} of {tool}" for tool, count in list(unknown.items())[:3])
-        what = f"{sum(unknown.values())} calls have parameters that are not in the schema ({worst})"
-        yield f"warning: {what}: --strict-schema"
-    if broken := statistics.broken_schemas:
-        worst = "; ".join(f"{one.tool}: {one.problem}" for one in broken[:3])
-        what = f"{len(broken)} tools have an invalid schema, their calls are not validated"
-        yield f"warning: {what} ({worst})"
     for note in (notes := statistics.notes)[:3]:
         yield f"warning: {note}"
     if len(notes) > 3:
@@ -124,15 +106,10 @@ def locked(folder: Path) -> Iterator[None]:
     """Allow one conversion into a folder at a time; several ranks may start one."""
     import filelock
 
-    with writing(folder):
+    with explained(f"{folder} cannot be written", "mcp-lora convert --output OTHER_FOLDER"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder.parent / f".{folder.name}.lock"):
             yield
-
-
-def writing(out: Path) -> contextlib.AbstractContextManager[None]:
-    """Raise an OSError as a McpLoraError about the folder."""
-    return explained(f"{out} cannot be written", "mcp-lora convert --output OTHER_FOLDER")
 
 
 # The files that a conversion may write, except stats.json.

@@ -17,7 +17,7 @@ from contextlib import suppress
 from decimal import Decimal
 from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import msgspec
 
@@ -26,13 +26,13 @@ from mcp_lora.errors import McpLoraError, one_line
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 _OUTPUTS = ("stats.json", "run.yaml")  # they mark the folder of a conversion or a run
-_OTHER = "mcp-lora convert OTHER_FILE"
 CHUNK = 1 << 17  # characters decoded at a time
 BUFFER = 1 << 20  # bytes read or written at a time
 _LOOKAHEAD = 32  # chunks to search for the end of a broken element
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:(?P<closed>")|\\?\Z)|[{}\[\]]', re.DOTALL)  # a string or a bracket
 _SEPARATORS = re.compile(r"[\s,]*")
 
+_T = TypeVar("_T")
 Progress = Callable[[int], None]  # receives the number of bytes read so far
 
 
@@ -43,22 +43,23 @@ class Broken(NamedTuple):
     text: str | None = None
 
 
-def find(places: list[Path], left_out: list[Path] | None = None, command: str = _OTHER) -> list[Path]:
+def find(places: list[Path], command: str = "mcp-lora convert OTHER_FILE") -> tuple[list[Path], int]:
     """Return the files that `places` refer to: files, folders (searched recursively) and globs.
 
-    Files in a folder that are hidden, symbolic links or written by mcp-lora are added to `left_out`.
+    Also returns how many files in the folders were skipped: hidden, broken links, or written by mcp-lora.
     `command` is the next command to run after an error.
 
     Raises McpLoraError if a place contains no readable file, or a file name is not valid UTF-8.
     """
-    found, missing = list[Path](), list[str]()
-    left_out = [] if left_out is None else left_out
+    found, missing, skipped = list[Path](), list[str](), 0
     for place in places:
         if os.path.isdir(place):
-            every = sorted(file for file in place.rglob("*") if file.name.endswith(SUFFIXES))
+            every = sorted(
+                one for one in place.rglob("*") if one.name.endswith(SUFFIXES) and not one.is_dir()
+            )
             outputs = {file.parent for name in _OUTPUTS for file in place.rglob(name) if _is_output(file)}
             files = [file for file in every if not _is_skipped(file.relative_to(place), place, outputs)]
-            left_out += sorted({*every} - {*files})
+            skipped += len(every) - len(files)
         else:
             files = [place] if os.path.exists(place) else sorted(map(Path, glob(str(place), recursive=True)))
         if not files:
@@ -66,7 +67,7 @@ def find(places: list[Path], left_out: list[Path] | None = None, command: str = 
         found += files
     kinds = ", ".join(SUFFIXES)
     if missing:
-        others = f"; {len(left_out)} files are hidden, links, or written by mcp-lora" * bool(left_out)
+        others = f"; {skipped} files are hidden, broken links, or written by mcp-lora" * bool(skipped)
         raise McpLoraError(f"no data in {', '.join(missing)} ({kinds}{others}): {command}")
     if unknown := [str(file) for file in found if not file.name.endswith(SUFFIXES)]:
         raise McpLoraError(f"{', '.join(unknown)}: not one of {kinds}: {command}")
@@ -75,7 +76,7 @@ def find(places: list[Path], left_out: list[Path] | None = None, command: str = 
             str(file).encode()
         except UnicodeEncodeError:
             raise McpLoraError(f"{str(file)!r}: the file name is not valid UTF-8: rename it") from None
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), skipped
 
 
 def _is_output(marker: Path) -> bool:
@@ -89,10 +90,10 @@ def _is_output(marker: Path) -> bool:
 
 
 def _is_skipped(file: Path, place: Path, outputs: set[Path]) -> bool:
-    """Tell whether a file in the folder `place` is hidden, a link, or in one of the folders `outputs`."""
+    """Tell whether a file in `place` is hidden, a broken link, or in one of the folders `outputs`."""
     is_hidden = any(part.startswith(".") for part in file.parts)
     is_output = file.name.endswith(".rejected.jsonl") or any(place / one in outputs for one in file.parents)
-    return is_hidden or is_output or (place / file).is_symlink()
+    return is_hidden or is_output or not (place / file).exists()
 
 
 def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:
@@ -129,6 +130,19 @@ def load(file: Path, command: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise McpLoraError(f"{file} is damaged: {command}")
     return content
+
+
+def typed(content: Any, kind: type[_T]) -> _T:
+    """Return JSON as a dataclass, without keys that it does not have; raise a ValueError if it is invalid."""
+    return msgspec.convert(content, kind, dec_hook=lambda other, value: other(value))
+
+
+def parsed(file: Path, kind: type[_T], command: str) -> _T:
+    """Return a JSON object as a dataclass, without keys that it does not have; else as `load`."""
+    try:
+        return typed(load(file, command), kind)
+    except ValueError as error:
+        raise McpLoraError(f"{file} is damaged ({error}): {command}") from None
 
 
 def sha256(file: Path) -> str:

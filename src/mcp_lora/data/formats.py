@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mcp_lora.data import text_calls
-from mcp_lora.data.calls import THOUGHTS
+from mcp_lora.data.calls import arguments_of, split_thought
 from mcp_lora.data.records import (
     ANSWER,
+    ARGUMENTS,
     CALL,
+    NAMES,
     RESULT,
     SYSTEM,
     USER,
@@ -33,6 +35,7 @@ from mcp_lora.data.records import (
     Tool,
     ToolCall,
     Turn,
+    first,
     literal,
 )
 from mcp_lora.data.tools import tools_in
@@ -81,7 +84,9 @@ _TOOLS = _names("tools functions function available_tools tool_defs tool_definit
 _TOOLS += ("gen_ai.tool.definitions",)
 _SYSTEMS = _names("system system_prompt systemInstruction system_instruction instructions")
 _SYSTEMS += ("gen_ai.system_instructions",)
-_EVENT = {"sessionId", "leafUuid", "payload"}  # keys of a line in a session log of Claude Code or Codex
+# What shows a line of a session log: a key in Claude Code's, the type in Codex's.
+_CLAUDE_CODE = {"sessionId", "leafUuid"}
+_CODEX = ("session_meta", "turn_context", "event_msg", "response_item", "compacted")
 # The names in a message and its parts.
 _ROLES = {
     SYSTEM: "system developer systemmessage systemprompt",
@@ -110,8 +115,6 @@ _REFUSALS = {
     r"[\u0400-\u04ff]": "Ни один из доступных инструментов не может этого сделать.",
 }
 _REASONING = _names("reasoning_content reasoning thinking thought")
-_NAMES = _names("name toolName tool_name")
-_ARGUMENTS = _names("arguments args parameters input kwargs")
 _RESULTS = _names("content output response result results value text")
 _IDS = _names("tool_call_id tool_use_id toolUseId toolCallId call_id id")
 
@@ -129,29 +132,37 @@ def records(found: Iterable[Any]) -> Iterator[Any]:
 
     Messages outside a conversation form one record, and {"data": […]} contains records.
     """
-    sessions: dict[Any, list[Any]] = {}
-    messages = []
+    sessions: dict[str, list[Any]] = {}
+    messages, events = [], []
     for record in found:
         if not isinstance(record, dict):
             yield record
-        elif "type" in record and _EVENT & record.keys():
+        elif _is_event(record):
             if {"message", "payload"} & record.keys():
-                sessions.setdefault(record.get("sessionId"), []).append(record)
+                sessions.setdefault(str(record.get("sessionId")), []).append(record)
+            else:  # a summary, for instance
+                events.append(record)
         elif record.keys() == {"data"} and isinstance(record["data"], list):
             yield from records(record["data"])
         elif _role(record) and {"content", "value", "tool_calls"} & record.keys():
             messages.append(record)
         else:
             yield record
-    yield from sessions.values()
+    yield from sessions.values() if sessions else events
     if messages:
         yield messages
 
 
 def is_session(record: Any) -> bool:
-    """Tell whether a record consists of the events of a session log."""
-    first = record[0] if isinstance(record, list) and record else None
-    return isinstance(first, dict) and bool(_EVENT & first.keys())
+    """Tell whether a record consists of the events of a session log, or is one."""
+    event = record[0] if isinstance(record, list) and record else record
+    return isinstance(event, dict) and _is_event(event)
+
+
+def _is_event(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record is a line of a session log, and no conversation with an id of its session."""
+    is_line = "type" in record and (_CLAUDE_CODE & record.keys() or record["type"] in _CODEX)
+    return bool(is_line) and not {*_HISTORY} & record.keys()
 
 
 def read(record: Any, find: Callable[[str], Tool]) -> Content:
@@ -168,9 +179,9 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
     record = {"messages": record} if isinstance(record, list) else _unwrapped(record)
     content = Content([])
     info = record.get("server_info")
-    server = _first(info, ("server_name", "name")) if isinstance(info, dict) else record.get("server_name")
+    server = first(info, ("server_name", "name")) if isinstance(info, dict) else record.get("server_name")
     server = server if isinstance(server, str) else ""
-    content.tools += tools_in(_first(record, _TOOLS), server, content.cleaned)
+    content.tools += tools_in(first(record, _TOOLS), server, content.cleaned)
     try:
         for message in _all_messages(record):
             content.turns += _turns(message, content)
@@ -181,8 +192,10 @@ def read(record: Any, find: Callable[[str], Tool]) -> Content:
     if not content.tools:
         names = dict.fromkeys(call.name for turn in content.turns for call in turn.calls)
         content.tools = [find(name) for name in names]
-    own = {(tool.server, tool.name): tool for tool in reversed(content.tools)}
-    content.tools = list({tool.name: tool for tool in own.values()}.values())[::-1]
+    by_name: dict[str, Tool] = {}
+    for tool in content.tools:
+        by_name.setdefault(tool.name, tool)
+    content.tools = list(by_name.values())
     return content
 
 
@@ -206,22 +219,14 @@ def _unwrapped(record: Any) -> Any:
     return record
 
 
-def _first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """Return the first value under any of these names, ignoring null and empty strings."""
-    for name in names:
-        if (value := record.get(name)) not in (None, ""):
-            return value
-    return None
-
-
 def _all_messages(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a record's messages: system, history, and the answer or the gold call."""
-    if system := _first(record, _SYSTEMS):
+    if system := first(record, _SYSTEMS):
         system = system.get("parts", system) if isinstance(system, dict) else system  # Gemini's
         yield {"role": "system", "content": system}
-    gold, question = _parsed(_first(record, _GOLD)), _first(record, _QUESTIONS)
+    gold, question = _parsed(first(record, _GOLD)), first(record, _QUESTIONS)
     traces = [key for key in record if key.endswith("__trace")]  # NeMo Data Designer's
-    turns = question if gold is not None and question is not None else _first(record, (*_HISTORY, *traces))
+    turns = question if gold is not None and question is not None else first(record, (*_HISTORY, *traces))
     if turns and turns == record.get("instruction") and isinstance(record.get("input"), str):  # Alpaca's
         turns = f"{turns}\n{record['input']}".strip()
     if turns is None:
@@ -237,7 +242,7 @@ def _all_messages(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         else:
             yield {"role": "assistant", "tool_calls": gold}
     elif history and _role(history[-1]) not in (ANSWER, CALL):
-        yield from _messages(_first(record, _ANSWERS), ANSWER)
+        yield from _messages(first(record, _ANSWERS), ANSWER)
 
 
 def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
@@ -266,7 +271,7 @@ def _messages(value: Any, role: str) -> Iterator[dict[str, Any]]:
 
 def _inner(value: Mapping[str, Any]) -> Any:
     """Return the messages in a server's response or a trace."""
-    return _first(value, ("messages", *_ANSWERS, "generations", "candidates"))
+    return first(value, ("messages", *_ANSWERS, "generations", "candidates"))
 
 
 def _role(message: Mapping[str, Any]) -> str | None:
@@ -321,7 +326,7 @@ def _turns(message: dict[str, Any], content: Content) -> Iterator[Turn]:
         if text.strip() or not results:
             yield Turn(USER, text)
     else:
-        text, thought = _without_thought(text)
+        text, thought = split_thought(text)
         thoughts = [*thoughts, thought] if thought else thoughts
         if role == CALL:
             named = opened if isinstance(opened.get("name"), str) else _literal(text)
@@ -341,7 +346,7 @@ def _parts(message: Mapping[str, Any], role: str) -> Iterator[tuple[str, Any]]:
     for name in _REASONING:
         if isinstance(text := message.get(name), str) and text.strip():
             yield "thought", text
-    value = _first(message, ("content", "parts", "value", "summary", "text", "refusal", "message"))
+    value = first(message, ("content", "parts", "value", "summary", "text", "refusal", "message"))
     for part in value if isinstance(value, list) else [value]:
         if role == RESULT and not (isinstance(part, dict) and _kind(part)[0] == "result"):
             continue  # the whole content is the result
@@ -375,7 +380,7 @@ def _part(part: dict[str, Any]) -> tuple[str, Any]:
         kind = part.get("type") or ", ".join(part)
         raise RowError("bad-message", f"content has blocks of type {kind}, which are neither text nor calls")
     if part.get("thought") is True or kind in ("text", "thought"):
-        text = _first(part, (*_REASONING, "text", "content", "value", "refusal"))
+        text = first(part, (*_REASONING, "text", "content", "value", "refusal"))
         return "thought" if part.get("thought") is True else kind, str(text or "")
     inner = part.get(name, part)
     return kind, _parsed(part["value"]) if "value" in part else inner if isinstance(inner, dict) else part
@@ -383,7 +388,7 @@ def _part(part: dict[str, Any]) -> tuple[str, Any]:
 
 def _results(item: Mapping[str, Any]) -> Iterator[Turn]:
     """Yield the results in a message or a part: one, or each <tool_response> in its text."""
-    value = _first(item, _RESULTS)
+    value = first(item, _RESULTS)
     known = _parsed(value, quietly=True)
     failed = item.get("is_error") or item.get("isError") or (isinstance(known, dict) and known.get("isError"))
     given, text = _id(item), _result_text(value)
@@ -402,7 +407,7 @@ def _result_text(value: Any) -> str:
     parts = known.get("content") if isinstance(known, dict) else known
     parts = parts if isinstance(parts, list) else []
     if parts and all(isinstance(part, dict) and {"type", "text"} & part.keys() for part in parts):
-        texts = [_first(part, ("text", "value", "content")) for part in parts]
+        texts = [first(part, ("text", "value", "content")) for part in parts]
         return "\n".join(text for text in texts if isinstance(text, str))
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
@@ -429,28 +434,15 @@ def _call(items: list[Any]) -> Turn:
             if isinstance(values, dict) and all(isinstance(value, list) for value in values.values()):
                 chosen = {key: value[0] for key, value in values.items() if value and value[0] != ""}
                 item = {"name": name, "arguments": chosen}
-        if not isinstance(name := _first(item, _NAMES), str):
+        if not isinstance(name := first(item, NAMES), str):
             raise RowError("no-call", "a call has no name, or there is no call")
-        arguments = _first(item, _ARGUMENTS)
-        for _ in range(2):  # sometimes encoded twice
-            if isinstance(arguments, str):
-                arguments = _literal(arguments) if arguments.strip() else {}
-        arguments = {} if arguments is None else arguments
+        arguments = arguments_of(first(item, ARGUMENTS), _literal)
         if not isinstance(arguments, dict):
             raise RowError("bad-arguments", f"the arguments of {name} are not a JSON object")
         calls.append(ToolCall(name, arguments))
     if not calls:
         raise RowError("no-call", "the list of calls is empty")
     return Turn(CALL, "", tuple(calls), tuple(ids))
-
-
-def _without_thought(text: str) -> tuple[str, str]:
-    """Return a text without the thought at its start, and the thought."""
-    for opening, closing in THOUGHTS:
-        before, found, after = text.lstrip().partition(closing)
-        if found and before.startswith(opening):
-            return after.lstrip(), before.removeprefix(opening).strip()
-    return text, ""
 
 
 def _without_tools(text: str) -> tuple[str, list[Tool]]:
@@ -464,10 +456,11 @@ def _without_tools(text: str) -> tuple[str, list[Tool]]:
         try:
             value, end = json.JSONDecoder().raw_decode(text, found.start())
             listed = list(tools_in(value))
+            if not any(tool.description or tool.parameters["properties"] for tool in listed):
+                continue  # any object with a name
         except (ValueError, RecursionError, RowError):
             continue
-        if listed:
-            kept, place, tools = kept + text[place : found.start()], end, tools + listed
+        kept, place, tools = kept + text[place : found.start()], end, tools + listed
     return re.sub(r"<tools>\s+</tools>", "", kept + text[place:]).strip() if tools else text, tools
 
 

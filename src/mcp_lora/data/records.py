@@ -4,18 +4,20 @@ import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jsonschema_rs
 import msgspec
 
 # The roles of a turn.
 SYSTEM, USER, CALL, RESULT, ANSWER = "system", "user", "call", "result", "answer"
-_T = TypeVar("_T")
+# The keys of a call's name and of its arguments, in all formats; the first that is present counts.
+NAMES = ("name", "toolName", "tool_name", "tool", "action", "function")
+ARGUMENTS = ("arguments", "args", "parameters", "input", "kwargs", "action_input", "tool_input")
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -74,29 +76,17 @@ class Source:
 
 
 @dataclass
-class BrokenSchema:
-    """A tool whose schema is invalid, so that its calls are not validated, and why."""
-
-    server: str
-    tool: str
-    problem: str
-
-
-@dataclass
 class Statistics:
     """What a conversion has read and written, and from what: the content of stats.json.
 
     Attributes:
         read: number of rows, the sum of `written` (by split) and `rejected` (by reason).
-        cleaned: what was normalized, by kind.
+        cleaned: what was normalized, left out or odd, by kind.
         samples: number of samples, by split; `no_call_samples` are the extra ones without the gold tool.
-        later_calls: calls after the first, which are in no sample.
-        synonyms: candidates that were left out because they do the same as a gold tool.
-        unknown_parameters: calls with parameters that the schema does not define, by tool.
         tools, servers: the number of those that are called.
         sources: by file and format.
         inputs: the SHA-256 of each file that was read; empty if the conversion is not complete.
-        files: that of each file that was written; None from earlier versions.
+        files: that of each file that was written; None if the conversion is not complete.
     """
 
     read: int = 0
@@ -104,14 +94,10 @@ class Statistics:
     rejected: dict[str, int] = field(default_factory=dict)
     cleaned: dict[str, int] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
-    later_calls: int = 0
-    synonyms: int = 0
-    unknown_parameters: dict[str, int] = field(default_factory=dict)
     no_call_samples: dict[str, int] = field(default_factory=dict)
     tools: int = 0
     servers: int = 0
     sources: list[Source] = field(default_factory=list)
-    broken_schemas: list[BrokenSchema] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     settings: Settings = field(default_factory=Settings)
     inputs: dict[str, str] = field(default_factory=dict)
@@ -191,18 +177,19 @@ class Content:
     """A row's conversation, and the tools in it.
 
     Attributes:
-        cleaned: what was normalized in it.
-        unknown: the tools that it calls with parameters that their schemas do not define.
-        later: number of calls after the first, if only the first is kept.
+        cleaned: what was normalized in it, left out of it, or is odd about it.
         error: why the conversation was cut short, if it was.
     """
 
     turns: list[Turn]
     tools: list[Tool] = field(default_factory=list)
     cleaned: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    later: int = 0
     error: "RowError | None" = None
+
+
+def first(record: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """Return the first value under any of these keys, ignoring null and empty strings."""
+    return next((record[key] for key in keys if record.get(key) not in (None, "")), None)
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -218,11 +205,6 @@ class RowError(Exception):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
-
-
-def parsed(content: Any, kind: type[_T]) -> _T:
-    """Return JSON as a dataclass, without keys that it does not have; raise a ValueError if it is invalid."""
-    return msgspec.convert(content, kind, dec_hook=lambda other, value: other(value))
 
 
 def as_json(value: Any) -> bytes:

@@ -71,18 +71,12 @@ class Rows:
         count: number of rows.
         kept: by called tool, (server, name), the highest split_hash of its questions.
         sources: counts of all rows, by (file, format).
-        later_calls: calls after the first, which are in no sample.
-        unknown: number of calls with parameters that the schema does not define, by tool.
-        examples: by reason, the message of the first rejected row and the numbers of the first three.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, settings: Settings) -> None:
         self.count = 0
         self.kept: dict[tuple[str, str], int] = {}
         self.sources: dict[tuple[str, str], Source] = {}
-        self.later_calls = 0
-        self.unknown: Counter[str] = Counter()
-        self.examples: dict[str, tuple[str, list[int]]] = {}
         self._folder = folder
         self._catalogue = catalogue
         self._settings = settings
@@ -110,26 +104,27 @@ class Rows:
                     source = self.sources[key] = self.sources.get(key) or Source(*key)
                     source.read += 1
                     is_log = formats.is_session(record)
-                    if self._settings.redact or (self._settings.redact is None and is_log):
-                        record, replaced = redact(record)
-                        for kind, count in replaced.items():
-                            source.cleaned[f"redacted {kind}"] += count
                     try:
                         if broken:
                             raise RowError("not-json", record.message)
+                        if self._settings.redact or (self._settings.redact is None and is_log):
+                            try:
+                                record, replaced = redact(record)
+                            except RecursionError:
+                                record = None  # which rejected.jsonl must not show either
+                                what = "it is nested too deeply to be redacted"
+                                raise RowError("not-json-value", what) from None
+                            for kind, count in replaced.items():
+                                source.cleaned[f"redacted {kind}"] += count
                         content = formats.read(record, find)
                         row, same = self._row(source, content)
                         if not seen.execute("INSERT OR IGNORE INTO row VALUES (?)", (same,)).rowcount:
                             raise RowError("duplicate", "an earlier row has the same conversation and tools")
                     except RowError as error:
                         source.rejected[error.reason] += 1
-                        numbers = self.examples.setdefault(error.reason, (str(error), []))[1]
-                        numbers += [number] * (len(numbers) < 3)
                         rejected.write(_rejection(name, number, error, record.text if broken else record))
                         continue
                     source.cleaned.update(content.cleaned)
-                    self.unknown.update(content.unknown)
-                    self.later_calls += content.later
                     spool.write(msgspec.json.encode(row) + b"\n")
                     self.count += 1
                 before += file.stat().st_size
@@ -153,7 +148,7 @@ class Rows:
         turns = check(content, self._catalogue, settings)
         if settings.turns == "call":
             every, kept = (sum(len(turn.calls) for turn in each) for each in (content.turns, turns))
-            content.later = every - kept
+            content.cleaned += ["later-call"] * (every - kept)
         if turns[0].role != SYSTEM and own:  # plain chat has none
             turns.insert(0, Turn(SYSTEM, SYSTEM_MESSAGE))
         # ids do not make a row different

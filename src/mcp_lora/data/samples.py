@@ -20,6 +20,7 @@ And in LLaMA-Factory's sharegpt format (its data/README.md), for those who train
 """
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import IO, Any
 import msgspec
 
 from mcp_lora.data.catalogue import Catalogue
-from mcp_lora.data.conversations import Conversation, Exchange, conversations
+from mcp_lora.data.conversations import Exchange, conversations
 from mcp_lora.data.files import BUFFER
 from mcp_lora.data.formats import refusal
 from mcp_lora.data.records import Settings, Tool
@@ -59,7 +60,6 @@ class Samples:
     Attributes:
         extra: number of extra no-call samples, by split.
         count: number of samples, by split.
-        pool: where the candidates come from.
     """
 
     def __init__(self, folder: Path, catalogue: Catalogue, rows: Rows, settings: Settings) -> None:
@@ -71,7 +71,7 @@ class Samples:
         self._settings = settings
         split = Split(settings.holdout_servers, settings.holdout_tools, settings.test, settings.seed)
         self._split = split.within(rows.kept)
-        self.pool = Pool(catalogue, self._split)
+        self._pool = Pool(catalogue, self._split)
         self._kept = {*rows.kept.values()}
         low, _, high = str(settings.candidates).partition("-")
         self._candidates = int(low), int(high or low)
@@ -98,7 +98,7 @@ class Samples:
                 if gold and split == "train" and size > 1 and _is_single(row.messages):
                     self._collect(row, own, gold)
                     continue
-                sampled = self.pool.sample(own, row.called, count, row.split_hash, unseen)
+                sampled = self._pool.sample(own, row.called, count, row.split_hash, unseen)
                 server = gold[0].server if gold else ""
                 # A test sample ends with the gold call.
                 if split != "train":
@@ -111,13 +111,13 @@ class Samples:
                 if gold and row.no_call_hash < self._settings.no_call * 2**64:
                     # As many candidates as with the gold tool, or their number would give it away.
                     count = len(sampled) + len(gold)
-                    more = self.pool.sample(own, row.called, count, row.split_hash, unseen)
+                    more = self._pool.sample(own, row.called, count, row.split_hash, unseen)
                     distractors = [tool for tool in more if tool.name not in row.called][: len(sampled)]
                     self._write_no_call(split, row, distractors)
             for one in conversations(self._exchanges, size, lambda key: self._count(key, "train")):
                 if tools := self._shared(one):  # none, if these are refusals without any distractor
-                    self._write("train", one.messages, tools, "")
-                    self.extra += Counter(train=sum(exchange.refuses for exchange in one.exchanges))
+                    self._write("train", _one_conversation(one), tools, "")
+                    self.extra += Counter(train=sum(exchange.refuses for exchange in one))
             for _, array in self._files.values():
                 array.write(b"\n]\n")
 
@@ -133,9 +133,8 @@ class Samples:
             refused = [*row.messages[:-1], _refusal(row.messages)]
             self._exchanges.append(Exchange(row.split_hash, refused, own, gold, refuses=True))
 
-    def _shared(self, conversation: Conversation) -> list[Tool]:
+    def _shared(self, exchanges: list[Exchange]) -> list[Tool]:
         """Sample the candidates of a conversation, without what its refusals lack."""
-        exchanges = conversation.exchanges
         gold = {tool.name: tool for exchange in exchanges for tool in exchange.gold}
         lacking = {tool.name for exchange in exchanges if exchange.refuses for tool in exchange.gold}
         # of several definitions of a tool that is not gold, one beside a call counts
@@ -144,8 +143,8 @@ class Samples:
         for name, tool in [*own.items()]:  # what one row brings may do the same as another's gold tool
             if name not in gold and any(are_alike(tool, other) for other in gold.values()):
                 del own[name]
-        count = conversation.candidates + len(lacking)
-        sampled = self.pool.sample([*own.values()], gold, count, exchanges[0].key)
+        count = self._count(exchanges[0].key, "train") + len(lacking)
+        sampled = self._pool.sample([*own.values()], gold, count, exchanges[0].key)
         return [tool for tool in sampled if tool.name not in lacking]
 
     def _tools_of(self, row: Row) -> tuple[list[Tool], list[Tool]]:
@@ -246,6 +245,15 @@ def _refusal(messages: list[Any]) -> dict[str, Any]:
     """Return the answer to the last question that no candidate tool fits."""
     question = next(message["content"] for message in reversed(messages) if message["role"] == "user")
     return {"role": "assistant", "content": refusal(question)}
+
+
+def _one_conversation(exchanges: list[Exchange]) -> list[dict[str, Any]]:
+    """Return the messages of exchanges as one conversation, in which each call has an id of its own."""
+    messages, number = [exchanges[0].messages[0]], itertools.count(1)
+    for message in (message for one in exchanges for message in one.messages[1:]):
+        calls = [call | {"id": f"call_{next(number)}"} for call in message.get("tool_calls", ())]
+        messages.append(message | {"tool_calls": calls} if calls else message)
+    return messages
 
 
 def _up_to_the_call(messages: list[Any]) -> list[Any]:

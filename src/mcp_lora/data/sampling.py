@@ -58,14 +58,9 @@ class Split:
 
 
 class Pool:
-    """The tools of a catalogue, to sample candidates from.
-
-    Attributes:
-        synonyms: how often a tool was left out because it does the same as the gold tool.
-    """
+    """The tools of a catalogue, to sample candidates from."""
 
     def __init__(self, catalogue: Catalogue, split: Split) -> None:
-        self.synonyms = 0
         self._random = random.Random()
         self._by_server = catalogue.by_server
         # A row's own definition of a tool has the same (server, name).
@@ -122,10 +117,8 @@ class Pool:
         if len(candidates) >= size:
             return
         for tool in self._shuffled(tools, size - len(candidates)):
-            if tool.name not in candidates and (tool.server, tool.name) not in excluded:
-                if any(are_alike(tool, other) for other in gold):
-                    self.synonyms += 1
-                    continue
+            is_new = tool.name not in candidates and (tool.server, tool.name) not in excluded
+            if is_new and not any(are_alike(tool, other) for other in gold):
                 candidates[tool.name] = tool
                 if len(candidates) == size:
                     return

@@ -38,28 +38,16 @@ def _each(form: str, between: str = "\n", opening: str = "", closing: str = "") 
     return lambda calls: opening + between.join(map(written, calls)) + closing
 
 
-def _list(opening: str = "", closing: str = "", call: str = "{call}") -> _Writer:
-    return _each(call, ", ", f"{opening}[", f"]{closing}")
-
-
-def _python(opening: str, closing: str) -> _Writer:
-    return _each("{name}({python})", ", ", opening, closing)
-
-
-_COHERE = '{{"tool_name": "{name}", "parameters": {arguments}}}'
 _FORMS = (
     _each("<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"),  # Qwen3-Coder
     _each("<tool_call>{name}\n{keys}</tool_call>"),  # GLM-4.5
     _each("<tool_call>{name}\n```json\n{arguments}\n```</tool_call>"),  # Hunyuan
     _each("<tool_call>\n{call}\n</tool_call>"),  # Hermes, Qwen
-    _list("<tool_call>", "</tool_call>"),
-    _list("<tool_calls>", "</tool_calls>"),
-    _list("<TOOLCALL>", "</TOOLCALL>"),  # Nemotron
     _each("<function_call>{call}</function_call>"),
     _each("<functioncall> {call} <|endoftext|>"),  # Glaive
     _each("<function={name}>{arguments}</function>"),  # Llama 3.1
     _each("<|python_tag|>{call}", "; "),
-    _list("[TOOL_CALLS]"),  # Mistral
+    _each("{call}", ", ", "[TOOL_CALLS][", "]"),  # Mistral
     _each("[TOOL_CALLS]{name}[ARGS]{arguments}", ""),
     _each(
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```"
@@ -72,33 +60,28 @@ _FORMS = (
     ),  # Kimi K2
     _each("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{arguments}<|call|>"),
     _each(">>>{name}\n{arguments}"),  # Functionary
-    _list("functools"),  # Firefunction
-    _list("Action: ```json\n", "\n```", _COHERE),  # Command R
-    _list("<|START_ACTION|>", "<|END_ACTION|>", _COHERE),
+    _each("{call}", ", ", "functools[", "]"),  # Firefunction
+    _each("{call}", ", ", "Action: ```json\n[", "]\n```"),  # Command R
     _each("Action: {name}\nAction Input: {arguments}"),  # ReAct
     _each("```json\n{call}\n```"),
-    _list("```json\n", "\n```"),
-    _python("<tool_call>", "</tool_call>"),
-    _python("<function_calls>", "</function_calls>"),  # Olmo
-    _python("```tool_code\n", "\n```"),  # Gemma
-    _python("<<function>>", ""),  # Gorilla
-    _python("Call: ", "<bot_end>"),  # NexusRaven
-    _python("[", "]"),  # ToolACE, Llama 4
-    _python("", ""),
-    _list(),
+    _each("{name}({python})", ", ", "<tool_call>", "</tool_call>"),
+    _each("{name}({python})", ", ", "<function_calls>", "</function_calls>"),  # Olmo
+    _each("{name}({python})", ", ", "```tool_code\n", "\n```"),  # Gemma
+    _each("{name}({python})", ", ", "<<function>>"),  # Gorilla
+    _each("{name}({python})", ", ", "Call: ", "<bot_end>"),  # NexusRaven
+    _each("{name}({python})", ", ", "[", "]"),  # ToolACE, Llama 4
+    _each("{call}", ", ", "[", "]"),  # also between tags, as Nemotron's <TOOLCALL>
     _each("{call}"),
-    _each('{{"tool": "{name}", "args": {arguments}}}'),
-    _each('{{"tool": "{name}", "arguments": {arguments}}}'),
-    _each('{{"tool_name": "{name}", "arguments": {arguments}}}'),
-    _each('{{"action": "{name}", "action_input": {arguments}}}'),
-    _each('{{"function": "{name}", "parameters": {arguments}}}'),
 )
 # Signs of a call that cannot be parsed: literals, and a tool's name where a call would have it.
 _MARKS = (
     r"<\|?/?(?:tool|function)_?call|<functioncall>|<function=|<TOOLCALL>|<invoke "
     r"|<\|python_tag\|>|\[TOOL_CALLS\]|<｜tool▁call|to=functions\.|^Action:.*^Action Input:"
 )
-_NAMED = r"\b(?:{names})\s*\{{|\b(?:{names})\([^)\s]|:\s*[\"'](?:{names})[\"']|>\s*(?:{names})\s*<"
+_NAMED = (
+    r"\b(?:{names})\s*\{{|\b(?:{names})\([^)\s]|:\s*[\"'](?:{names})[\"']|>\s*(?:{names})\s*<"
+    r"|(?m:^|[:>])\W{{0,9}}(?:{names})\(\)\W{{0,9}}(?m:$)"  # alone on its line: prose writes ping(), too
+)
 _FLAGS = re.IGNORECASE | re.MULTILINE | re.DOTALL
 _LONG = 100_000  # characters; longer texts are not searched for Python literals, which takes quadratic time
 _PYTHON = re.compile(r"\{.*?\}(?=\s*(?:[<\]]|$|```))", re.DOTALL)

@@ -79,13 +79,15 @@ def _checked(turn: Turn, content: Content, catalogue: Catalogue, strict: bool) -
         if unknown and "additionalProperties" not in tool.parameters:
             if strict:
                 raise RowError("schema", f"the schema of {call.name} has no {', '.join(unknown)}")
-            content.unknown.append(call.name)
+            content.cleaned.append("unknown-parameter")
         checked.append(call._replace(arguments=arguments))
     return turn._replace(calls=tuple(checked))
 
 
 def _without_nulls(value: Any, schema: Any) -> Any:
     """Return arguments without the nulls that the schema neither allows nor requires."""
+    if isinstance(value, list) and isinstance(schema, dict):
+        return [_without_nulls(item, schema.get("items")) for item in value]
     if not isinstance(value, dict) or not isinstance(schema, dict):
         return value
     properties, required = schema.get("properties"), schema.get("required")

@@ -99,13 +99,6 @@ def dump(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(config), allow_unicode=True, sort_keys=False)
 
 
-def train(config: dict[str, Any]) -> None:
-    """Train in this process: one rank of a launch by deepspeed or torchrun."""
-    from llamafactory.train.tuner import run_exp
-
-    run_exp(config)
-
-
 def loaded(settings: Mapping[str, Any]) -> Any:
     """Return the model and adapter of settings (see mcp_lora.train.runs.serving_config), to generate with."""
     from llamafactory.hparams import get_infer_args

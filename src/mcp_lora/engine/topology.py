@@ -12,15 +12,13 @@ _PORT = "29500"  # torchrun's own default
 class Topology:
     """The processes of one training: `per_node` on each of `nodes` nodes, one per GPU.
 
-    `node_rank` is this node's, from 0; `master` is the first node's (host, port), None if there is only one;
-    `rank` is this process's, if deepspeed or torchrun started it.
+    `node_rank` is this node's, from 0; `master` is the first node's (host, port), None if there is only one.
     """
 
     per_node: int = 1
     nodes: int = 1
     node_rank: int = 0
     master: tuple[str, str] | None = None
-    rank: int | None = None
 
     @property
     def processes(self) -> int:
@@ -29,8 +27,8 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process logs and writes files for all."""
-        return not self.rank and not self.node_rank
+        """Whether this node writes files for all."""
+        return not self.node_rank
 
 
 def find(
@@ -40,20 +38,19 @@ def find(
     nodes: int | None = None,
     node_rank: int | None = None,
     master: str | None = None,
+    command: str | None = None,
 ) -> Topology:
     """Return the topology that the options, or else LLaMA-Factory's variables, describe.
 
-    RANK and WORLD_SIZE in `environment` are set by a launcher and take precedence; `visible` is the number of
-    GPUs on this machine, `master` is HOST:PORT of the first node.
+    `visible` is the number of GPUs on this machine, `master` is HOST:PORT of the first node, `command` what
+    to run instead of a training if there are fewer GPUs.
 
     Raises McpLoraError if there are fewer GPUs, the first node is not named, or node_rank is out of range.
     """
-    if (rank := worker_rank(environment)) is not None:
-        return Topology(_number(environment, "WORLD_SIZE"), rank=rank)
     if gpus and gpus > visible:
         what = f"this machine has {visible} visible GPUs, not {gpus} (CUDA_VISIBLE_DEVICES, nvidia-smi)"
-        again = f"omit --gpus, or plan for {gpus}: mcp-lora train --gpus {gpus} --dry-run"
-        raise McpLoraError(f"{what}: {again}")
+        plan = f"omit --gpus, or plan for {gpus}: mcp-lora train --gpus {gpus} --dry-run"
+        raise McpLoraError(f"{what}: " + (f"omit --gpus: {command}" if command else plan))
     per_node = gpus or _number(environment, "NPROC_PER_NODE") or visible or 1
     nodes = nodes or _number(environment, "NNODES") or 1
     if node_rank is None:
@@ -72,10 +69,24 @@ def find(
     return Topology(per_node, nodes, node_rank, (host, port) if host and nodes > 1 else None)
 
 
-def worker_rank(environment: Mapping[str, str]) -> int | None:
-    """Return this process's rank if deepspeed or torchrun started it, else None."""
-    launched = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys()
-    return _number(environment, "RANK") if launched else None
+def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """Return LLaMA-Factory's variables for a launch by deepspeed or torchrun; none if there was none.
+
+    They start a process for each GPU. The first on each node starts the engine, which starts its own
+    processes and can be restarted when memory runs out; the result for the others is None.
+    """
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys():
+        return {}
+    if _number(environment, "LOCAL_RANK"):
+        return None
+    processes = _number(environment, "WORLD_SIZE")
+    # torchrun's name, and deepspeed's
+    per_node = _number(environment, "LOCAL_WORLD_SIZE") or _number(environment, "LOCAL_SIZE") or processes
+    node_rank = _number(environment, "RANK") // per_node
+    variables = {"NPROC_PER_NODE": str(per_node), "NNODES": str(processes // per_node)}
+    # the launcher may listen on its own port
+    port = _number(environment, "MASTER_PORT") or int(_PORT)
+    return variables | {"NODE_RANK": str(node_rank), "MASTER_PORT": str(port + 1)}
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -15,11 +15,13 @@ again:
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from mcp_lora.data import files
 from mcp_lora.data.calls import call_of
@@ -64,7 +66,7 @@ class Answer:
     verdict: Verdict
 
 
-_FIELDS = tuple(field.name for field in fields(Answer))
+_CALLS = ("expected", "calls")  # in a file they are objects, not tuples
 
 
 class Judge:
@@ -105,10 +107,10 @@ class Notebook:
         self._identity = json.dumps(identity, sort_keys=True)
         asked = {self._key(question): question for question in questions}
         self._answers: dict[str, Answer | None] = dict.fromkeys(asked)
-        for row in _rows(file):
-            if question := asked.get(row["key"]):
-                response = Response(row["prompt"], row["text"], row["tool_calls"], row["failed"])
-                self._answers[row["key"]] = judge(question, response)
+        for key, kept in _rows(file):
+            if question := asked.get(key):
+                response = Response(kept.prompt, kept.text, kept.tool_calls, kept.failed)
+                self._answers[key] = judge(question, response)
         self._clean = False  # the file may end with an incomplete line
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
@@ -142,24 +144,18 @@ class Notebook:
 
 
 def _line(key: str, answer: Answer) -> str:
-    row = {"key": key} | vars(answer) | {"verdict": vars(answer.verdict)}
-    for field in ("expected", "calls"):
-        row[field] = [call._asdict() for call in row[field]]
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    calls = {field: [call._asdict() for call in getattr(answer, field)] for field in _CALLS}
+    return json.dumps({"key": key} | msgspec.to_builtins(answer) | calls, ensure_ascii=False) + "\n"
 
 
 def read(file: Path) -> list[Answer]:
     """Return the answers in a file; none if it does not exist."""
-    found = []
-    for row in _rows(file):
-        with suppress(TypeError):  # from another version, or edited by hand
-            calls = {field: [ToolCall(**call) for call in row[field]] for field in ("expected", "calls")}
-            verdict = Verdict(**row["verdict"])
-            found.append(Answer(**{field: row[field] for field in _FIELDS} | calls | {"verdict": verdict}))
-    return found
+    return [answer for _, answer in _rows(file)]
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file, without incomplete ones."""
-    rows = files.read(file) if file.is_file() else ()
-    return [row for row in rows if isinstance(row, dict) and {"key", *_FIELDS} <= row.keys()]
+def _rows(file: Path) -> Iterator[tuple[str, Answer]]:
+    """Yield the keys and answers in a file, without lines that are incomplete or of another version."""
+    for row in files.read(file) if file.is_file() else ():
+        with suppress(TypeError, LookupError, ValueError):
+            calls = {field: [ToolCall(**call) for call in row[field]] for field in _CALLS}
+            yield row["key"], files.typed(row | calls, Answer)

@@ -7,18 +7,17 @@ the benchmark.
 import json
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from mcp_lora.data import files
-from mcp_lora.data.records import RowError, parsed
+from mcp_lora.data.records import RowError
 from mcp_lora.engine import api
-from mcp_lora.errors import McpLoraError, one_line
+from mcp_lora.errors import McpLoraError, advice, one_line
 from mcp_lora.evaluate import benchmark, plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
 from mcp_lora.evaluate.gates import Requirement, metrics_of
@@ -32,7 +31,6 @@ from mcp_lora.train import manifest, runs
 from mcp_lora.train.machine import detect_machine
 
 BASE, ADAPTER = "base", "adapter"
-ASKED = "adapter.sha256"  # the file with the hash of the adapter that was evaluated
 _THOUGHT = 1024  # tokens
 
 
@@ -62,8 +60,8 @@ class Weakness:
 class Evaluation:
     """Metrics by split, servers and tools with the last model's worst ones first, and every answer.
 
-    `left_out` counts the questions that could not be asked, by reason. `plain_chat` is what has changed
-    without tools, if base and adapter were both asked.
+    `left_out` counts the questions that could not be asked, by reason. `adapter` is the adapter's hash, if it
+    has answered. `plain_chat` is what has changed without tools, if base and adapter were both asked.
     """
 
     splits: dict[str, Split]
@@ -72,6 +70,7 @@ class Evaluation:
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     max_new_tokens: int = 0
+    adapter: str | None = None
     plain_chat: PlainChat | None = None
 
     def metrics(self) -> str:
@@ -85,14 +84,9 @@ def kept(run: Path, adapter: Path) -> Evaluation | None:
 
     Raises McpLoraError if metrics.json is damaged.
     """
-    folder, again = run / "eval", f"mcp-lora eval {run}"
-    asked, file = folder / ASKED, folder / "metrics.json"
-    if not asked.is_file() or asked.read_text("utf-8") != runs.adapter_hash(adapter) or not file.is_file():
-        return None
-    try:
-        return parsed(files.load(file, again), Evaluation)
-    except ValueError as error:
-        raise McpLoraError(f"{file} is damaged ({error}): {again}") from None
+    file = run / "eval" / "metrics.json"
+    found = files.parsed(file, Evaluation, advice("eval", run)) if file.is_file() else None
+    return found if found and found.adapter == runs.adapter_hash(adapter) else None
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ class Request:
         benchmark: ask the leaderboard's questions instead (see mcp_lora.evaluate.benchmark).
         limit: maximum questions per split.
         models: BASE, ADAPTER or both.
-        endpoint: evaluate this server instead, and compare it with the base model if its answers exist.
+        endpoint: evaluate this server instead, and compare it with those models that have answered the same.
         max_new_tokens: tokens per answer; by default those of the longest gold answer and a margin.
         batch_size: questions per batch of each process; halved if memory runs out.
         gpus: number of GPUs that the questions are sharded across; by default all.
@@ -136,7 +130,7 @@ class Request:
     @property
     def command(self) -> str:
         """The command that evaluates the same kind of questions."""
-        return f"mcp-lora eval {self.run}" + f" --benchmark {benchmark.NAME}" * self.benchmark
+        return advice("eval", self.run, *["--benchmark", benchmark.NAME] * self.benchmark)
 
 
 def evaluate(
@@ -153,40 +147,55 @@ def evaluate(
     run's folder cannot be written.
     """
     api.require()
+    if request.endpoint and request.endpoint.model in (BASE, ADAPTER):
+        what = f"--endpoint-model {request.endpoint.model} is the name of the run's own answers"
+        raise McpLoraError(f"{what}: serve it under another name, as {advice('serve', request.run)} does")
     run, prepared, adapter = request.run, prepare(request), None
     if ADAPTER in request.models and not request.endpoint:
         adapter = runs.adapter(run, request.checkpoint)
     template, every, asked, length = prepared.template, prepared.every, prepared.asked, prepared.length
     if server := request.endpoint:
+        with suppress(McpLoraError):  # a run without adapter
+            adapter = runs.adapter(run)
         with suppress(McpLoraError):  # asking it says more
             compared = parity(server.url, template, server.model)
             if compared.differences:
                 what = f"{len(compared.differences)} of {compared.count} prompts are not those of training"
-                say(f"warning: {what}: {compared.differences[0]}; see mcp-lora parity {server.url} {run}")
+                again = advice("parity", server.url, run)
+                say(f"warning: {what}: {compared.differences[0]}; see {again}")
     judge, answers = Judge(template), {}
     folder = run / "eval" / (benchmark.NAME if request.benchmark else "")
+    adapter_hash = runs.adapter_hash(adapter) if adapter else None
     common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
     try:
-        for model in _models(request, template, adapter, length):
-            file = folder / f"{quote(model.stem, safe='')}.jsonl"
-            book = Notebook(file, every, [*common, model.identity], judge)
+        for name in [BASE, ADAPTER, server.model] if server else request.models:
+            stem = name
+            identity: Any = [adapter_hash if name == ADAPTER else None, _in_bf16()]
+            if server and name == server.model:
+                stem, identity = f"endpoint-{quote(name, safe='')}", asdict(server)
+            book = Notebook(folder / f"{stem}.jsonl", every, [*common, identity], judge)
             missing = book.missing(asked)
-            if missing and not model.ask:
-                continue
-            if missing and model.ask:
+            if missing and server and name != server.model:
+                continue  # the run's own models are compared with a server, but not asked for it
+            if missing:
                 # closing stops the server or engine if an answer cannot be written
-                with closing(model.ask(missing)) as found:
+                loaded = adapter if name == ADAPTER else None
+                with closing(_asking(request, template, loaded, length, missing)) as found:
                     for done, (question, response) in enumerate(found, 1):
                         book.add(question, response)
-                        progress(f"asking {model.name}", done / len(missing))
-            answers[model.name] = book.answers(asked)
-        evaluation = replace(summarise(answers), left_out=prepared.left_out, max_new_tokens=length)
-        # metrics of some questions do not overwrite those of all
-        metrics = folder / ("metrics.json" if len(asked) == len(every) else "metrics_part.json")
+                        progress(f"asking {name}", done / len(missing))
+            answers[name] = book.answers(asked)
+        evaluation = replace(
+            summarise(answers),
+            left_out=prepared.left_out,
+            max_new_tokens=length,
+            adapter=adapter_hash if ADAPTER in answers else None,
+        )
+        # the model card's, which those of some questions or of another model do not overwrite
+        is_all = ADAPTER in answers and not server and len(asked) == len(every)
+        metrics = folder / ("metrics.json" if is_all else "metrics_part.json")
         metrics.write_text(evaluation.metrics(), encoding="utf-8")
-        if adapter:
-            (folder / ASKED).write_text(runs.adapter_hash(adapter), encoding="utf-8")
-        if adapter and not request.benchmark and BASE in request.models:
+        if adapter and not server and not request.benchmark and BASE in request.models:
             progress("comparing plain chat", 0)
             evaluation = replace(evaluation, plain_chat=_plain_chat(run, adapter, template, say))
             metrics.write_text(evaluation.metrics(), encoding="utf-8")
@@ -241,7 +250,7 @@ def prepare(request: Request) -> Prepared:
     by_split = {split: [one for one in every if one.split == split] for split in wanted}
     if idle := [one for one in request.requirements if not by_split.get(one.split)]:
         there = ", ".join(split for split, found in by_split.items() if found)
-        again = f"mcp-lora eval {run}" + " --benchmark bfcl" * benchmark.is_asked_in(idle[0].split)
+        again = replace(request, benchmark=benchmark.is_asked_in(idle[0].split)).command
         raise McpLoraError(f"--require {idle[0].text}: the splits are {there}: {again}")
     # by their hash, as questions about one tool often stand together
     hashed = (sorted(found, key=operator.attrgetter("key")) for found in by_split.values())
@@ -256,49 +265,24 @@ def prepare(request: Request) -> Prepared:
     return Prepared(template, every, asked, left_out, request.max_new_tokens or longest + more)
 
 
-class _Model(NamedTuple):
-    """One that answers: its name, the stem of its file, what identifies it, and how to ask it.
+def _asking(
+    request: Request, template: ChatTemplate, adapter: Path | None, length: int, asked: Sequence[Question]
+) -> Generator[tuple[Question, Response]]:
+    """Ask the request's server, or let the engine answer: the base, or base + adapter."""
+    if server := request.endpoint:
+        return predict.by_endpoint(asked, server.url, server.model, length, template, request.command)
+    settings = runs.serving_config(request.run, adapter)
+    settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
+    settings |= {"bf16_full_eval": _in_bf16()}
+    return predict.by_engine(
+        asked, template=template, settings=settings, gpus=request.gpus, command=request.command
+    )
 
-    Without the last it is not asked, but compared if it has all answers already.
-    """
 
-    name: str
-    stem: str
-    identity: Any
-    ask: Callable[[Sequence[Question]], Generator[tuple[Question, Response]]] | None
-
-
-def _models(request: Request, template: ChatTemplate, adapter: Path | None, length: int) -> Iterator[_Model]:
-    """Yield the models in the order in which they are compared."""
+def _in_bf16() -> bool:
     # on a CPU that has it: 115 s instead of 349 for 89 questions, of which 9 got another answer
     machine = detect_machine()
-    in_bf16 = machine.bf16 and not machine.gpus
-    if request.endpoint:
-        yield _Model(BASE, BASE, [None, in_bf16], None)
-        url, name = request.endpoint.url, request.endpoint.model
-        ask = partial(
-            predict.by_endpoint,
-            url=url,
-            model=name,
-            max_tokens=length,
-            template=template,
-            command=request.command,
-        )
-        yield _Model(name, f"endpoint-{name}", asdict(request.endpoint), ask)
-        return
-    for name in request.models:
-        loaded = adapter if name == ADAPTER else None
-        settings = runs.serving_config(request.run, loaded)
-        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
-        settings |= {"bf16_full_eval": in_bf16}
-        ask = partial(
-            predict.by_engine,
-            template=template,
-            settings=settings,
-            gpus=request.gpus,
-            command=request.command,
-        )
-        yield _Model(name, name, [loaded and runs.adapter_hash(loaded), in_bf16], ask)
+    return machine.bf16 and not machine.gpus
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:

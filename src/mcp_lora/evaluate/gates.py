@@ -42,12 +42,16 @@ def requirement(text: str) -> Requirement:
         splits, names = " or ".join(questions.SPLITS), " or ".join(METRICS)
         what = f"a metric is SPLIT.NAME, with {splits} and {names}, or {benchmark.NAME}.CATEGORY"
         raise McpLoraError(f"--require {text}: {what}: see docs/evaluation.md")
+    share = float(bound) / (100 if percent else 1)
+    if share > 1:
+        again = f'mcp-lora eval --require "{metric}{sign}{min(float(bound), 100):g}%"'
+        raise McpLoraError(f"--require {text}: {bound}{percent} is not a share from 0 to 1: {again}")
     return Requirement(
         text.strip(),
         metric if of_benchmark else split,
         metric,
         _SIGNS[sign],
-        float(bound) / (100 if percent else 1),
+        share,
     )
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mcp_lora.data.calls import CALL_ID
+from mcp_lora.data.records import ToolCall
 from mcp_lora.errors import McpLoraError, one_line
-from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.prompts.chat_template import ChatTemplate, call_id, calling
 
 _CONTEXT = 60  # characters before and after the first difference that are shown
 
@@ -38,19 +38,11 @@ def _tool(name: str, properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _called(*numbers: int) -> dict[str, Any]:
-    made = [
-        {
-            "id": f"{number:0{len(CALL_ID)}d}",
-            "type": "function",
-            "function": {"name": "get-sum", "arguments": f'{{"a": {number}, "b": 2}}'},
-        }
-        for number in numbers
-    ]
-    return {"role": "assistant", "content": "", "tool_calls": made}
+    return calling([ToolCall("get-sum", {"a": number, "b": 2}) for number in numbers]) | {"content": ""}
 
 
 def _result(number: int) -> dict[str, Any]:
-    return {"role": "tool", "tool_call_id": f"{number:0{len(CALL_ID)}d}", "content": '{"sum": 3}'}
+    return {"role": "tool", "tool_call_id": call_id(number), "content": '{"sum": 3}'}
 
 
 _SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
@@ -85,16 +77,12 @@ def parity(url: str, template: ChatTemplate, model: str | None = None) -> Parity
     Raises McpLoraError if the server does not answer.
     """
     import httpx
-    from openai import OpenAI, OpenAIError
 
-    key = os.environ.get("OPENAI_API_KEY", "none")
+    url, key = url.rstrip("/"), os.environ.get("OPENAI_API_KEY", "none")
     compared, differences, left_out = "", [], 0
     try:
-        with (
-            OpenAI(base_url=url, api_key=key) as client,
-            httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=60) as http,
-        ):
-            model = model or client.models.list().data[-1].id
+        with httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
+            model = model or http.get(f"{url}/models").raise_for_status().json()["data"][-1]["id"]
             for name, (messages, tools) in PROBES.items():
                 try:
                     expected = template.prompt(messages, tools)
@@ -102,7 +90,7 @@ def parity(url: str, template: ChatTemplate, model: str | None = None) -> Parity
                     left_out += 1
                     continue
                 body = {"model": model, "messages": messages} | ({"tools": tools} if tools else {})
-                compared, found = _prompt(http, url.rstrip("/"), body)
+                compared, found = _prompt(http, url, body)
                 ids = template.ids(expected)
                 if isinstance(found, int):
                     difference = f"{found} tokens instead of {len(ids)}" if found != len(ids) else ""
@@ -110,7 +98,7 @@ def parity(url: str, template: ChatTemplate, model: str | None = None) -> Parity
                     difference = _difference(expected, template.tokenizer.decode(found)) or difference
                 if difference:
                     differences.append(f"{name}: {difference}")
-    except (OpenAIError, httpx.HTTPError, LookupError, TypeError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, LookupError, TypeError, ValueError) as error:
         what = f"{url} does not answer as OpenAI's protocol has it ({one_line(error)})"
         again = "is it running, does the URL end with /v1, is the key in OPENAI_API_KEY? mcp-lora serve"
         raise McpLoraError(f"{what}: {again}") from None
@@ -132,8 +120,7 @@ def _difference(expected: str, made: str) -> str:
     """Return the first difference of two texts with its context, or ""."""
     if expected == made:
         return ""
-    pairs = zip(expected, made, strict=False)
-    place = next((at for at, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(expected), len(made)))
+    place = len(os.path.commonprefix([expected, made]))
     start = max(0, place - _CONTEXT)
     shown = (text[start : place + _CONTEXT] for text in (expected, made))
     return "at character {}, {!r} in training, {!r} on the server".format(place, *shown)

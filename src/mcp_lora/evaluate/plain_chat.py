@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
+from mcp_lora.errors import advice
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train import runs
 
@@ -62,7 +63,7 @@ def of_run(run: Path, adapter: Path, template: ChatTemplate) -> PlainChat | None
 
 def kept_of(run: Path, adapter: Path) -> PlainChat | None:
     """Return what was measured of this adapter of a run, None if nothing was."""
-    row = files.load(run / _FILE, f"remove it, and mcp-lora eval {run}")
+    row = files.load(run / _FILE, f"remove it, and {advice('eval', run)}")
     if row and row.pop("adapter", "") == runs.adapter_hash(adapter):
         with suppress(TypeError):  # of another version
             return PlainChat(**row)

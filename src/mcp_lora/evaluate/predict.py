@@ -7,6 +7,7 @@ The engine writes generated_predictions.jsonl, in the order of the questions; on
 
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -58,7 +59,9 @@ def by_engine(
     """
     visible = detect_machine().gpus
     # what a shell has left (NPROC_PER_NODE) counts only on a CPU, where it is the one way to say so
-    topology = find_topology({} if visible else os.environ, visible, gpus, nodes=1, node_rank=0)
+    topology = find_topology(
+        {} if visible else os.environ, visible, gpus, nodes=1, node_rank=0, command=command
+    )
     encoded = [(one, template.ids(one.prompt), template.ids(one.target)) for one in questions]
     longest_first = sorted(encoded, key=lambda one: -len(one[1]))
     for start in range(0, len(questions), CHUNK):
@@ -113,24 +116,33 @@ def by_endpoint(
         url: the base URL, including /v1.
         model: its name on the server.
         max_tokens: tokens per answer.
-        template: the model's chat template; requests set its arguments as in training.
+        template: the model's chat template; requests set its arguments as in training, unless the server
+            rejects them.
         command: the command to run again after a failure, without the server's options.
 
     Raises McpLoraError if the server cannot be reached, or rejects a request.
     """
-    from openai import OpenAI
+    from openai import BadRequestError, OpenAI, UnprocessableEntityError
 
     arguments = {"chat_template_kwargs": template.server_arguments} if template.server_arguments else None
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=RETRIES)
     failures: list[Exception] = []
 
+    def reply(question: Question) -> Response:
+        words = (client, model, question.sample["messages"][:-1], question.sample["tools"])
+        more: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0}
+        try:
+            return asked(*words, **more, extra_body=arguments)[0]
+        except (BadRequestError, UnprocessableEntityError):
+            if not arguments:
+                raise
+        return asked(*words, **more)[0]  # a hosted model may reject the arguments
+
     def ask(question: Question) -> tuple[Question, Response] | None:
         if failures:  # requests in flight are completed and kept, but no new ones are sent
             return None
-        messages, more = question.sample["messages"][:-1], {"max_tokens": max_tokens, "temperature": 0}
         try:
-            found, _ = asked(client, model, messages, question.sample["tools"], **more, extra_body=arguments)
-            return question, found
+            return question, reply(question)
         except Exception as error:  # any exception is possible
             failures.append(error)
             return None
@@ -141,7 +153,7 @@ def by_endpoint(
     if failures:
         what = f"{url} does not answer ({one_line(failures[0])}): is it running, is {model} its "
         what += f"model, is the key in {KEY}? Its answers so far are kept"
-        raise McpLoraError(f"{what}: {command} --endpoint {url} --endpoint-model {model}")
+        raise McpLoraError(f"{what}: {command} {shlex.join(['--endpoint', url, '--endpoint-model', model])}")
 
 
 def asked(

@@ -14,7 +14,7 @@ from typing import Any
 
 from mcp_lora.data import conversion, dataset
 from mcp_lora.data.records import Tool, ToolCall
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import McpLoraError, advice
 from mcp_lora.prompts.chat_template import called
 
 SPLITS = tuple(split for split in dataset.SPLITS if split != "train")
@@ -99,5 +99,5 @@ def read(folder: Path, splits: Sequence[str]) -> list[Question]:
         except (ValueError, TypeError, LookupError):
             what = f"a question of {question.split} in {folder} is damaged"
             again = f"after removing {dataset.file_of(folder, question.split).name}"
-            raise McpLoraError(f"{what}: mcp-lora convert --output {folder}, {again}") from None
+            raise McpLoraError(f"{what}: {advice('convert', '--output', folder)}, {again}") from None
     return found

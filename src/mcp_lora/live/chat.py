@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import dataset
-from mcp_lora.data.calls import without_thought
+from mcp_lora.data.calls import call_of, split_thought
 from mcp_lora.data.records import Tool, ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
 from mcp_lora.engine import api
@@ -245,17 +245,12 @@ def by_endpoint(run: Path, endpoint: Endpoint) -> Answer:
             found, _ = asked(client, endpoint.model, messages, tools, temperature=0, extra_body=more)
             if found.failed == "no reply":
                 raise ValueError(found.text)
-            calls = [ToolCall(call["name"], _object(call["arguments"])) for call in found.tool_calls]
+            calls = [read for call in found.tool_calls if (read := call_of(call["name"], call["arguments"]))]
+            if len(calls) < len(found.tool_calls):
+                raise ValueError("a call has no name, or its arguments are not a JSON object")
         except Exception as error:  # any exception is possible
             what = f"{endpoint.url} does not answer as it should ({one_line(error)})"
             raise McpLoraError(f"{what}: is it running, is the key in {KEY}?") from None
-        return without_thought(found.text).strip(), calls
+        return split_thought(found.text)[0].strip(), calls
 
     return answer
-
-
-def _object(arguments: Any) -> dict[str, Any]:
-    found = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
-    if not isinstance(found, dict):
-        raise ValueError(f"the arguments of a call are {arguments}")
-    return found

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import dataset
-from mcp_lora.data.calls import without_thought
+from mcp_lora.data.calls import call_of, split_thought
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError, Tool, ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
@@ -247,7 +247,7 @@ def _teacher(request: Request) -> _Ask:
         if found.failed:
             raise RowError(found.failed.replace(" ", "-"), f"the teacher's answer: {found.text[-200:]}")
         calls = [ToolCall(call["name"], call["arguments"]) for call in found.tool_calls]
-        return without_thought(found.text).strip(), calls
+        return split_thought(found.text)[0].strip(), calls
 
     return ask
 
@@ -319,15 +319,12 @@ def _checked(text: str, made: Sequence[ToolCall], tool: Tool) -> ToolCall:
         raise RowError("several-calls" if made else "no-call", f"{len(made)} calls: {text[:200]}")
     name, arguments = made[0]
     if name != tool.name:
-        raise RowError("wrong-tool", f"it calls {name}")
-    if isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments)
-    if not isinstance(arguments, dict):
-        raise RowError("not-json", f"the arguments are {str(arguments)[:200]}")
-    if problem := Catalogue().problem(tool, arguments):
+        raise RowError("wrong-tool", f"it calls {name!r}")
+    if (call := call_of(name, arguments)) is None:
+        raise RowError("not-json", f"the arguments are {str(arguments)[:200]!r}")
+    if problem := Catalogue().problem(tool, call.arguments):
         raise RowError("schema", problem)
-    return ToolCall(name, arguments)
+    return call
 
 
 def _original(line: _Line, lines: Sequence[_Line]) -> _Line:

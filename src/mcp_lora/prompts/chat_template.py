@@ -95,7 +95,6 @@ class ChatTemplate:
             text, and "" or None if there is no text beside them.
         written: how the template writes calls.PROBE.
         switches_thinking: whether the template can switch thinking on and off.
-        is_thinking_off: whether it is switched off.
 
     Raises McpLoraError if prompts and answers of this template cannot be separated.
     """
@@ -123,17 +122,16 @@ class ChatTemplate:
         # If nothing differs, thinking cannot be switched off, and the answers' reasoning is trained on.
         prompts = set()
         for self.thinking in (not thinking, thinking):  # the last one stays
-            prompts.add(self._apply([_QUESTION], [_TOOL]))
+            prompts.add(self.prompt([_QUESTION], [_TOOL]))
         self.switches_thinking = len(prompts) > 1
-        self.is_thinking_off = self.switches_thinking and not thinking
-        self._keeps_thoughts = not self.is_thinking_off
+        self._keeps_thoughts = thinking or not self.switches_thinking
 
     def _try(self, template: str) -> str | None:
         """Use a template; return what is wrong with it, or None."""
         self.tokenizer.chat_template = template
         self._keeps_thoughts, why = True, ""
         try:
-            prompt = self._apply([_QUESTION], [_TOOL])
+            prompt = self.prompt([_QUESTION], [_TOOL])
         except Exception as error:  # templates raise any exception
             return f"it rejects a question with tools ({one_line(error)})"
         if calls.NAME not in prompt:
@@ -162,7 +160,7 @@ class ChatTemplate:
         self.tokenizer.chat_template = body = own or PLAIN
         takes_system = "false"
         with suppress(Exception):  # templates reject with any exception
-            if _SYSTEM["content"] in self._apply([_SYSTEM, _QUESTION], []):
+            if _SYSTEM["content"] in self.prompt([_SYSTEM, _QUESTION], []):
                 takes_system = "true"
         return f"{{%- set system_role = {takes_system} -%}}\n{preamble}\n{body}"
 
@@ -194,15 +192,28 @@ class ChatTemplate:
             raise RowError("empty-answer", "the chat template leaves the answer out")
         return prompt, target
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Any]) -> str:
-        """Return the prompt that a server has to send to the model; templates raise any exception."""
-        return self._apply(messages, tools)
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any], prompting: bool = True) -> str:
+        """Return the prompt that a server has to send to the model; templates raise any exception.
+
+        Without `prompting`, the conversation ends with its last message, and no answer is opened.
+        """
+        rendered = self.tokenizer.apply_chat_template(
+            list(self._served(messages)),
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=prompting,
+            enable_thinking=self.thinking,
+            thinking=self.thinking,
+            date_string=_DATE_STRING,
+            strftime_now=DATE.strftime,
+        )
+        return str(rendered)
 
     @property
     def opening(self) -> str:
         """How the template opens an answer, up to the end of the line."""
-        asked = self._apply([_QUESTION], [_TOOL], prompting=False)
-        return self._apply([_QUESTION], [_TOOL]).removeprefix(asked).partition("\n")[0] + "\n"
+        asked = self.prompt([_QUESTION], [_TOOL], prompting=False)
+        return self.prompt([_QUESTION], [_TOOL]).removeprefix(asked).partition("\n")[0] + "\n"
 
     @property
     def server_arguments(self) -> dict[str, Any]:
@@ -293,8 +304,8 @@ class ChatTemplate:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _turn(self, messages: Sequence[Message], answer: Message, tools: Sequence[Any]) -> tuple[str, str]:
-        prompt = self._apply(messages, tools)
-        whole = self._apply([*messages, answer], tools, prompting=False)
+        prompt = self.prompt(messages, tools)
+        whole = self.prompt([*messages, answer], tools, prompting=False)
         bare = self._behind(prompt, whole, messages, answer, tools).rstrip()
         before, eos, after = bare.rpartition(self.tokenizer.eos_token)
         if eos and self._only_special.fullmatch(after):  # some continue with the start of the next turn
@@ -330,7 +341,7 @@ class ChatTemplate:
             return whole[whole.index(tail) + len(tail) :]
         # Hermes 3 renders a result differently if the conversation continues: the answer follows the last
         # generation prompt.
-        history = self._apply(messages, tools, prompting=False)
+        history = self.prompt(messages, tools, prompting=False)
         asks = prompt[len(history) :] if prompt.startswith(history) else ""
         if asks.strip() and whole.count(asks) == prompt.count(asks):
             return whole[whole.rindex(asks) + len(asks) :]
@@ -344,24 +355,11 @@ class ChatTemplate:
             return end
         made = answer.get("tool_calls") or []
         following = [{"role": "tool", "tool_call_id": call["id"], "content": "3"} for call in made]
-        more = self._apply([_QUESTION, answer, *(following or [_QUESTION])], [_TOOL], prompting=False)
+        more = self.prompt([_QUESTION, answer, *(following or [_QUESTION])], [_TOOL], prompting=False)
         rest = more[more.rindex(text) + len(text) :].lstrip()
         if end := next((token for token in self._special if rest.startswith(token)), None):
             return end
         raise ValueError("no token ends a turn")
-
-    def _apply(self, messages: Sequence[Message], tools: Sequence[Any], prompting: bool = True) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            list(self._served(messages)),
-            tools=list(tools) or None,
-            tokenize=False,
-            add_generation_prompt=prompting,
-            enable_thinking=self.thinking,
-            thinking=self.thinking,
-            date_string=_DATE_STRING,
-            strftime_now=DATE.strftime,
-        )
-        return str(rendered)
 
     def _served(self, messages: Sequence[Message]) -> Iterator[Message]:
         """Yield messages as a server passes them to a template, with numbered call ids."""
@@ -379,7 +377,7 @@ class ChatTemplate:
                 message["tool_calls"] = []
             for call in made or []:
                 given, function = call.get("id", ""), call["function"]
-                ids[given] = f"{next(number):0{len(calls.CALL_ID)}d}"
+                ids[given] = call_id(next(number))
                 arguments = function["arguments"]
                 if self.arguments_parsed and isinstance(arguments, str):
                     arguments = json.loads(arguments)
@@ -456,5 +454,10 @@ def calling(made: Sequence[ToolCall], first: int = 1) -> Message:
     message: Message = {"role": "assistant", "content": None, "tool_calls": []}
     for number, (name, arguments) in enumerate(made, first):
         function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
-        message["tool_calls"].append({"id": f"call_{number}", "type": "function", "function": function})
+        message["tool_calls"].append({"id": call_id(number), "type": "function", "function": function})
     return message
+
+
+def call_id(number: int) -> str:
+    """Return the id of a call: nine digits, as Mistral's templates require."""
+    return f"{number:0{len(calls.CALL_ID)}d}"

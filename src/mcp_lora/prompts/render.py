@@ -2,8 +2,15 @@
 
 data/llama_factory/rendered/KEY/ is a `datasets` folder (`tokenized_path`) with `train` and, if val_size
 holds rows out, `validation`; both have input_ids, attention_mask and labels. KEY is a hash of the rows, the
-tokenizer, its chat template and the settings, so that a change of any gives a new folder. It also contains
-rendered.json:
+tokenizer, its chat template and the settings, so that a change of any gives a new folder.
+
+Samples in a batch are padded to the longest of them. So `train` is shuffled once, and the samples of each
+optimizer step are sorted by length: the batches of a step contain samples of similar length, and a step the
+same samples in any number of batches, on any number of GPUs. The engine then reads them in this order
+(disable_shuffling), also after a resumption; transformers' own group_by_length would shuffle by a generator
+that ranks do not share, and that a resumed run does not restore (accelerate 1.11, prepare_data_loader).
+
+rendered.json is beside them:
 
     {"samples": 262, "validation": 26, "left_out": {"too-long": 1}, "reasons": ["row 7: 5210 tokens …"],
      "shortened": 3, "dropped_tools": 7, "lost_texts": 0, "lengths": {"median": 612, "p95": 1180,
@@ -18,6 +25,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +60,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "train_on_prompt": bool(config.get("train_on_prompt")),
         "max_samples": config.get("max_samples"),
         "val_size": config.get("val_size") or 0,
-        "seed": config.get("seed") or 42,
+        "seed": 42 if config.get("seed") is None else config["seed"],
     }
 
 
@@ -86,7 +94,7 @@ def fit(template: ChatTemplate, row: Mapping[str, Any], settings: Mapping[str, A
 
 
 def render(
-    template: ChatTemplate, file: Path, folder: Path, settings: Mapping[str, Any]
+    template: ChatTemplate, file: Path, folder: Path, settings: Mapping[str, Any], step: int | None = None
 ) -> tuple[Path, dict[str, Any]]:
     """Render a split for training, unless this has been done; of several processes only the first does.
 
@@ -95,6 +103,7 @@ def render(
         file: the rows, as `mcp-lora convert` writes them.
         folder: the folder of rendered data sets.
         settings: LLaMA-Factory's keys; only those of settings_of and preprocessing_num_workers count.
+        step: samples of an optimizer step, which are sorted by length; by default the rows' order is kept.
 
     Returns:
         The data set's folder, and the content of rendered.json.
@@ -104,7 +113,7 @@ def render(
     import filelock
     from datasets.exceptions import DatasetGenerationError
 
-    chosen = settings_of(settings)
+    chosen = settings_of(settings) | {"step": step}
     out = folder / _key(template, file, chosen)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,12 +148,10 @@ def _key(template: ChatTemplate, file: Path, chosen: Mapping[str, Any]) -> str:
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     versions = [importlib.metadata.version(package) for package in ("transformers", "jinja2")]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    rest = json.dumps([special, template.thinking, chosen, versions])
     code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.*"))]
-    digest = hashlib.sha256()
-    for part in (files.sha256(file), vocabulary, tokenizer.chat_template, rest, *code):
-        digest.update(hashlib.sha256(part.encode(errors="surrogatepass")).digest())
-    return digest.hexdigest()[:16]
+    model = [vocabulary, tokenizer.chat_template, special, template.thinking]
+    parts = json.dumps([files.sha256(file), model, chosen, versions, code])
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, Any], workers: int) -> None:
@@ -184,6 +191,8 @@ def _render(template: ChatTemplate, file: Path, out: Path, chosen: Mapping[str, 
         kept = rendered[name].filter(lambda reason: reason is None, input_columns="reason")
         if len(kept):
             good[name] = kept.select_columns([*_COLUMNS])
+    if "train" in good and chosen["step"]:
+        good["train"] = good["train"].select(order(_lengths(good["train"]), chosen["step"], chosen["seed"]))
     summary = _summary(rendered, chosen["cutoff_len"])
     summary["validation"] = len(good.get("validation", ()))
     if not summary["samples"]:
@@ -227,11 +236,9 @@ def _encode(
 def _summary(rendered: Mapping[str, Any], cutoff_len: int) -> dict[str, Any]:
     import numpy
     import pandas
-    import pyarrow.compute
 
     reported = pandas.concat(split.select_columns([*_REPORTED]).to_pandas() for split in rendered.values())
-    column = rendered["train"].data.column("input_ids")
-    lengths = pyarrow.compute.list_value_length(column).drop_null().to_numpy()
+    lengths = _lengths(rendered["train"])
     summary: dict[str, Any] = {
         "samples": len(lengths),
         "left_out": reported["reason"].value_counts().to_dict(),
@@ -252,3 +259,60 @@ def _summary(rendered: Mapping[str, Any], cutoff_len: int) -> dict[str, Any]:
             "histogram": [[round(low), round(high), int(count)] for low, high, count in bins],
         }
     return summary
+
+
+def lengths(data: Path) -> Any:
+    """Return the number of tokens of each sample of a rendered data set, in its order, as a numpy array."""
+    import datasets
+
+    return _lengths(datasets.load_from_disk(str(data))["train"])
+
+
+def _lengths(samples: Any) -> Any:
+    """Return the number of tokens of each sample, without rows that are left out."""
+    import pyarrow.compute
+
+    column = samples.flatten_indices().data.column("input_ids")
+    return pyarrow.compute.list_value_length(column).drop_null().to_numpy()
+
+
+def first_lengths(template: ChatTemplate, file: Path, settings: Mapping[str, Any], rows: int) -> Any:
+    """Return the number of tokens of each sample of the first rows; nothing is written.
+
+    Args:
+        template: the model's chat template.
+        file: the rows, as `mcp-lora convert` writes them.
+        settings: LLaMA-Factory's keys.
+        rows: how many.
+    """
+    import numpy
+
+    first = [*islice(_lines(file), rows)]
+    batch = {name: [row[name] for row in first] for name in ("row", "text")}
+    made = _encode(batch, template, settings_of(settings))
+    return numpy.array([len(ids) for ids in made["input_ids"] if ids])
+
+
+def order(lengths: Any, step: int, seed: int) -> list[int]:
+    """Return a random order of samples, of which each optimizer step is sorted by length, longest first.
+
+    The longest sample of all is the first, so that memory runs out at the start, or not at all.
+
+    Args:
+        lengths: tokens of each sample, a numpy array.
+        step: samples of an optimizer step, the global batch size.
+        seed: of the order.
+    """
+    import numpy
+
+    shuffled = numpy.random.default_rng(seed).permutation(len(lengths))
+    first = lengths[shuffled].argmax()
+    shuffled[[0, first]] = shuffled[[first, 0]]
+    steps = (shuffled[start : start + step] for start in range(0, len(lengths), step))
+    return [int(one) for part in steps for one in part[numpy.argsort(-lengths[part], kind="stable")]]
+
+
+def padding(lengths: Any, size: int) -> float:
+    """Return the share of padding in batches of `size` samples of these lengths, a numpy array."""
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    return 1 - float(lengths.sum()) / sum(int(batch.max()) * len(batch) for batch in batches)

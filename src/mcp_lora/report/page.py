@@ -6,7 +6,6 @@ trainer_state.json, eval/*.jsonl, eval/bfcl/*.jsonl, eval/plain_chat.json. Its J
 
 import difflib
 import json
-import re
 import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,24 +13,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from itertools import chain, islice, zip_longest
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from mcp_lora.data import files
-from mcp_lora.errors import McpLoraError, explained
+from mcp_lora.errors import McpLoraError, advice, explained
 from mcp_lora.evaluate import answers, plain_chat
 from mcp_lora.evaluate.answers import Answer
 from mcp_lora.evaluate.benchmark import NAME
-from mcp_lora.evaluate.evaluation import ADAPTER, ASKED, BASE, summarise
+from mcp_lora.evaluate.evaluation import ADAPTER, BASE, summarise
 from mcp_lora.evaluate.score import ERRORS
 from mcp_lora.train import manifest, runs, steps
 from mcp_lora.train.manifest import Manifest
 
-EXAMPLES = 20
-_COMPARED = 20_000  # characters; comparing them takes a second, and the time is quadratic
+EXAMPLES = 3  # of each outcome and split
 _OUTCOMES = ("lost", "wrong", "gained", "right")  # in the order in which examples are shown
 
 
@@ -84,10 +82,15 @@ def _render(found: Sequence[Run]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     several = len(found) > 1
-    adapters = {run.name: run.answers[ADAPTER] for run in found if ADAPTER in run.answers}
-    by_model, left_out = _common(adapters if several else found[0].answers)
+    asked = {run.name: run.answers[ADAPTER] for run in found if ADAPTER in run.answers}
     judged = {run.name: run.judged[ADAPTER] for run in found if ADAPTER in run.judged}
-    by_judged, unjudged = _common(judged if several else found[0].judged)
+    fewer: list[str] = []
+    fewer_judged: list[str] = []
+    if not several:
+        asked, fewer = _comparable(found[0].answers)
+        judged, fewer_judged = _comparable(found[0].judged)
+    by_model, left_out = _common(asked)
+    by_judged, unjudged = _common(judged)
     base = Path(found[0].config["model_name_or_path"])
     wrong = {one.verdict.error for each in by_model.values() for one in each}
     curves: dict[str, list[Any]] = defaultdict(list)
@@ -99,6 +102,7 @@ def _render(found: Sequence[Run]) -> str:
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     return environment.get_template("page.html").render(
         runs=found,
+        advice=advice,
         several=several,
         base=base.name if base.is_absolute() else base,
         made_of=_side_by_side([_made_of(run) for run in found]),
@@ -109,6 +113,8 @@ def _render(found: Sequence[Run]) -> str:
         judged_models=list(by_judged),
         unjudged=unjudged,
         left_out=left_out,
+        fewer=fewer,
+        fewer_judged=fewer_judged,
         unasked=[run.folder for run in found if not (ADAPTER in run.answers if several else run.answers)],
         examples=_examples(by_model),
         errors={error: f"var(--error-{place})" for place, error in enumerate(ERRORS) if error in wrong},
@@ -126,27 +132,19 @@ def _render(found: Sequence[Run]) -> str:
 
 
 def compare(expected: str, answer: str) -> list[tuple[str, str]]:
-    """Return the diff of an answer in parts: "same", "extra" if not expected, "missing" if expected only.
-
-    Texts are compared by words and punctuation, so that a wrong argument is marked, not its whole line.
-    """
-    if len(expected) + len(answer) > _COMPARED:
-        return [("missing", expected), ("extra", answer)]
-    one, other = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (expected, answer))
-    parts = []
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    for kind, low, high, start, end in matcher.get_opcodes():
-        if kind == "equal":
-            parts.append(("same", "".join(one[low:high])))
-        else:
-            parts += [("missing", "".join(one[low:high])), ("extra", "".join(other[start:end]))]
-    return [part for part in parts if part[1]]
+    """Return the lines of two texts: "same", "extra" if not expected, "missing" if expected only."""
+    if expected == answer:
+        return [("same", expected)]
+    one, other = expected.split("\n"), answer.split("\n")
+    lines = list(difflib.unified_diff(one, other, n=len(one), lineterm=""))[3:]  # without its header
+    kinds = {" ": "same", "+": "extra", "-": "missing"}
+    return [(kinds[line[0]], f"{line[1:]}\n") for line in lines]
 
 
 def _read(folder: Path, name: str) -> Run:
     config = runs.read_run(folder)
     states = [folder, *runs.complete_checkpoints(folder)[::-1]]
-    again = f"remove it, and mcp-lora report {folder}"
+    again = f"remove it, and {advice('report', folder)}"
     logs = (files.load(place / "trainer_state.json", again).get("log_history") for place in states)
     asked, judged = (_answers(folder / "eval" / place) for place in ("", NAME))
     return Run(name, folder, config, manifest.read(folder), next(filter(None, logs), []), asked, judged)
@@ -158,6 +156,23 @@ def _answers(folder: Path) -> dict[str, list[Answer]]:
     return {model: kept[model] for model in models if kept.get(model)}
 
 
+def _comparable(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], list[str]]:
+    """Leave out the models without an answer to each of the adapter's questions, or of the base's.
+
+    Also returns a note on each. With a server that was asked one question, one question would be left of all.
+    """
+    main = next((name for name in (ADAPTER, BASE, *by_model) if name in by_model), "")
+    asked = {answer.question for answer in by_model.get(main, ())}
+    kept, notes = {}, []
+    for name, each in by_model.items():
+        count = len(asked & {answer.question for answer in each})
+        if count == len(asked):
+            kept[name] = each
+        else:
+            notes.append(f"{name} has answered only {count} of {len(asked)} questions and is left out.")
+    return kept, notes
+
+
 def _common(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], int]:
     """Return the answers to the questions that all models share, in one order, and the number of others."""
     by_key = {name: {answer.question: answer for answer in each} for name, each in by_model.items()}
@@ -167,46 +182,30 @@ def _common(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer
     return found if common else {}, len(every) - len(common)
 
 
-def _made_of(run: Run) -> dict[str, str]:
-    """Return the table of what a run was made from; missing keys have the engine's defaults."""
-    config, record = run.config, run.manifest
-    rendered = record.rendered if record else {}
+def _made_of(run: Run) -> dict[str, Any]:
+    """Return the table of what a run was made from; all its settings are in run.yaml."""
+    record = run.manifest or Manifest()
     done, epochs = (max((row.get(key, 0) for row in run.history), default=0) for key in ("step", "epoch"))
-    data = record.data if record else None
-    quantized = f"{config['quantization_bit']}-bit base, " if config.get("quantization_bit") else ""
-    rank = config.get("lora_rank", 8)
-    found = {
-        "base model": config["model_name_or_path"],
-        "chat template": rendered.get("chat_template", "not recorded"),
-        "method": f"{quantized}{config.get('finetuning_type', 'lora')}, rank {rank}, alpha "
-        f"{config.get('lora_alpha', 2 * rank)}, dropout {config.get('lora_dropout', 0)}, "
-        f"{config.get('lora_target', 'all')} layers",
-        "learning rate": f"{config.get('learning_rate', 5e-5)}, {config.get('lr_scheduler_type', 'linear')}",
-        "batch": steps.describe_batch(config, record.processes if record else 1).removeprefix("batch "),
+    return {
+        "base model": run.config["model_name_or_path"],
+        "chat template": record.rendered.get("chat_template", "not recorded"),
+        "batch": steps.describe_batch(run.config, record.processes).removeprefix("batch "),
         "trained": f"{done} steps, {epochs:g} epochs",
-        "samples": f"{rendered['samples']:,}" if rendered.get("samples") else "not recorded",
-        "data": f"{Path(data.file).name}, SHA-256 {data.sha256[:12]}…" if data else "not recorded",
+        "samples": record.rendered.get("samples", "not recorded"),
+        "data": record.data.file if record.data else "not recorded",
+        "time": _time(record),
+        "hardware": ", ".join(record.gpus) or "CPU",
+        "packages": ", ".join(f"{name} {version}" for name, version in record.packages.items()),
+        "commit": record.git_commit or "none",
     }
-    if record:
-        found |= {
-            "time": _duration(record),
-            "hardware": ", ".join(record.gpus) or "CPU",
-            "packages": ", ".join(f"{name} {version}" for name, version in record.packages.items()),
-            "commit": record.git_commit or "none",
-            "seed": record.seed,
-        }
-        if record.retries:
-            found["restarts"] = f"{len(record.retries)} with a smaller per-device batch size"
-    return found
 
 
-def _duration(record: Manifest) -> str:
-    started = datetime.fromisoformat(record.started)
-    when = f"{started:%Y-%m-%d %H:%M} UTC"
-    if not record.ended:
-        return f"{when}, not finished"
-    ended = "" if record.exit == 0 else f", failed with exit code {record.exit}"
-    return f"{when}, took {datetime.fromisoformat(record.ended) - started}{ended}"
+def _time(record: Manifest) -> str:
+    if not record.started or not record.ended:
+        return f"{record.started}, not finished" if record.started else "not recorded"
+    took = datetime.fromisoformat(record.ended) - datetime.fromisoformat(record.started)
+    failed = f", failed with exit code {record.exit}" if record.exit else ""
+    return f"{record.started}, took {took}{failed}"
 
 
 def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], bool]]:
@@ -219,28 +218,22 @@ def _side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[
 
 
 def _examples(by_model: Mapping[str, list[Answer]]) -> list[dict[str, Any]]:
-    """Return examples of each split and outcome in turn, so that all are represented.
+    """Return the first EXAMPLES of each outcome and split, so that all are represented.
 
     Each has the last model's answer, the outcome (right or wrong; gained or lost if the first model's
     differs), the gold calls as text, and (name, error, parts; see `compare`) of each model's answer.
     """
-    groups: dict[tuple[str, str], list[tuple[Answer, ...]]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in zip(*by_model.values(), strict=True):
         first, last = (row[place].verdict.error is None for place in (0, -1))
         outcome = ("right" if last else "wrong") if first == last else ("gained" if last else "lost")
-        groups[outcome, row[-1].split].append(row)
+        group = groups[outcome, row[-1].split]
+        if len(group) < EXAMPLES:
+            expected = _calls(row[-1].expected) or "no call: no candidate tool fits"
+            shown = [(name, row[i].verdict.error, _parts(row[i])) for i, name in enumerate(by_model)]
+            group.append({"answer": row[-1], "outcome": outcome, "expected": expected, "answers": shown})
     ordered = sorted(groups, key=lambda group: (_OUTCOMES.index(group[0]), group[1]))
-    turns = zip_longest(*([(group[0], row) for row in groups[group]] for group in ordered))
-    # Only the examples that are shown are compared, as a comparison takes quadratic time.
-    return [
-        {
-            "answer": row[-1],
-            "outcome": outcome,
-            "expected": _calls(row[-1].expected) or "no call: no candidate tool fits",
-            "answers": [(name, row[i].verdict.error, _parts(row[i])) for i, name in enumerate(by_model)],
-        }
-        for outcome, row in islice(filter(None, chain.from_iterable(turns)), EXAMPLES)
-    ]
+    return [example for group in ordered for example in groups[group]]
 
 
 def _parts(answer: Answer) -> list[tuple[str, str]]:
@@ -258,10 +251,12 @@ def _calls(calls: Sequence[Any]) -> str:
 
 def _is_stale(run: Run, place: str) -> bool:
     """Tell whether the adapter has changed since it gave the answers in a folder of RUN/eval."""
-    file = run.folder / "eval" / place / ASKED
-    if run.adapter is None or not file.is_file():
-        return False
-    return file.read_text("utf-8") != runs.adapter_hash(run.adapter)
+    metrics = sorted(
+        (run.folder / "eval" / place).glob("metrics*.json"), key=lambda file: file.stat().st_mtime
+    )
+    kept = (files.load(file, advice("eval", run.folder)) for file in metrics)
+    asked = [found["adapter"] for found in kept if found.get("adapter")]
+    return bool(asked) and run.adapter is not None and asked[-1] != runs.adapter_hash(run.adapter)
 
 
 def _usage(run: Run) -> dict[str, str] | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.data.calls import without_thought
+from mcp_lora.data.calls import split_thought
 from mcp_lora.engine import launch
 from mcp_lora.errors import Interrupted, McpLoraError, advice, one_line
 from mcp_lora.prompts import chat_template
@@ -285,7 +285,7 @@ def _config(request: Request) -> dict[str, Any]:
 
 def parser(template: ChatTemplate) -> tuple[str, str]:
     """Return the names of vLLM's and SGLang's parser for the calls that a template writes."""
-    written = without_thought(template.written).strip()
+    written = split_thought(template.written)[0].strip()
     for pattern, *names in PARSERS:
         if re.match(pattern, written):
             return names[0], names[1]

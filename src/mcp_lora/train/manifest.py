@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import conversion, dataset, files
-from mcp_lora.data.records import Statistics, parsed
+from mcp_lora.data.records import Statistics
 from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.prompts.chat_template import hub_arguments
@@ -105,11 +105,7 @@ def describe(
 def read(run: Path) -> Manifest | None:
     """Return a run's manifest, None if there is none; raise a McpLoraError if it is damaged."""
     again = f"remove it, and mcp-lora report {run}"
-    content = files.load(run / NAME, again)
-    try:
-        return parsed(content, Manifest) if content else None
-    except ValueError as error:
-        raise McpLoraError(f"{run / NAME} is damaged ({error}): {again}") from None
+    return files.parsed(run / NAME, Manifest, again) if (run / NAME).is_file() else None
 
 
 def check_data(run: Path, folder: Path) -> None:

@@ -84,12 +84,17 @@ def fit(config: Mapping[str, Any], processes: int, memory: float, longest: int) 
 
 def _is_modelled(config: Mapping[str, Any]) -> bool:
     """Tell whether the estimate knows all that a configuration does to memory."""
-    deepspeed = Path(str(config.get("deepspeed"))[:200])
-    sharding = read_config(deepspeed).get("zero_optimization", {}) if deepspeed.is_file() else {}
-    offloads = any(sharding.get(key) for key in ("offload_optimizer", "offload_param"))
-    known = deepspeed.is_file() if config.get("deepspeed") else True
+    sharding = zero(config)
+    known = sharding is not None if config.get("deepspeed") else True
+    offloads = any((sharding or {}).get(key) for key in ("offload_optimizer", "offload_param"))
     others = [config.get(key) for key in ("pure_bf16", "fsdp", "additional_target", "resize_vocab")]
     return known and not offloads and not any(others) and config.get("quantization_bit") in (None, 4)
+
+
+def zero(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the `zero_optimization` of a configuration's DeepSpeed file; None if it has none."""
+    deepspeed = Path(str(config.get("deepspeed"))[:200])
+    return dict(read_config(deepspeed).get("zero_optimization", {})) if deepspeed.is_file() else None
 
 
 def alternatives(config: Mapping[str, Any], processes: int, memory: float, longest: int) -> Iterator[str]:
@@ -132,9 +137,8 @@ def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
     size = 2 if config.get("bf16") or config.get("fp16") else 4
     weights = (base - adapted) * size + adapted * (0.52 if config.get("quantization_bit") == 4 else size)
     moments = 2 if "8bit" in str(config.get("optim")) else 8
-    deepspeed = Path(str(config.get("deepspeed")))
-    sharding = read_config(deepspeed).get("zero_optimization", {}) if deepspeed.is_file() else {}
-    zero3, zero2 = (processes if sharding.get("stage", 0) >= stage else 1 for stage in (3, 2))
+    stage = (zero(config) or {}).get("stage", 0)
+    zero3, zero2 = (processes if stage >= most else 1 for most in (3, 2))
     text = shape.get_text_config()
     tokens = number(config, "per_device_train_batch_size", 8) * number(config, "cutoff_len", 2048)
     return Estimate(

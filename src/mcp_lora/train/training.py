@@ -1,6 +1,5 @@
 """A training from request to record: resolve, check, convert, render, start, retry, record."""
 
-import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +12,18 @@ from mcp_lora import demo_model
 from mcp_lora.data import conversion, dataset, files
 from mcp_lora.engine import api, launch
 from mcp_lora.engine.api import number
-from mcp_lora.engine.topology import Topology
 from mcp_lora.engine.topology import find as find_topology
-from mcp_lora.errors import Interrupted, McpLoraError, one_line
+from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import chat_template as prompts
 from mcp_lora.prompts import render
-from mcp_lora.train import manifest, memory, runs, steps
+from mcp_lora.train import manifest, runs, steps
+from mcp_lora.train import plan as plans
 from mcp_lora.train import recipe as configuration
 from mcp_lora.train.machine import Machine, detect_machine, too_big
 from mcp_lora.train.manifest import Manifest
+from mcp_lora.train.plan import Plan, Say
 
 LOG = "train.log"  # the engine's output
-Say = Callable[[str], None]
 Progress = Callable[[str, float], None]
 
 
@@ -32,8 +31,9 @@ Progress = Callable[[str, float], None]
 class Request:
     """The request for a training: a recipe, what overrides it, and how it is run.
 
-    `overrides` are `key=value` words with LLaMA-Factory's keys, `gpu_memory` is that of each GPU in GB. None
-    leaves a setting to the recipe, the environment or the machine.
+    `overrides` are `key=value` words with LLaMA-Factory's keys, `gpu_memory` is that of each GPU in GB,
+    `tokens_per_second` the speed of each process that a preview assumes. None leaves a setting to the recipe,
+    the environment or the machine.
     """
 
     recipe: Path = configuration.RECIPE
@@ -45,6 +45,7 @@ class Request:
     global_batch: int | None = None
     gpus: int | None = None
     gpu_memory: float | None = None
+    tokens_per_second: float | None = None
     nodes: int | None = None
     node_rank: int | None = None
     master: str | None = None
@@ -60,47 +61,6 @@ class Request:
         return {"model_name_or_path": self.model, "output_dir": output, "deepspeed": zero}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What will be run: LLaMA-Factory's keys, the engine's environment variables, the topology.
-
-    `given` are the keys that were set on the command line, `memory` the bytes of a GPU (0 without one),
-    `learned` the per-device batch size that was left when memory ran out before, `steps` a message on the
-    optimizer steps (empty until the data is known). Once the data is rendered, `rendered` is the content of
-    rendered.json, and `chat_template` the template to serve the adapter with, if that is not the model's own.
-    """
-
-    config: dict[str, Any]
-    environment: dict[str, str]
-    topology: Topology
-    given: frozenset[str] = frozenset()
-    memory: float = 0
-    learned: int | None = None
-    steps: str = ""
-    rendered: dict[str, Any] | None = None
-    chat_template: str | None = None
-
-    @property
-    def run(self) -> Path:
-        """The output folder."""
-        return Path(self.config["output_dir"])
-
-    @property
-    def data(self) -> Path:
-        """The dataset's folder."""
-        return Path(self.config["dataset_dir"])
-
-    @property
-    def batch(self) -> str:
-        """A message on the factors of the global batch size."""
-        return steps.describe_batch(self.config, self.topology.processes)
-
-    @property
-    def argv(self) -> list[str]:
-        """The engine's command."""
-        return launch.engine_argv("train", self.run / "run.yaml")
-
-
 def train(request: Request, say: Say, progress: Progress) -> None:
     """Resolve and check a run, convert its data if it has changed, render it, start the engine, record.
 
@@ -112,17 +72,13 @@ def train(request: Request, say: Say, progress: Progress) -> None:
     engine fails, or the adapter has learned nothing.
     """
     plan = _plan(request, say, dry=False)
-    once = _said_once(say, plan.topology)
     with dataset.locked(plan.data):
-        refreshed = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
-    if refreshed.statistics:  # by whichever rank came first
-        say(refreshed.message)
-        for line in dataset.summary(refreshed.statistics, plan.data):
-            say(line)
-    else:
-        once(refreshed.message)
+        done, statistics = conversion.refresh(request.data, plan.data, progress, keep=request.resume)
+    say(done)
+    for line in dataset.summary(statistics, plan.data) if statistics else ():
+        say(line)
     with runs.locked(plan.run) if plan.topology.is_main else nullcontext():
-        _run(plan, request, once)
+        _run(plan, request, say)
 
 
 def preview(request: Request, say: Say) -> str:
@@ -134,20 +90,17 @@ def preview(request: Request, say: Say) -> str:
     """
     plan = _plan(request, say, dry=True)
     try:
-        plan = _fit_memory(plan, int(number(plan.config, "cutoff_len", 2048)), say)
+        plan = plans.fit_memory(plan, int(number(plan.config, "cutoff_len", 2048)), say)
     except McpLoraError as error:
         say(f"warning: {error}")
-    plan = _fit(plan, _training_rows(plan.config), say)
+    plan = plans.fit_steps(plan, plans.training_rows(plan.config), say)
     known = plan.steps or "not known, the data is not converted: mcp-lora convert"
+    expected = plans.expected(plan, request.tokens_per_second) if plan.steps else []
     variables = [f"{name}={value}" for name, value in plan.environment.items()]
     lines = [f"# {plan.run / 'run.yaml'}", api.dump(plan.config), "# command", shlex.join(plan.argv)]
-    lines += ["# environment", *variables, "# plan", plan.batch, *_needed_memory(plan), f"steps: {known}"]
+    lines += ["# environment", *variables, "# plan", plan.batch]
+    lines += [*plans.deepspeed_costs(plan.config), *plans.needed_memory(plan), f"steps: {known}", *expected]
     return "\n".join(lines)
-
-
-def _said_once(say: Say, topology: Topology) -> Say:
-    """Only the first rank logs."""
-    return (lambda text: None) if topology.rank else say
 
 
 def _plan(request: Request, say: Say, dry: bool) -> Plan:
@@ -157,7 +110,6 @@ def _plan(request: Request, say: Say, dry: bool) -> Plan:
     machine = detect_machine(request.gpus if dry else None, wanted_memory)
     nodes = (request.nodes, request.node_rank, request.master)
     topology = find_topology(os.environ, machine.gpus, request.gpus, *nodes)
-    say = _said_once(say, topology)
     config = configuration.resolve(request.recipe, os.environ, request.overrides, request.flags, machine, say)
     config["output_dir"] = config.get("output_dir") or str(runs.DEFAULT.absolute())
     wanted = request.global_batch or steps.global_batch(config, 1)
@@ -256,33 +208,6 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _needed_memory(plan: Plan) -> list[str]:
-    model = plan.config.get("model_name_or_path")
-    try:
-        found = memory.estimate(plan.config, plan.topology.processes)
-    except Exception as error:  # building an unusual model may raise any exception
-        return [f"memory: not known, {model} cannot be built without its weights: {one_line(error)}"]
-    if not found:
-        return [f"memory: not known, the config of {model} is not on this machine"]
-    fraction = found.trained / (found.base + found.trained)
-    return [
-        f"trained: {found.trained:,} parameters, {fraction:.1%} of the model; adapter on disk: about "
-        f"{4 * found.trained / 1e6:,.0f} MB",
-        f"memory per GPU, estimated in GB: {found}, for samples of cutoff_len",
-    ]
-
-
-def _training_rows(config: Mapping[str, Any]) -> int | None:
-    """Return the number of training rows without those of val_size; None if nothing is converted."""
-    stats = dataset.statistics(Path(str(config.get("dataset_dir"))))
-    if stats is None:
-        return None
-    rows = int(min(stats.samples["train"], number(config, "max_samples", math.inf)))
-    held_out = number(config, "val_size", 0)
-    # datasets' train_test_split rounds a fraction up
-    return rows - (math.ceil(rows * held_out) if held_out < 1 else int(held_out))
-
-
 def _run(plan: Plan, request: Request, say: Say) -> None:
     is_main, resume = plan.topology.is_main, request.resume
     # checked again, as another training may have used the folder meanwhile
@@ -306,10 +231,8 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
         with recorded:
             if resume and runs.is_done(plan.run, plan.config):
                 say("training has already finished, recording it")
-            elif plan.topology.rank is None:
-                _run_engine(plan, say, request.retry, record)
             else:
-                api.train(plan.config)
+                _run_engine(plan, say, request.retry, record)
             if is_main:
                 runs.check_adapter(plan.run)
                 if plan.chat_template:  # replaces the base model's, which the engine has saved
@@ -324,9 +247,11 @@ def _run(plan: Plan, request: Request, say: Say) -> None:
 def _render(plan: Plan, say: Say) -> Plan:
     """Render the training data with the model's chat template, and fit what depends on its size."""
     template = prompts.load(plan.config)
-    say(f"prompts: {template.note}" + (", with thinking off" * template.is_thinking_off))
+    off = template.switches_thinking and not template.thinking
+    say(f"prompts: {template.note}" + ", with thinking off" * off)
     source, folder = dataset.file_of(plan.data, "train"), plan.data / dataset.RENDERED
-    path, made = render.render(template, source, folder, plan.config)
+    step = steps.global_batch(plan.config, plan.topology.processes) if plans.is_sorted(plan) else None
+    path, made = render.render(template, source, folder, plan.config, step)
     tokens = "median {median}, 95 % up to {p95}, max {max}, cutoff_len {cutoff_len}"
     say(f"tokens per sample: {tokens.format_map(made['lengths'])}")
     if made["shortened"]:
@@ -337,90 +262,17 @@ def _render(plan: Plan, say: Say) -> Plan:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         say(f"warning: {sum(left_out.values())} rows are left out ({reasons}): {'; '.join(made['reasons'])}")
     config = plan.config | {"template": render.TEMPLATE, "tokenized_path": str(path)}
+    if step:
+        config["disable_shuffling"] = True
     if not made["validation"]:
         config["eval_strategy"] = "no"
     own = None if template.is_own else str(template.tokenizer.chat_template)
     made = made | {"chat_template": template.note}
     plan = replace(plan, config=config, rendered=made, chat_template=own)
-    return _fit(_fit_memory(plan, made["lengths"]["max"], say), made["samples"], say)
-
-
-def _fit_memory(plan: Plan, longest: int, say: Say) -> Plan:
-    """Lower the per-device batch size to what is estimated to fit; the global batch size stays.
-
-    If memory ran out in the last run in this folder, the size that was found there is the most. A batch size
-    that was set on the command line stays.
-
-    Args:
-        plan: whose `memory` is known, or nothing is changed.
-        longest: tokens of the longest sample.
-
-    Raises McpLoraError, with what would fit, if not even one sample does.
-    """
-    key, processes = _BATCH[0], plan.topology.processes
-    if not plan.memory or key in plan.given:
-        return plan
-    learned = _learned(plan)
-    plan = replace(plan, learned=learned)
-    config, room = plan.config, f"{plan.memory / 1e9:.0f} GB of a GPU"
-    if learned:
-        config = config | {key: min(learned, config[key])}
-    size = memory.fit(config, processes, plan.memory, longest)
-    if size is None:
-        needed = memory.estimate({**config, key: 1, "cutoff_len": longest}, processes)
-        what = f"one sample of {longest} tokens takes more than the {room} (estimated in GB: {needed})"
-        ways = ", ".join(memory.alternatives(config, processes, plan.memory, longest)) or "a smaller model"
-        raise McpLoraError(f"{what}. What would fit: {ways}; to try it anyway: mcp-lora train {key}=1")
-    if size == plan.config[key]:
-        return plan
-    smaller = replace(plan, config=plan.config | steps.lower(plan.config, processes, size))
-    why = f"{config[key]} samples of {longest} tokens are estimated not to fit into the {room}"
-    if size == learned:
-        why = "with more the last run ran out of memory"
-    say(f"{smaller.batch}, as {why} (to keep {plan.config[key]}: {key}={plan.config[key]})")
-    return smaller
-
-
-def _learned(plan: Plan) -> int | None:
-    """Return the per-device batch size that was left when memory ran out in the folder, if it did."""
-    if plan.topology.rank is not None or plan.topology.nodes > 1:  # all ranks have to find the same
-        return None
-    with suppress(McpLoraError):  # of a damaged manifest
-        record = manifest.read(plan.run)
-        same = record and all(record.config.get(key) == plan.config.get(key) for key in _SAME)
-        if record and same and record.processes == plan.topology.processes and record.memory == plan.memory:
-            return record.learned
-    return None
-
-
-_SAME = (  # settings that the memory of a sample depends on
-    "model_name_or_path",
-    "cutoff_len",
-    "lora_rank",
-    "lora_target",
-    "deepspeed",
-    "quantization_bit",
-    "bf16",
-    "optim",
-    "flash_attn",
-    "enable_liger_kernel",
-    "disable_gradient_checkpointing",
-)
-
-
-def _fit(plan: Plan, samples: int | None, say: Say) -> Plan:
-    """Fit what depends on the number of optimizer steps (see `steps.fit`), and log that number."""
-    processes = plan.topology.processes
-    count = steps.count(plan.config, samples, processes)
-    if count is None:
-        return plan
-    config = steps.fit(plan.config, count, plan.given)
-    batch = steps.global_batch(config, processes)
-    words = f"{count} ({samples} samples, global batch size {batch})" if samples is not None else str(count)
-    say(f"optimizer steps: {words}; warm-up steps: {config['warmup_steps']}")
-    if count < steps.FEW:
-        say(f"warning: few optimizer steps; {steps.what_helps(config, processes)}")
-    return replace(plan, config=config, steps=words)
+    plan = plans.fit_memory(plan, made["lengths"]["max"], say)
+    if step:
+        say(plans.padding(render.lengths(path), plan))
+    return plans.fit_steps(plan, made["samples"], say)
 
 
 def _write(plan: Plan, say: Say) -> None:
@@ -437,35 +289,17 @@ def _run_engine(plan: Plan, say: Say, retry: bool, record: Manifest) -> None:
             return
         # Other nodes would not restart.
         again = outcome.out_of_memory and retry and plan.topology.nodes == 1
-        if not again or not (smaller := _smaller(plan)):
+        if not again or not (smaller := plans.smaller(plan)):
             raise _failure(plan, outcome)
         plan = smaller
-        record.retries.append({key: plan.config.get(key) for key in (*_BATCH, "resume_from_checkpoint")})
-        record.learned = plan.config[_BATCH[0]]
+        record.retries.append({key: plan.config.get(key) for key in (*plans.BATCH, "resume_from_checkpoint")})
+        record.learned = plan.config[plans.BATCH[0]]
         _write(plan, say)
         with suppress(OSError):  # the engine reports a full disk
             manifest.write(plan.run, record)
         checkpoint = plan.config["resume_from_checkpoint"]
         start = Path(checkpoint).name if checkpoint else "the start"
         say(f"out of memory; restarting from {start}: {plan.batch}")
-
-
-_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_EVALUATED = "per_device_eval_batch_size"
-
-
-def _smaller(plan: Plan) -> Plan | None:
-    """Return the plan with half the per-device batch size, from the newest checkpoint; None if none is left.
-
-    Validation takes one sample at a time then, as memory may have run out there.
-    """
-    size, validated = (int(number(plan.config, key, 8)) for key in (_BATCH[0], _EVALUATED))
-    if size == validated == 1:
-        return None
-    keys = steps.lower(plan.config, plan.topology.processes, max(1, size // 2)) | {_EVALUATED: 1}
-    saved = runs.complete_checkpoints(plan.run)
-    resumed = {"resume_from_checkpoint": str(saved[-1]) if saved else None}
-    return replace(plan, config=plan.config | keys | resumed)
 
 
 def _failure(plan: Plan, outcome: launch.Outcome) -> McpLoraError:

@@ -21,10 +21,9 @@ import pytest
 from conftest import BIN, ROOT, catalogue_of, environment, record, run, write_json
 
 from mcp_lora.cli.app import main
-from mcp_lora.data import conversion, dataset
+from mcp_lora.data import conversion, dataset, files
 from mcp_lora.data.conversion import Settings
 from mcp_lora.data.records import RowError, Tool, ToolCall
-from mcp_lora.engine import launch
 from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.evaluate.evaluation import Endpoint
 from mcp_lora.live import chat as chats
@@ -419,7 +418,7 @@ def test_a_teacher_that_makes_nothing_good_is_given_up(reply: Any, tmp_path: Pat
 def test_one_generation_at_a_time_in_a_folder(tmp_path: Path) -> None:
     request = generate.Request(1, Endpoint("http://127.0.0.1:9/v1", "m"))
     with (
-        launch.exclusive(tmp_path / ".generate.lock", ""),
+        files.exclusive(tmp_path / ".generate.lock", ""),
         connected(address()) as servers,
         pytest.raises(McpLoraError, match="in use by another mcp-lora generate: .*OTHER_FOLDER"),
     ):

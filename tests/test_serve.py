@@ -23,6 +23,7 @@ from gguf import GGUFReader
 from typer.testing import CliRunner
 
 from mcp_lora.cli.app import app
+from mcp_lora.data import files
 from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import evaluation, parity, predict
@@ -539,7 +540,7 @@ def test_one_export_at_a_time_to_a_place(trained: Path, tmp_path: Path) -> None:
     begun = tmp_path / ".x.new"
     begun.mkdir()
     with (
-        launch.exclusive(tmp_path / ".x.lock", ""),
+        files.exclusive(tmp_path / ".x.lock", ""),
         pytest.raises(McpLoraError, match="x is in use by another mcp-lora export: .* --output OTHER"),
     ):
         exports.export(request)

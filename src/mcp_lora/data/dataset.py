@@ -104,11 +104,10 @@ def samples(folder: Path, split: str) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Allow one conversion into a folder at a time; several ranks may start one."""
-    import filelock
-
+    problem = f"another process has been converting into {folder} for an hour: end it, and run again"
     with explained(f"{folder} cannot be written", "mcp-lora convert --output OTHER_FOLDER"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder.parent / f".{folder.name}.lock"):
+        with files.exclusive(folder.parent / f".{folder.name}.lock", problem, files.WAIT):
             yield
 
 

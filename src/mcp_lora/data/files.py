@@ -13,7 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from decimal import Decimal
 from glob import glob
 from pathlib import Path
@@ -27,6 +27,7 @@ from mcp_lora.errors import McpLoraError, one_line
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 _OUTPUTS = ("stats.json", "run.yaml")  # they mark the folder of a conversion or a run
 CHUNK = 1 << 17  # characters decoded at a time
+WAIT = 3600.0  # seconds for files that another process makes, of this node or of another
 BUFFER = 1 << 20  # bytes read or written at a time
 _LOOKAHEAD = 32  # chunks to search for the end of a broken element
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:(?P<closed>")|\\?\Z)|[{}\[\]]', re.DOTALL)  # a string or a bracket
@@ -130,6 +131,24 @@ def load(file: Path, command: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise McpLoraError(f"{file} is damaged: {command}")
     return content
+
+
+def exclusive(lock: Path, problem: str, wait: float = 0) -> AbstractContextManager[Any]:
+    """Lock a file, which is made and remains, until the returned context ends.
+
+    Args:
+        lock: the file.
+        problem: the message of the McpLoraError that is raised if another process keeps it locked.
+        wait: seconds to wait for that process.
+
+    Raises an OSError if the file cannot be made.
+    """
+    import filelock
+
+    try:
+        return filelock.FileLock(lock).acquire(timeout=wait)
+    except filelock.Timeout:
+        raise McpLoraError(problem) from None
 
 
 def typed(content: Any, kind: type[_T]) -> _T:

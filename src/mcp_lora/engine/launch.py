@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcp_lora.data import files
 from mcp_lora.engine.api import dump
 from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError, explained
@@ -188,30 +189,16 @@ def cached(target: Path, make: Callable[[Path], Path]) -> Path:
 
     Raises McpLoraError if the cache cannot be written, and what `make` raises.
     """
-    import filelock
-
     if target.exists():  # also in a cache that cannot be written
         return target
     with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{target}.lock"):
+        problem = f"{target} is being made by another process, for an hour: end it, or remove {target}.lock"
+        with files.exclusive(Path(f"{target}.lock"), problem, files.WAIT):
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
                     make(Path(scratch)).rename(target)
     return target
-
-
-def exclusive(lock: Path, problem: str) -> AbstractContextManager[Any]:
-    """Lock a file, which is made and remains, until the returned context ends.
-
-    Raises McpLoraError with `problem` if another process has locked it, and an OSError if it cannot be made.
-    """
-    import filelock
-
-    try:
-        return filelock.FileLock(lock).acquire(timeout=0)
-    except filelock.Timeout:
-        raise McpLoraError(problem) from None
 
 
 def output(argv: list[str]) -> str | None:

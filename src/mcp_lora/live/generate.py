@@ -23,12 +23,11 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.data import dataset
+from mcp_lora.data import dataset, files
 from mcp_lora.data.calls import call_of, split_thought
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError, Tool, ToolCall
 from mcp_lora.data.rows import SYSTEM_MESSAGE
-from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError, explained, one_line
 from mcp_lora.evaluate.evaluation import Endpoint
 from mcp_lora.evaluate.predict import KEY, RETRIES, asked
@@ -113,7 +112,7 @@ def generate(
     with explained(f"{folder} cannot be written", again):
         folder.mkdir(parents=True, exist_ok=True)
         problem = f"{folder} is in use by another mcp-lora generate: {again}"
-        with launch.exclusive(folder / ".generate.lock", problem):
+        with files.exclusive(folder / ".generate.lock", problem):
             journal, lines = _journal(folder, request)
             if lines:
                 say(f"going on with {journal}: {len(lines)} attempts are made")

@@ -29,7 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.data import files
+from mcp_lora.data import calls, files
 from mcp_lora.data.records import RowError
 from mcp_lora.errors import McpLoraError
 from mcp_lora.prompts.chat_template import ChatTemplate, Encoded, called
@@ -110,14 +110,14 @@ def render(
 
     Raises McpLoraError if no row is left to train on, the file cannot be read or the folder not written.
     """
-    import filelock
     from datasets.exceptions import DatasetGenerationError
 
     chosen = settings_of(settings) | {"step": step}
     out = folder / _key(template, file, chosen)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / f".{out.name}.lock"):
+        problem = f"another process has been rendering into {out} for an hour: end it, and run again"
+        with files.exclusive(folder / f".{out.name}.lock", problem, files.WAIT):
             if not (out / "rendered.json").is_file():
                 _render(template, file, out, chosen, int(settings.get("preprocessing_num_workers") or 1))
     except DatasetGenerationError as error:  # wraps what reading or writing has raised
@@ -148,7 +148,8 @@ def _key(template: ChatTemplate, file: Path, chosen: Mapping[str, Any]) -> str:
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     versions = [importlib.metadata.version(package) for package in ("transformers", "jinja2")]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    code = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.*"))]
+    sources = [*sorted(Path(__file__).parent.glob("*.*")), Path(calls.__file__)]
+    code = [file.read_text(encoding="utf-8") for file in sources]
     model = [vocabulary, tokenizer.chat_template, special, template.thinking]
     parts = json.dumps([files.sha256(file), model, chosen, versions, code])
     return hashlib.sha256(parts.encode()).hexdigest()[:16]

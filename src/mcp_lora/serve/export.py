@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mcp_lora.data import files
 from mcp_lora.engine import api, launch
 from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError, advice, explained, one_line
@@ -98,7 +99,7 @@ def export(request: Request, progress: Callable[[str, float], None] = lambda ste
     with explained(f"{target.parent} cannot be written", other):
         target.parent.mkdir(parents=True, exist_ok=True)
         problem = f"{target} is in use by another mcp-lora export: {other}"
-        lock = launch.exclusive(target.parent / f".{target.name}.lock", problem)
+        lock = files.exclusive(target.parent / f".{target.name}.lock", problem)
     with lock:
         if target.exists():
             raise McpLoraError(f"{target} exists: {other}")

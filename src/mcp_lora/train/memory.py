@@ -33,7 +33,11 @@ _SIZE = "per_device_train_batch_size"
 
 @dataclass(frozen=True)
 class Estimate:
-    """Parameters of the base and of the adapter, which are exact, and estimated bytes per GPU."""
+    """Parameters of the base and of the adapter, which are exact, and estimated bytes per GPU.
+
+    `experts` tells whether the model has experts without adapter: in transformers 5 those of one layer are a
+    single parameter, and LLaMA-Factory adapts linear layers (its model/model_utils/misc.py).
+    """
 
     base: int
     trained: int
@@ -41,6 +45,7 @@ class Estimate:
     adapter: float
     activations: float
     logits: float
+    experts: bool = False
 
     @property
     def total(self) -> float:
@@ -148,6 +153,7 @@ def estimate(config: Mapping[str, Any], processes: int) -> Estimate | None:
         adapter=trained * (4 / zero3 + (4 + moments) / zero2),
         activations=tokens * _activations(text, config) * size / 2,
         logits=0.0 if config.get("enable_liger_kernel") else tokens * text.vocab_size * 12,
+        experts=bool(getattr(text, "num_experts_per_tok", None)) and adapted < base / 2,
     )
 
 
@@ -175,7 +181,9 @@ def _parameters(shape: Any, config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def _activations(text: Any, config: Mapping[str, Any]) -> int:
     """Return the bytes of activations per token, in bf16; `text` is the language model's config."""
-    hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    inner *= getattr(text, "num_experts_per_tok", None) or 1  # of a mixture of experts
     head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
     queries, keys = head * text.num_attention_heads, head * text.num_key_value_heads
     copies = (3 if config.get("lora_dropout") else 2) * (5 * hidden + queries + inner)

@@ -86,9 +86,10 @@ def needed_memory(plan: Plan) -> list[str]:
     if not found:
         return [f"memory: not known, the config of {model} is not on this machine"]
     fraction = found.trained / (found.base + found.trained)
+    experts = ", which are not in its experts" if found.experts else ""
     return [
-        f"trained: {found.trained:,} parameters, {fraction:.1%} of the model; adapter on disk: about "
-        f"{4 * found.trained / 1e6:,.0f} MB",
+        f"trained: {found.trained:,} parameters, {fraction:.1%} of the model{experts}; "
+        f"adapter on disk: about {4 * found.trained / 1e6:,.0f} MB",
         f"memory per GPU, estimated in GB: {found}, for samples of cutoff_len",
     ]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
-from mcp_lora.engine import api, launch
+from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError, explained
 from mcp_lora.prompts.chat_template import hub_arguments
 from mcp_lora.train import manifest
@@ -193,7 +193,7 @@ def locked(run: Path) -> AbstractContextManager[Any]:
     with explained(f"{run} cannot be written", _ELSEWHERE):
         run.parent.mkdir(parents=True, exist_ok=True)
         problem = f"{run} is in use by another mcp-lora train: {_ELSEWHERE}"
-        return launch.exclusive(run.parent / f".{run.name}.lock", problem)
+        return files.exclusive(run.parent / f".{run.name}.lock", problem)
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from conftest import SAMPLE, SHAPES, SHARED, record, write_json
 
-from mcp_lora.data import conversion, dataset, formats, records, rows
+from mcp_lora.data import conversion, dataset, files, formats, records, rows
 from mcp_lora.data.conversion import Settings, convert, refresh
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import questions
@@ -712,6 +712,16 @@ def test_real_data_of_every_kind(tmp_path: Path) -> None:
         "schema": 7,
         "failed-call": 5,
     }
+
+
+def test_waiting_for_another_conversion_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WAIT", 0)
+    out = tmp_path / "out"
+    told = pytest.raises(McpLoraError, match="has been converting into .*out for an hour")
+    with dataset.locked(out), told, dataset.locked(out):
+        pass
+    with dataset.locked(out):
+        pass
 
 
 def test_a_row_is_explained_as_it_is_converted(tmp_path: Path) -> None:

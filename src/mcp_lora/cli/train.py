@@ -15,7 +15,7 @@ from mcp_lora.train import training
 from mcp_lora.train.machine import detect_machine
 
 _MEMORY = "Of each GPU, if not all of it: --dry-run --gpus 8 --gpu-memory 80 plans for another machine."
-_SPEED = "Of each GPU, from an earlier run: --dry-run estimates the hours."
+_SPEED = "Of each GPU, for the hours that --dry-run estimates; an A100's by default."
 _OVERRIDES = "Settings with LLaMA-Factory's keys."
 
 

@@ -20,6 +20,9 @@ Say = Callable[[str], None]
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _EVALUATED = "per_device_eval_batch_size"
 _ROWS = 200  # that a dry run renders
+# Of an A100, in parameters × tokens per second: Qwen reports 3,244 for 7.7 billion parameters, 1,928 for 14.2
+# and 393 for 72.3 (docs/training.md).
+_A100 = 25e12
 _SAME = (  # settings that the memory of a sample depends on
     "model_name_or_path",
     "cutoff_len",
@@ -109,7 +112,12 @@ def deepspeed_costs(config: Mapping[str, Any]) -> list[str]:
 
 
 def expected(plan: Plan, speed: float | None) -> list[str]:
-    """Return messages on tokens, padding and time, by the first rows and a speed in tokens per second."""
+    """Return messages on tokens, padding and time, by the first rows and a speed.
+
+    Args:
+        plan: its data is converted.
+        speed: tokens per second of each process; by default, on a GPU, an A100's.
+    """
     try:
         template = prompts.load(plan.config, local_files_only=True)
         found = render.first_lengths(template, dataset.file_of(plan.data, "train"), plan.config, _ROWS)
@@ -124,9 +132,15 @@ def expected(plan: Plan, speed: float | None) -> list[str]:
     lines = [f"tokens: about {found.mean():,.0f} per sample, {tokens:,.0f} in all, by the first {_ROWS} rows"]
     if is_sorted(plan):
         lines.append(padding(found[render.order(found, batch, 0)], plan))
+    stated = "" if speed else ", an A100's; of another: --tokens-per-second"
+    with suppress(Exception):  # building an unusual model may raise any exception
+        shape = None if speed or plan.config.get("use_cpu") else memory.estimate(plan.config, processes)
+        speed = _A100 / shape.base if shape and not shape.experts else speed
     if speed:
         hours = tokens / (3600 * speed * processes)
-        lines.append(f"time: about {hours:.2g} hours at {speed:g} tokens per second in each process")
+        lines.append(
+            f"time: about {hours:.2g} hours at {speed:,.0f} tokens per second in each process{stated}"
+        )
     return lines
 
 

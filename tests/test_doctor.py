@@ -112,6 +112,7 @@ def test_what_no_training_could_use(tiny_model: Path, tmp_path: Path) -> None:
     [
         ("13.0", "12.4", "problem", "the driver supports CUDA 12.4, torch is built for 13.0"),
         ("12.4", "13.0", "warning", "none is visible"),
+        ("12.9", "12.4", "warning", "none is visible"),  # compatible within a major version
         (None, "12.4", "problem", "is built for the CPU"),
         ("13.0", None, "warning", "none is visible"),
     ],
@@ -131,7 +132,9 @@ def test_a_gpu_that_torch_cannot_use(
     assert gpu.verdict == verdict and words in gpu.words
 
 
-@pytest.mark.parametrize(("named", "verdict"), [(None, "ok"), ("lo-none", "problem"), ("^lo", "ok")])
+@pytest.mark.parametrize(
+    ("named", "verdict"), [(None, "ok"), ("lo-none", "problem"), ("^lo", "ok"), ("lo", "ok")]
+)
 def test_several_nodes_need_a_network_and_shared_memory(
     named: str | None, verdict: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

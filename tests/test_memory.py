@@ -158,28 +158,12 @@ def test_what_the_estimate_does_not_know_is_not_refused(changes: dict[str, Any],
 
 
 def test_experts_are_counted_and_not_adapted(tmp_path: Path) -> None:
-    from transformers import Qwen3MoeConfig
-
-    shape = Qwen3MoeConfig(  # Qwen3-30B-A3B
-        architectures=["Qwen3MoeForCausalLM"],
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        vocab_size=151936,
-        tie_word_embeddings=False,
-    )
-    shape.save_pretrained(tmp_path)
-    found = memory.estimate({"model_name_or_path": str(tmp_path), "lora_rank": 64, "bf16": True}, 1)
+    model = {"model_name_or_path": str(folder_of("Qwen3-30B-A3B", tmp_path)), "bf16": True}
+    found = memory.estimate(model | {"lora_rank": 64}, 1)
     assert found and found.base == 30_532_122_624 and found.experts
     # of each layer: queries, keys, values and output
     assert found.trained == 48 * 64 * (3 * 2048 + 4096 + 512 + 512 + 4096 + 2048)
-    four = memory.estimate({"model_name_or_path": str(tmp_path), "quantization_bit": 4, "bf16": True}, 1)
+    four = memory.estimate(model | {"quantization_bit": 4}, 1)
     assert four and four.weights > 0.95 * found.weights  # bitsandbytes, too, quantizes linear layers alone
 
 

@@ -25,7 +25,7 @@ from chat_templates import (
 )
 from conftest import ROOT
 
-from mcp_lora.data.calls import same_calls
+from mcp_lora.data.calls import same_calls, split_thought
 from mcp_lora.data.records import RowError, ToolCall
 from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.prompts import render
@@ -383,6 +383,19 @@ def test_steps_have_the_same_samples_in_any_number_of_batches_and_little_padding
     assert lengths[0] == max(lengths)  # memory runs out at once, or not at all
     assert render.lengths(folder).tolist() == lengths
     assert render.padding(render.lengths(folder), 4) < 0.5 * render.padding(render.lengths(kept), 4)
+
+
+def test_a_call_is_read_as_a_server_reads_it(texts: dict[str, str]) -> None:
+    template = ChatTemplate(tokenizer_of(texts["Qwen-Qwen2.5-7B-Instruct"]))
+    call = '<tool_call>\n{{"{}": "add", "{}": {{"a": 1}}}}\n</tool_call>'
+    assert template.read(call.format("name", "arguments"), {}).calls == [ToolCall("add", {"a": 1})]
+    assert template.read(call.format("tool", "input"), {}).calls == []
+
+
+def test_reasoning_that_started_in_the_prompt_may_have_brackets() -> None:
+    assert split_thought("The list is [1, 2].</think>It is 2 m.") == ("It is 2 m.", "The list is [1, 2].")
+    quoted = '{"name": "say", "arguments": {"text": "a </think> b"}}'
+    assert split_thought(quoted) == (quoted, "")
 
 
 def test_padding_is_what_a_batch_has_beside_its_samples() -> None:

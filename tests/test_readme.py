@@ -27,6 +27,7 @@ SHAPES = {
     "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4),
     "Qwen2.5-14B": ("qwen2", 152064, 5120, 13824, 48, 40, 8),
     "Llama-3.1-70B": ("llama", 128256, 8192, 28672, 80, 64, 8),
+    "Qwen3-30B-A3B": ("qwen3_moe", 151936, 2048, 6144, 48, 32, 4),
 }
 
 
@@ -35,15 +36,22 @@ def folder_of(name: str, place: Path) -> Path:
     keys = ("model_type", "vocab_size", "hidden_size", "intermediate_size")
     keys += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     config = dict(zip(keys, SHAPES[name], strict=True)) | {"tie_word_embeddings": False}
+    if config["model_type"] == "qwen3_moe":
+        config |= {
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "head_dim": 128,
+        }
     write_json(place / name / "config.json", config)
     return place / name
 
 
 def test_the_hardware_table_is_what_a_plan_says(tmp_path: Path) -> None:
     text = TRAINING.read_text(encoding="utf-8")
-    lines = re.findall(r"^\| \S+-\d+B \| (?:\S+[.]yaml|`--zero).*", text, re.M)
+    lines = re.findall(r"^\| \S+-\w+B \| (?:\S+[.]yaml|`--zero).*", text, re.M)
     rows = [line.strip("| ").split(" | ") for line in lines]
-    assert len(rows) == 7
+    assert len(rows) == 9
     for name, recipe, gpus, batch, cutoff, *shown, _ in rows:
         zero = "3" if "zero" in recipe else "0"
         config = read_config(ROOT / "train_configs" / ("qlora.yaml" if "qlora" in recipe else RECIPE.name))

@@ -81,6 +81,14 @@ def test_a_strategy_can_be_no() -> None:
     assert recipe.read_config(Path("mine.yaml")) == {"eval_strategy": "no"}
 
 
+def test_a_recipe_may_refer_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNS", "/scratch/runs")
+    Path("mine.yaml").write_text("output_dir: ${oc.env:RUNS}/one\n")
+    assert recipe.read_config(Path("mine.yaml")) == {"output_dir": "/scratch/runs/one"}
+    with pytest.raises(McpLoraError, match="a value is not YAML"):
+        recipe.parse_overrides(["output_dir=${oc.env:NO_SUCH_VARIABLE}"])
+
+
 def test_a_folder_may_be_a_number() -> None:
     Path("mine.yaml").write_text("model_name_or_path: 7\ndataset_dir: 1\n")
     found = resolve(Path("mine.yaml"), {}, ["output_dir=2025"], {}, GPU)[0]

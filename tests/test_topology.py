@@ -12,6 +12,9 @@ def test_the_first_process_of_a_launch_trains_on_all_gpus_of_its_node() -> None:
     variables = {"NPROC_PER_NODE": "4", "NNODES": "1", "NODE_RANK": "0", "MASTER_PORT": "29501"}
     assert topology.launched(deepspeed) == variables
     assert topology.launched(deepspeed | {"RANK": "1", "LOCAL_RANK": "1"}) is None
+    assert topology.launched({"RANK": "-1", "LOCAL_RANK": "-1", "WORLD_SIZE": "1"}) == {}
+    unknown = topology.launched({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"})
+    assert unknown and unknown["NPROC_PER_NODE"] == "1"
     torchrun = {
         "RANK": "8",
         "LOCAL_RANK": "0",

@@ -85,7 +85,7 @@ def _machine(machine: Machine) -> Iterator[Finding]:
     if not machine.gpus and driver and not built:
         words = f"torch {torch.__version__} is built for the CPU: install the build for CUDA (pytorch.org)"
         yield Finding("GPU", "problem", words)
-    elif not machine.gpus and driver and Version(driver[1]) < Version(str(built)):
+    elif not machine.gpus and driver and Version(driver[1]).major < Version(str(built)).major:
         words = (
             f"the driver supports CUDA {driver[1]}, torch is built for {built}: update the driver, or install"
         )
@@ -117,9 +117,9 @@ def _network() -> Finding:
     """Check the network interface that NCCL connects nodes with."""
     import psutil
 
-    up = [name for name, state in psutil.net_if_stats().items() if state.isup and name != "lo"]
+    up = [name for name, state in psutil.net_if_stats().items() if state.isup]
     named = os.environ.get("NCCL_SOCKET_IFNAME", "")
-    wanted = [name for name in re.split(",", named.lstrip("=")) if name]
+    wanted = [name for name in named.lstrip("=").split(",") if name]
     if not named or named.startswith("^"):
         return Finding(
             "NCCL", "ok", f"chooses from {', '.join(up) or 'no interface'}, else NCCL_SOCKET_IFNAME"

@@ -68,11 +68,12 @@ class CallFormat:
         write: returns what the template writes for an answer with these calls, without the token that ends
             the turn; raises if it cannot.
         answer: what it writes for an answer without a call.
+        lenient: also read calls with other keys than the template's, as data has them.
 
     Raises ValueError if the template writes no call that can be parsed.
     """
 
-    def __init__(self, write: Callable[[list[ToolCall]], str], answer: str) -> None:
+    def __init__(self, write: Callable[[list[ToolCall]], str], answer: str, lenient: bool = False) -> None:
         self._answer = answer
         self._quote = ""
         self._one = one = split_thought(write([PROBE]))[0]
@@ -86,6 +87,7 @@ class CallFormat:
             value, end = _decoded(one, place)
             if value is not None and NAME in json.dumps(value):
                 self._literals(place, end)
+                self._keys = (NAMES, ARGUMENTS) if lenient else _keys(value)
                 self._read_one = self._object
                 return
         start = one.index(NAME)
@@ -205,7 +207,8 @@ class CallFormat:
         if not isinstance(value, dict):
             return None
         inner: dict[str, Any] = value["function"] if isinstance(value.get("function"), dict) else value
-        call = call_of(first(inner, NAMES), first(inner, ARGUMENTS))
+        names, arguments = self._keys
+        call = call_of(first(inner, names), first(inner, arguments))
         return (call, end) if call else None
 
     def _named(self, text: str, place: int, schemas: Schemas) -> tuple[ToolCall, int] | None:
@@ -291,7 +294,8 @@ def split_thought(text: str) -> tuple[str, str]:
     for opening, closing in THOUGHTS:
         before, closed, after = text.partition(closing)
         said, opened, inside = before.partition(opening)
-        if not closed or (not opened and closing == _ENDS_TURNS) or re.search(r"[{\[]", said):
+        in_call = said.count("{") > said.count("}") or said.count("[") > said.count("]")
+        if not closed or (not opened and closing == _ENDS_TURNS) or in_call:
             continue
         beside = re.search(r"\S[ \t]+$|[\"'(]$", said)
         in_sentence = beside and (opened or re.match(r"[ \t.,;:!?)\"']", after))
@@ -299,6 +303,16 @@ def split_thought(text: str) -> tuple[str, str]:
             continue
         text, thought = (said + after, inside) if opened else (after, said)
     return text, thought.strip()
+
+
+def _keys(value: Any) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the keys that have the name and the arguments in an object, or in one inside it."""
+    inner = next((item for item in value.values() if isinstance(item, dict) and NAME in item.values()), value)
+    name = next((key for key, item in inner.items() if item == NAME), None)
+    if name is None:
+        raise ValueError("the template writes calls in an unknown format")
+    arguments = next((key for key, item in inner.items() if KEYS[0] in json.dumps(item)), "arguments")
+    return (name, "name"), (arguments, "arguments", "parameters")
 
 
 def _loose(literal: str) -> str:

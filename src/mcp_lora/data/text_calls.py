@@ -92,7 +92,7 @@ _HOLDERS = ("tool_calls", "tool_call", "function_call", "function_calls", "calls
 
 @cache
 def _formats() -> list[CallFormat]:
-    return [CallFormat(write, "an answer") for write in _FORMS]
+    return [CallFormat(write, "an answer", lenient=True) for write in _FORMS]
 
 
 def read(text: str, schemas: Mapping[str, Mapping[str, Any]]) -> Reading | None:

@@ -193,11 +193,11 @@ def cached(target: Path, make: Callable[[Path], Path]) -> Path:
         return target
     with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        problem = f"{target} is being made by another process, for an hour: end it, or remove {target}.lock"
-        with files.exclusive(Path(f"{target}.lock"), problem, files.WAIT):
-            if not target.exists():
-                with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                    make(Path(scratch)).rename(target)
+        problem = f"another process has been making {target} for an hour: end it, and run again"
+        lock = files.exclusive(Path(f"{target}.lock"), problem, files.WAIT)
+    with lock, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        if not target.exists():
+            make(Path(scratch)).rename(target)
     return target
 
 

@@ -75,14 +75,15 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
     They start a process for each GPU. The first on each node starts the engine, which starts its own
     processes and can be restarted when memory runs out; the result for the others is None.
     """
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environment.keys():
+    values = [environment.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+    if not all(value.isdigit() for value in values):
         return {}
-    if _number(environment, "LOCAL_RANK"):
+    rank, local_rank, processes = map(int, values)
+    if local_rank:
         return None
-    processes = _number(environment, "WORLD_SIZE")
-    # torchrun's name, and deepspeed's
-    per_node = _number(environment, "LOCAL_WORLD_SIZE") or _number(environment, "LOCAL_SIZE") or processes
-    node_rank = _number(environment, "RANK") // per_node
+    named = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # by torchrun, and by deepspeed
+    per_node = next(filter(None, (_number(environment, name) for name in named)), processes or 1)
+    node_rank = rank // per_node
     variables = {"NPROC_PER_NODE": str(per_node), "NNODES": str(processes // per_node)}
     # the launcher may listen on its own port
     port = _number(environment, "MASTER_PORT") or int(_PORT)

@@ -180,7 +180,7 @@ def evaluate(
             if missing:
                 # closing stops the server or engine if an answer cannot be written
                 loaded = adapter if name == ADAPTER else None
-                with closing(_asking(request, template, loaded, length, missing)) as found:
+                with closing(_asking(request, template, loaded, length, missing, say)) as found:
                     for done, (question, response) in enumerate(found, 1):
                         book.add(question, response)
                         progress(f"asking {name}", done / len(missing))
@@ -266,11 +266,16 @@ def prepare(request: Request) -> Prepared:
 
 
 def _asking(
-    request: Request, template: ChatTemplate, adapter: Path | None, length: int, asked: Sequence[Question]
+    request: Request,
+    template: ChatTemplate,
+    adapter: Path | None,
+    length: int,
+    asked: Sequence[Question],
+    say: Callable[[str], None],
 ) -> Generator[tuple[Question, Response]]:
     """Ask the request's server, or let the engine answer: the base, or base + adapter."""
     if server := request.endpoint:
-        return predict.by_endpoint(asked, server.url, server.model, length, template, request.command)
+        return predict.by_endpoint(asked, server.url, server.model, length, template, request.command, say)
     settings = runs.serving_config(request.run, adapter)
     settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
     settings |= {"bf16_full_eval": _in_bf16()}

@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -105,7 +105,13 @@ def by_engine(
 
 
 def by_endpoint(
-    questions: Sequence[Question], url: str, model: str, max_tokens: int, template: ChatTemplate, command: str
+    questions: Sequence[Question],
+    url: str,
+    model: str,
+    max_tokens: int,
+    template: ChatTemplate,
+    command: str,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Generator[tuple[Question, Response]]:
     """Ask an OpenAI-compatible server several questions at once; yield answers in the order of arrival.
 
@@ -119,12 +125,13 @@ def by_endpoint(
         template: the model's chat template; requests set its arguments as in training, unless the server
             rejects them.
         command: the command to run again after a failure, without the server's options.
+        say: logs a warning.
 
     Raises McpLoraError if the server cannot be reached, or rejects a request.
     """
     from openai import BadRequestError, OpenAI, UnprocessableEntityError
 
-    arguments = {"chat_template_kwargs": template.server_arguments} if template.server_arguments else None
+    arguments = [{"chat_template_kwargs": template.server_arguments}] if template.server_arguments else []
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=RETRIES)
     failures: list[Exception] = []
 
@@ -132,11 +139,15 @@ def by_endpoint(
         words = (client, model, question.sample["messages"][:-1], question.sample["tools"])
         more: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0}
         try:
-            return asked(*words, **more, extra_body=arguments)[0]
+            return asked(*words, **more, extra_body=arguments[0] if arguments else None)[0]
         except (BadRequestError, UnprocessableEntityError):
             if not arguments:
                 raise
-        return asked(*words, **more)[0]  # a hosted model may reject the arguments
+            found = asked(*words, **more)[0]  # a hosted model may reject the arguments
+            with suppress(IndexError):  # another thread has noticed it, too
+                arguments.pop()
+                say(f"warning: {url} rejects chat_template_kwargs: its prompts are not those of training")
+            return found
 
     def ask(question: Question) -> tuple[Question, Response] | None:
         if failures:  # requests in flight are completed and kept, but no new ones are sent

@@ -18,11 +18,12 @@ from mcp_lora.train import manifest, memory, runs, steps
 
 Say = Callable[[str], None]
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_EVALUATED = "per_device_eval_batch_size"
+EVALUATED = "per_device_eval_batch_size"
 _ROWS = 200  # that a dry run renders
-# Of an A100, in parameters × tokens per second: Qwen reports 3,244 for 7.7 billion parameters, 1,928 for 14.2
-# and 393 for 72.3 (docs/training.md).
-_A100 = 25e12
+# Parameters × tokens per second of an A100: for samples of 4,096 tokens Qwen reports 3,244 tokens per second
+# with 7.7 billion parameters, 1,928 with 14.2 and 393 with 72.3, and less for short samples and quantized
+# bases (docs/training.md).
+_A100, _A100_QUANTIZED = 25e12, 15e12
 _SAME = (  # settings that the memory of a sample depends on
     "model_name_or_path",
     "cutoff_len",
@@ -89,7 +90,7 @@ def needed_memory(plan: Plan) -> list[str]:
     if not found:
         return [f"memory: not known, the config of {model} is not on this machine"]
     fraction = found.trained / (found.base + found.trained)
-    experts = ", which are not in its experts" if found.experts else ""
+    experts = " (its experts are not adapted)" if found.experts else ""
     return [
         f"trained: {found.trained:,} parameters, {fraction:.1%} of the model{experts}; "
         f"adapter on disk: about {4 * found.trained / 1e6:,.0f} MB",
@@ -98,7 +99,7 @@ def needed_memory(plan: Plan) -> list[str]:
 
 
 def deepspeed_costs(config: Mapping[str, Any]) -> list[str]:
-    """Return a message on what DeepSpeed's stage 0 costs in bf16, which it shards nothing for.
+    """Return a message on what DeepSpeed's stage 0 costs in bf16.
 
     On any device it casts the parameters of the model, which LLaMA-Factory has cast to fp32 (0.9.5,
     model/adapter.py:324), to bf16 (deepspeed 0.19.8, runtime/engine.py:2080), keeps copies in fp32 for AdamW
@@ -125,23 +126,31 @@ def expected(plan: Plan, speed: float | None) -> list[str]:
         return [f"tokens: not known ({error})"]
     if not len(found):
         return ["tokens: not known, the first rows cannot be rendered: mcp-lora inspect 1"]
-    processes = plan.topology.processes
-    batch = steps.global_batch(plan.config, processes)
-    count = steps.count(plan.config, training_rows(plan.config), processes) or 0
-    tokens = count * batch * float(found.mean())
+    config, processes = plan.config, plan.topology.processes
+    batch, most = steps.global_batch(config, processes), number(config, "max_steps", -1)
+    rows, stats = training_rows(config) or 0, dataset.statistics(plan.data)
+    per_row = len(found) / min(_ROWS, stats.samples["train"]) if stats else 1.0
+    samples = most * batch if most >= 0 else number(config, "num_train_epochs", 3) * rows * per_row
+    tokens = samples * float(found.mean())
     lines = [f"tokens: about {found.mean():,.0f} per sample, {tokens:,.0f} in all, by the first {_ROWS} rows"]
-    if is_sorted(plan):
+    if is_sorted(plan) and config[BATCH[0]] > 1:
         lines.append(padding(found[render.order(found, batch, 0)], plan))
     stated = "" if speed else ", an A100's; of another: --tokens-per-second"
-    with suppress(Exception):  # building an unusual model may raise any exception
-        shape = None if speed or plan.config.get("use_cpu") else memory.estimate(plan.config, processes)
-        speed = _A100 / shape.base if shape and not shape.experts else speed
-    if speed:
-        hours = tokens / (3600 * speed * processes)
-        lines.append(
-            f"time: about {hours:.2g} hours at {speed:,.0f} tokens per second in each process{stated}"
-        )
+    if speed := speed or _speed(config):
+        words = f"{speed:,.0f} tokens per second in each process{stated}"
+        lines.append(f"time: about {tokens / (3600 * speed * processes):.2g} hours at {words}")
     return lines
+
+
+def _speed(config: Mapping[str, Any]) -> float | None:
+    """Return the tokens per second of an A100; None on a CPU, or if it is not known."""
+    if config.get("use_cpu"):
+        return None
+    with suppress(Exception):  # building an unusual model may raise any exception
+        found = memory.estimate(config, 1)
+        if found and not found.experts:
+            return (_A100_QUANTIZED if config.get("quantization_bit") else _A100) / found.base
+    return None
 
 
 def training_rows(config: Mapping[str, Any]) -> int | None:
@@ -169,10 +178,11 @@ def is_sorted(plan: Plan) -> bool:
 
     They are if a batch has several, unless the recipe sets an order; a resumed run keeps its own.
     """
+    if plan.config.get("disable_shuffling") or plan.config.get("train_sampling_strategy"):
+        return False
     if plan.config.get("resume_from_checkpoint"):
         return bool(runs.read_run(plan.run).get("disable_shuffling"))
-    is_set = plan.config.get("disable_shuffling") or plan.config.get("train_sampling_strategy")
-    return plan.config[BATCH[0]] > 1 and not is_set
+    return bool(plan.config[BATCH[0]] > 1)
 
 
 def fit_memory(plan: Plan, longest: int, say: Say) -> Plan:
@@ -243,10 +253,12 @@ def smaller(plan: Plan) -> Plan | None:
 
     Validation takes one sample at a time then, as memory may have run out there.
     """
-    size, validated = (int(number(plan.config, key, 8)) for key in (BATCH[0], _EVALUATED))
+    size = int(number(plan.config, BATCH[0], 8))
+    is_validated = plan.config.get("eval_strategy", "no") != "no"
+    validated = int(number(plan.config, EVALUATED, 8)) if is_validated else 1
     if size == validated == 1:
         return None
-    keys = steps.lower(plan.config, plan.topology.processes, max(1, size // 2)) | {_EVALUATED: 1}
+    keys = steps.lower(plan.config, plan.topology.processes, max(1, size // 2)) | {EVALUATED: 1}
     saved = runs.complete_checkpoints(plan.run)
     resumed = {"resume_from_checkpoint": str(saved[-1]) if saved else None}
     return replace(plan, config=plan.config | keys | resumed)

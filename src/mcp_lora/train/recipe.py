@@ -136,7 +136,7 @@ def _plain(read: Callable[[], Any], problem: str, command: str) -> dict[str, Any
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        content = OmegaConf.to_container(read())
+        content = OmegaConf.to_container(read(), resolve=True)
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise McpLoraError(f"{problem} ({one_line(error)}): {command}") from None
     if not isinstance(content, dict):

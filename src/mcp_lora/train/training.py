@@ -270,7 +270,7 @@ def _render(plan: Plan, say: Say) -> Plan:
     made = made | {"chat_template": template.note}
     plan = replace(plan, config=config, rendered=made, chat_template=own)
     plan = plans.fit_memory(plan, made["lengths"]["max"], say)
-    if step:
+    if step and plan.config[plans.BATCH[0]] > 1:
         say(plans.padding(render.lengths(path), plan))
     return plans.fit_steps(plan, made["samples"], say)
 
@@ -292,7 +292,9 @@ def _run_engine(plan: Plan, say: Say, retry: bool, record: Manifest) -> None:
         if not again or not (smaller := plans.smaller(plan)):
             raise _failure(plan, outcome)
         plan = smaller
-        record.retries.append({key: plan.config.get(key) for key in (*plans.BATCH, "resume_from_checkpoint")})
+        record.retries.append(
+            {key: plan.config.get(key) for key in (*plans.BATCH, plans.EVALUATED, "resume_from_checkpoint")}
+        )
         record.learned = plan.config[plans.BATCH[0]]
         _write(plan, say)
         with suppress(OSError):  # the engine reports a full disk

@@ -60,12 +60,13 @@ def aborting(tmp_path: Path) -> dict[str, str]:
     """Variables with which each rank aborts at exit, as one in some hundred does on a CPU: in a thread of
     gloo's that asks for the lock of an interpreter which is no more."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
+        "import os, sys\n"
         "class Thread:\n"
         "    def __del__(self, write=os.write, abort=os.abort):\n"
         "        write(2, b'terminate called without an active exception\\n')\n"
         "        abort()\n"
-        "thread = Thread() if 'LOCAL_RANK' in os.environ else None\n"
+        "is_rank = 'LOCAL_RANK' in os.environ and 'train_lora.py' not in ' '.join(sys.orig_argv)\n"
+        "thread = Thread() if is_rank else None\n"
     )
     return {"PYTHONPATH": str(tmp_path)}
 

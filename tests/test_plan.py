@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_readme import folder_of
 
 from mcp_lora.engine.topology import Topology
 from mcp_lora.train import plan as plans
@@ -45,3 +46,12 @@ def test_a_smaller_batch_is_tried_until_nothing_is_left_to_lower(tmp_path: Path)
     validated = plans.smaller(planned(tmp_path, per_device_train_batch_size=1, eval_strategy="steps"))
     assert validated and validated.config["per_device_eval_batch_size"] == 1
     assert plans.smaller(validated) is None
+
+
+def test_an_a100_has_a_speed_for_models_like_those_in_the_report(tmp_path: Path, tiny_model: Path) -> None:
+    config = {"model_name_or_path": str(folder_of("Qwen2.5-7B", tmp_path)), "bf16": True}
+    assert plans.speed_of(config) == pytest.approx(25e12 / 7_615_616_512)
+    assert plans.speed_of(config | {"quantization_bit": 4}) == pytest.approx(15e12 / 7_615_616_512)
+    assert plans.speed_of(config | {"use_cpu": True}) is None
+    for model in (tiny_model, folder_of("Qwen3-30B-A3B", tmp_path), tmp_path / "nothing"):
+        assert plans.speed_of({"model_name_or_path": str(model)}) is None

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import BIN, SHARED, make_project, run
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from mcp_lora.cli.app import main
 from mcp_lora.errors import McpLoraError
@@ -167,8 +166,6 @@ def test_a_plan_expects_tokens_padding_and_hours(
     shares = re.search(r"padding: ([\d.]+)% .* \(shuffled: ([\d.]+)%\)", planned)
     assert shares and float(shares[1]) <= float(shares[2])
     assert "padding" not in plan("train_sampling_strategy=random") and "time:" not in plan()
-    parameters = sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
-    assert f"at {25e12 / parameters:,.0f} tokens per second in each process, an A100's" in plan("--gpus", "1")
     assert "tokens: not known" in plan("--model", "Qwen/Qwen2.5-7B-Instruct")  # nothing is fetched
 
 

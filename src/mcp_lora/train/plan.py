@@ -136,19 +136,22 @@ def expected(plan: Plan, speed: float | None) -> list[str]:
     if is_sorted(plan) and config[BATCH[0]] > 1:
         lines.append(padding(found[render.order(found, batch, 0)], plan))
     stated = "" if speed else ", an A100's; of another: --tokens-per-second"
-    if speed := speed or _speed(config):
+    if speed := speed or speed_of(config):
         words = f"{speed:,.0f} tokens per second in each process{stated}"
         lines.append(f"time: about {tokens / (3600 * speed * processes):.2g} hours at {words}")
     return lines
 
 
-def _speed(config: Mapping[str, Any]) -> float | None:
-    """Return the tokens per second of an A100; None on a CPU, or if it is not known."""
+def speed_of(config: Mapping[str, Any]) -> float | None:
+    """Return an A100's tokens per second; None on a CPU, or if no report is near the configuration.
+
+    Small models do not use a GPU as fully, and of a mixture of experts a token passes a few.
+    """
     if config.get("use_cpu"):
         return None
     with suppress(Exception):  # building an unusual model may raise any exception
         found = memory.estimate(config, 1)
-        if found and not found.experts:
+        if found and found.base > 1e9 and not found.experts:
             return (_A100_QUANTIZED if config.get("quantization_bit") else _A100) / found.base
     return None
 

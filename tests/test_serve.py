@@ -3,13 +3,15 @@
 import ast
 import copy
 import json
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import chat_templates
 import httpx
 import openai
 import pytest
+import xllamacpp
 from conftest import BIN, environment, make_project, run
 from gguf import GGUFReader
 from typer.testing import CliRunner
@@ -25,8 +28,12 @@ from typer.testing import CliRunner
 from mcp_lora.cli.app import app
 from mcp_lora.data import files
 from mcp_lora.engine import launch
-from mcp_lora.errors import McpLoraError
+from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.evaluate import evaluation, parity, predict
+from mcp_lora.evaluate.answers import Response
+from mcp_lora.evaluate.evaluation import ADAPTER, BASE, Evaluation, Split
+from mcp_lora.evaluate.questions import Question
+from mcp_lora.evaluate.stats import proportion
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import card, llama_cpp, servers
@@ -49,17 +56,47 @@ TEMPLATES = {
     "openai-gpt-oss-120b": ("openai", "gpt-oss"),
     "google-gemma-2-2b-it": ("hermes", "qwen25"),  # with our template
 }
-SMALL = ["max_steps=2", "--global-batch", "2", "cutoff_len=1024", "eval_strategy=no", "val_size=0"]
+# As much as makes the model call tools: an export is compared by its calls.
+SMALL = ["max_steps=2", "--global-batch", "2", "cutoff_len=512", "eval_strategy=no", "val_size=0"]
 SMALL += ["preprocessing_num_workers=1", "learning_rate=0.001"]
+
+
+# Two threads that wait for each other take ten times as long where other tests use the cores, and llama.cpp
+# has no variable for their number. As sitecustomize.py on PYTHONPATH it reaches the commands, too.
+ONE_THREAD = """
+import xllamacpp
+
+class OneThread(xllamacpp.CommonParams):
+    def __init__(self):
+        super().__init__()
+        self.cpuparams.n_threads = self.cpuparams_batch.n_threads = 1
+
+xllamacpp.CommonParams = OneThread
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("one-thread")
+    (folder / "sitecustomize.py").write_text(ONE_THREAD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xllamacpp.CommonParams", xllamacpp.CommonParams)  # restored afterwards
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        exec(ONE_THREAD, {})
+        yield
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project folder with a run of the embedded model: llama.cpp does not know the tiny one's tokenizer."""
     folder = make_project(tmp_path_factory.mktemp("served") / "project")
-    for words in (["train", "--model", "embedded", *SMALL], ["eval"]):
-        done = run([BIN / "mcp-lora", *words], folder)
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = run([BIN / "mcp-lora", "train", "--model", "embedded", *SMALL], folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    target = folder / "outputs/mcp_lora"
+    metrics = {BASE: {"ast": proportion(0, 2)}, ADAPTER: {"ast": proportion(1, 2)}}
+    evaluated = Evaluation({"seen": Split(2, metrics, {}, {})}, [], [], adapter=runs.adapter_hash(target))
+    (target / "eval").mkdir()
+    (target / "eval/metrics.json").write_text(evaluated.metrics())
     return folder
 
 
@@ -312,8 +349,35 @@ def test_parity_is_shown_and_another_template_is_found_out(
         parity.parity(url, template)
 
 
-def test_what_is_not_equivalent_is_not_exported(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def merging(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the project, with an engine that merges at once, and answers with the gold calls.
+
+    What the real one does, `gguf` and test_end_to_end.py show.
+    """
+
+    def run_engine(verb: str, config: dict[str, Any], environment: dict[str, str]) -> launch.Outcome:
+        assert verb == "export" and Path(config["adapter_name_or_path"]).is_dir()
+        (Path(config["export_dir"]) / "model.safetensors").parent.mkdir()
+        (Path(config["export_dir"]) / "model.safetensors").write_bytes(b"merged")
+        return launch.Outcome(0, "")
+
     monkeypatch.chdir(project)
+    monkeypatch.setattr(launch, "run_engine", run_engine)
+    monkeypatch.setattr(exports, "compare", lambda *words: Comparison(0.1, 0.2, "float32"))
+    monkeypatch.setattr(predict, "by_engine", gold)
+
+
+def gold(
+    asked: Sequence[Question], template: ChatTemplate, *rest: Any
+) -> Iterator[tuple[Question, Response]]:
+    return ((one, Response(one.prompt, template.without_end(one.target), [])) for one in asked)
+
+
+def test_what_is_not_equivalent_is_not_exported(
+    merging: None, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "convert", lambda model, target, dtype: target.symlink_to(gguf))
     monkeypatch.setattr(llama_cpp, "complete", lambda url, prompt, length: [])  # never a call
     before = {*Path("outputs").iterdir()}
     with pytest.raises(McpLoraError, match="have other calls than base \\+ adapter, at most") as refused:
@@ -323,30 +387,34 @@ def test_what_is_not_equivalent_is_not_exported(project: Path, monkeypatch: pyte
 
 
 def test_a_merged_model_that_answers_otherwise_is_not_exported(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    merging: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(project)
-    compare = exports.compare
+    def by_engine(
+        asked: Sequence[Question], template: ChatTemplate, settings: dict[str, Any], *rest: Any
+    ) -> Iterator[tuple[Question, Response]]:
+        if "adapter_name_or_path" in settings:
+            return gold(asked, template)
+        assert (Path(settings["model_name_or_path"]) / "model.safetensors").read_bytes() == b"merged"
+        return ((question, Response(question.prompt, "As the base.", [])) for question in asked)
 
-    def damaging(config: dict[str, Any], adapter: Path, merged: Path) -> Comparison:
-        found = compare(config, adapter, merged)
-        shutil.copy(Path(config["model_name_or_path"]) / "model.safetensors", merged)  # the base's
-        return found
-
-    monkeypatch.setattr(exports, "compare", damaging)
+    monkeypatch.setattr(predict, "by_engine", by_engine)
     before = {*Path("outputs").iterdir()}
+    request = exports.Request(Path("outputs/mcp_lora"), Path("outputs/other"))
     with pytest.raises(McpLoraError, match="other calls than base .*mcp-lora export .*--adapter-only"):
-        exports.export(exports.Request(Path("outputs/mcp_lora"), Path("outputs/other")))
+        exports.export(request)
+    monkeypatch.setattr(exports, "compare", lambda *words: Comparison(0.3, 0.2, "float32"))
+    with pytest.raises(McpLoraError, match="not equivalent, nothing is exported .* logit is 0.3 ") as refused:
+        exports.export(request)
+    assert refused.value.code == 1
     assert {*Path("outputs").iterdir()} - before == {Path("outputs/.other.lock")}
 
 
 def test_a_model_that_there_is_no_room_for_is_exported_with_a_warning(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    merging: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def by_engine(*words: Any) -> Any:
         raise predict.NoRoomError("CUDA out of memory")
 
-    monkeypatch.chdir(project)
     monkeypatch.setattr(predict, "by_engine", by_engine)
     note = exports.export(exports.Request(Path("outputs/mcp_lora"), Path("outputs/unasked")))
     assert "difference of a logit" in note and note.endswith("(the model does not fit into memory)")
@@ -354,9 +422,8 @@ def test_a_model_that_there_is_no_room_for_is_exported_with_a_warning(
 
 
 def test_an_adapter_by_itself(project: Path, template: ChatTemplate) -> None:
-    done = run([BIN / "mcp-lora", "export", "--adapter-only"], project)
-    assert done.returncode == 0, done.stderr[-3000:]
     folder = project / "outputs/adapter"
+    exports.export(exports.Request(project / "outputs/mcp_lora", folder, adapter_only=True))
     assert (folder / "adapter_model.safetensors").read_bytes() == (
         project / "outputs/mcp_lora/adapter_model.safetensors"
     ).read_bytes()
@@ -397,9 +464,8 @@ def test_ollama_gets_no_model_that_it_prompts_in_its_own_way(
 
 
 def test_serve_is_one_command(project: Path, gguf: Path) -> None:
-    # the run, for which it makes a file once
     argv = [BIN / "mcp-lora", "serve", "--port", "0"]
-    (project / "outputs/mcp_lora/merged-earlier-f16.gguf").write_bytes(b"of an earlier adapter")
+    servers._gguf(Request(project / "outputs/mcp_lora")).symlink_to(gguf)  # as if it was served before
     with subprocess.Popen(argv, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr
@@ -408,16 +474,52 @@ def test_serve_is_one_command(project: Path, gguf: Path) -> None:
             done = run([BIN / "mcp-lora", "parity", url], project)
             assert done.returncode == 0 and "7 conversations compared by token ids, 0 differ" in done.stderr
             words = [BIN / "mcp-lora", "eval", "--endpoint", url, "--endpoint-model", "mcp-lora"]
-            done = run(words, project)
+            done = run([*words, "--limit", "1"], project)
             assert done.returncode == 0 and "not those of training" not in done.stderr, done.stderr
             port = url.split(":")[2].split("/")[0]
             done = run([BIN / "mcp-lora", "serve", gguf, "--port", port], project)
             assert done.returncode == 2 and f"port {port} is in use" in done.stderr
-            assert len(list((project / "outputs/mcp_lora").glob("merged-*.gguf"))) == 1
         finally:
             server.send_signal(signal.SIGINT)
         assert "the server is stopped" in server.stderr.read()
     assert server.returncode == 0
+
+
+def test_a_run_is_exported_once_to_be_served(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, served = [], []
+
+    def export(request: exports.Request, progress: Any) -> str:
+        assert (request.run, request.gguf, earlier.is_file()) == (target, "f16", True)
+        request.target.write_bytes(b"GGUF")
+        made.append(request.target)
+        return "checked"
+
+    @contextmanager
+    def running(model: Path, *where: Any) -> Iterator[str]:
+        served.append(model)
+        yield "http://127.0.0.1:1/v1"
+
+    def announce(*words: Any) -> None:
+        raise Interrupted(128 + signal.SIGINT)
+
+    monkeypatch.setattr(exports, "export", export)
+    monkeypatch.setattr(llama_cpp, "running", running)
+    monkeypatch.setattr(servers, "_announce", announce)
+    target = project / "outputs/mcp_lora"
+    servers._gguf(Request(target)).unlink(missing_ok=True)
+    earlier = target / "merged-earlier-f16.gguf"
+    earlier.write_bytes(b"of an earlier adapter")
+    said: list[str] = []
+    for _ in range(2):
+        servers.serve(
+            Request(target, "llama.cpp", port=0),
+            said.append,
+            lambda: nullcontext(lambda step, fraction: None),
+        )
+    assert served == [*made, *made] and not earlier.exists()
+    once = f"exporting {target} as {made[0]}, once"
+    assert said == [once, f"{made[0]}: checked", *2 * ["the server is stopped"]]
+    made[0].unlink()
 
 
 def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: Any) -> None:
@@ -447,34 +549,39 @@ def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: An
 PARSE = """
 import json, sys
 from transformers.utils.chat_parsing import parse_response
-template, prompt, *texts = json.load(sys.stdin)
-print(json.dumps([parse_response(text, template, prefix=prompt) for text in texts]))
+print(json.dumps([
+    [parse_response(text, template, prefix=prompt) for text in texts]
+    for template, prompt, *texts in json.load(sys.stdin)
+]))
 """
 
 
-@pytest.mark.parametrize("name", ["Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B", "google-gemma-2-2b-it"])
-def test_transformers_parses_answers_by_the_response_template(name: str, tmp_path: Path) -> None:
-    template = ChatTemplate(chat_templates.tokenizer_of(dict(chat_templates.templates())[name]))
+def test_transformers_parses_answers_by_the_response_template() -> None:
     question = [{"role": "user", "content": "What is 1 plus 2?"}]
     calls = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "x"}'}}]
     calls += [{"id": "2", "type": "function", "function": {"name": "get-time", "arguments": "{}"}}]
-    prompt, target = template.turn(
-        question, {"role": "assistant", "content": "Yes.", "tool_calls": calls}, [servers.PROBE]
-    )
-    _, text = template.turn(question, {"role": "assistant", "content": "It is 3."}, [servers.PROBE])
+    names = ("Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B", "google-gemma-2-2b-it")
+    texts, given = dict(chat_templates.templates()), []
+    for name in names:
+        template = ChatTemplate(chat_templates.tokenizer_of(texts[name]))
+        prompt, target = template.turn(
+            question, {"role": "assistant", "content": "Yes.", "tool_calls": calls}, [servers.PROBE]
+        )
+        _, text = template.turn(question, {"role": "assistant", "content": "It is 3."}, [servers.PROBE])
+        given.append([card.response_template(template), prompt, target, text])
     found = [
         str(chat_templates.fetched(package)) for package in ("transformers==5.24.0", "tokenizers==0.23.1")
     ]
     done = subprocess.run(
         [sys.executable, "-c", PARSE],
-        input=json.dumps([card.response_template(template), prompt, target, text]),
+        input=json.dumps(given),
         env=environment(PYTHONPATH=":".join(found)),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     functions = [{"name": "add", "arguments": {"a": 1, "b": "x"}}, {"name": "get-time", "arguments": {}}]
-    assert json.loads(done.stdout) == [
+    expected = [
         {
             "role": "assistant",
             "content": "Yes.",
@@ -482,6 +589,7 @@ def test_transformers_parses_answers_by_the_response_template(name: str, tmp_pat
         },
         {"role": "assistant", "content": "It is 3."},
     ]
+    assert dict(zip(names, json.loads(done.stdout), strict=True)) == dict.fromkeys(names, expected)
 
 
 def test_push_makes_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@
 # environment of the user's own keeps what it has, such as torch for its driver.
 setup() {
     local active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
-    [ "${VIRTUAL_ENV:-}" != "$PWD/.venv" ] || active=
     if [ -z "${VIRTUAL_ENV:-}" ] && { [ -z "${CONDA_PREFIX:-}" ] || [ "${CONDA_DEFAULT_ENV:-}" = base ]; }; then
         [ -x .venv/bin/python ] || { echo "== making .venv"; "${PYTHON:-python3}" -m venv .venv; }
         source .venv/bin/activate
@@ -27,7 +26,7 @@ setup() {
         [ "$stamp" -nt scripts/constraints.txt ]; } 2>/dev/null; then
         echo "== installing $1 (several GB the first time)"
         local versions=(--constraint scripts/constraints.txt)
-        [ -z "$active" ] || versions=()
+        [ -z "$active" ] || [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] || versions=()
         python -m pip install --quiet ${versions[@]+"${versions[@]}"} --editable "$1"
         [ "$stamp" -nt pyproject.toml ] || rm -f "$stamp"
         echo "$1" >> "$stamp"

@@ -104,6 +104,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def collated(run_yaml: Path) -> list[tuple[list[int], list[int]]]:
     """What LLaMA-Factory trains on: token ids and labels of each sample, by its own loading and collator."""
+    batches = collated_by(run_yaml, 1)
+    return [(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in batches]
+
+
+def collated_by(run_yaml: Path, size: int) -> list[Any]:
+    """The batches of a run with `size` samples each, in the order of its data set."""
     from llamafactory.data import (
         SFTDataCollatorWith4DAttentionMask,
         get_dataset,
@@ -121,8 +127,8 @@ def collated(run_yaml: Path) -> list[tuple[list[int], list[int]]]:
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
     rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
     collate = SFTDataCollatorWith4DAttentionMask(template=template, **module)
-    batches = [collate([row]) for row in rows]
-    return [(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in batches]
+    rows = list(rows)
+    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def make_project(folder: Path) -> Path:

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BIN, ROOT, collated, environment, make_project, run
+import torch
+from conftest import BIN, ROOT, collated, collated_by, environment, make_project, run
+from transformers import AutoModelForCausalLM
 
 from mcp_lora.data import dataset
 from mcp_lora.prompts import chat_template
 from mcp_lora.serve import verify
+from mcp_lora.train import runs
 
 # The recipe, with its validation, on little data.
 SMALL = [
@@ -97,6 +100,24 @@ def test_the_engine_trains_on_what_the_chat_template_renders(project: Path, tiny
     for folder in (output, output / f"checkpoint-{steps(output)}"):
         beside = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         assert beside == template.tokenizer.chat_template
+
+
+def test_a_batch_has_the_loss_of_its_samples(project: Path, tiny_model: Path) -> None:
+    run_yaml = project / "outputs/mcp_lora/run.yaml"
+    assert runs.read_run(run_yaml.parent)["disable_shuffling"]  # the samples of a step are sorted
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    keys = ("input_ids", "attention_mask", "labels")
+    losses: dict[int, list[tuple[float, int]]] = {}
+    with torch.inference_mode():
+        for size in (1, 4):
+            losses[size] = []
+            for batch in collated_by(run_yaml, size):
+                trained = int((batch["labels"][:, 1:] != -100).sum())
+                losses[size].append((float(model(**{key: batch[key] for key in keys}).loss), trained))
+    for place, (loss, trained) in enumerate(losses[4]):
+        alone = losses[1][4 * place : 4 * place + 4]
+        assert trained == sum(count for _, count in alone)
+        assert loss == pytest.approx(sum(one * count for one, count in alone) / trained, abs=1e-4)
 
 
 def test_a_finished_run_is_not_started_again(project: Path, tiny_model: Path) -> None:

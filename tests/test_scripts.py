@@ -50,15 +50,18 @@ def test_the_pinned_versions_are_those_that_are_allowed() -> None:
             assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_the_versions_are_pinned_but_in_an_environment_of_ones_own(tmp_path: Path, own: bool) -> None:
-    folder = tmp_path / ".venv" / "bin"
+@pytest.mark.parametrize(("own", "active"), [(False, False), (False, True), (True, True)])
+def test_the_versions_are_pinned_but_in_an_environment_of_ones_own(
+    tmp_path: Path, own: bool, active: bool
+) -> None:
+    name = "mine" if own else ".venv"
+    folder = tmp_path / name / "bin"
     folder.mkdir(parents=True)
     (folder / "activate").write_text(f'PATH="{folder}:$PATH"\n')
     (folder / "python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho {tmp_path}\n')
     (folder / "python").chmod(0o755)
     path = f"{folder}:{os.environ['PATH']}"
-    set_up(tmp_path, **({"VIRTUAL_ENV": f"{tmp_path}/.venv", "PATH": path} if own else {}))
+    set_up(tmp_path, **({"VIRTUAL_ENV": f"{tmp_path}/{name}", "PATH": path} if active else {}))
     (install,) = [line for line in (tmp_path / "calls").read_text().splitlines() if "install" in line]
     assert ("--constraint scripts/constraints.txt" in install) is not own and install.endswith("--editable .")
 

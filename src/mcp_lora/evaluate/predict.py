@@ -138,10 +138,11 @@ def by_endpoint(
     def reply(question: Question) -> Response:
         words = (client, model, question.sample["messages"][:-1], question.sample["tools"])
         more: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0}
+        sent = next(iter(arguments), None)
         try:
-            return asked(*words, **more, extra_body=arguments[0] if arguments else None)[0]
+            return asked(*words, **more, extra_body=sent)[0]
         except (BadRequestError, UnprocessableEntityError):
-            if not arguments:
+            if not sent:
                 raise
             found = asked(*words, **more)[0]  # a hosted model may reject the arguments
             with suppress(IndexError):  # another thread has noticed it, too

@@ -358,8 +358,9 @@ def merging(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run_engine(verb: str, config: dict[str, Any], environment: dict[str, str]) -> launch.Outcome:
         assert verb == "export" and Path(config["adapter_name_or_path"]).is_dir()
-        (Path(config["export_dir"]) / "model.safetensors").parent.mkdir()
-        (Path(config["export_dir"]) / "model.safetensors").write_bytes(b"merged")
+        folder = Path(config["export_dir"])
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"merged")
         return launch.Outcome(0, "")
 
     monkeypatch.chdir(project)

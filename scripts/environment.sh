@@ -28,7 +28,8 @@ setup() {
         local versions=(--constraint scripts/constraints.txt)
         [ -z "$active" ] || [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] || versions=()
         python -m pip install --quiet ${versions[@]+"${versions[@]}"} --editable "$1"
-        [ "$stamp" -nt pyproject.toml ] || rm -f "$stamp"
+        # what was installed before the change of a file counts no more
+        { [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt scripts/constraints.txt ]; } || rm -f "$stamp"
         echo "$1" >> "$stamp"
     fi
 }

@@ -13,7 +13,7 @@ from conftest import BIN, run
 from mcp_lora import demo_model, doctor
 from mcp_lora.data import conversion
 from mcp_lora.engine import launch
-from mcp_lora.train import recipe
+from mcp_lora.train import recipe, training
 from mcp_lora.train.machine import Machine
 
 CPU = Machine(0, False, False)
@@ -91,6 +91,11 @@ def test_data_that_has_changed_since(tiny_model: Path, project: Path) -> None:
     assert found(tiny_model)["data"].verdict == "ok"  # neither time stamp nor name is a change
     newer.write_text(newer.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     assert "have changed: mcp-lora convert" in found(tiny_model)["data"].words
+
+
+def test_a_recipe_without_model_or_data_is_a_problem() -> None:
+    problems = training.settings_problems({"do_train": True, "stage": "sft"})
+    assert problems == [f"{key} is not set" for key in ("model_name_or_path", "dataset_dir", "dataset")]
 
 
 def test_what_no_training_could_use(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,11 +10,15 @@ import sys
 try:
     from mcp_lora.cli.app import main
     from mcp_lora.engine.topology import launched
+    from mcp_lora.errors import McpLoraError
 except ModuleNotFoundError as error:
     sys.exit(f"mcp-lora is not installed in this environment ({error.name}): pip install -e .")
 
 if __name__ == "__main__":
-    variables = launched(os.environ)
+    try:
+        variables = launched(os.environ)
+    except McpLoraError as error:
+        sys.exit(f"mcp-lora: error: {error}")
     if variables is None:
         sys.exit()  # the first process of the node trains on all of its GPUs
     os.environ |= variables

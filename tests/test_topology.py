@@ -1,4 +1,8 @@
+import sys
+from pathlib import Path
+
 import pytest
+from conftest import ROOT, run
 
 from mcp_lora.engine import topology
 from mcp_lora.engine.topology import Topology
@@ -25,6 +29,12 @@ def test_the_first_process_of_a_launch_trains_on_all_gpus_of_its_node() -> None:
     found = topology.launched(torchrun)
     assert found is not None
     assert topology.find(torchrun | found, 8) == Topology(8, 2, 1, ("a", "29501"))
+
+
+def test_a_launchers_variable_that_is_no_number_is_named(tmp_path: Path) -> None:
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "two"}
+    done = run([sys.executable, ROOT / "train_lora.py"], tmp_path, **launched)
+    assert done.returncode and "MASTER_PORT=two" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_one_machine_trains_on_the_gpus_that_it_shows() -> None:

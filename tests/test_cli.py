@@ -59,6 +59,7 @@ def fail(capsys: Capture, *words: str) -> str:
         ("train --dry-run lora_rank=abc", "lora_rank=abc is not an int"),
         ("train --dry-run lora_rank=08", "lora_rank=08 is not an int"),
         ("train --dry-run quantization_type=nf4", "no effect without quantization_bit"),
+        ("train --tokens-per-second 3000", "mcp-lora train --dry-run --tokens-per-second 3000"),
         ("train --dry-run --model ~nosuchuser/model", "there is no model in ~nosuchuser/model"),
         ("train --dry-run --resume --overwrite", "use only one of them"),
         ("eval --require seen.acuracy>=0.6", "--require seen.acuracy>=0.6: a metric is SPLIT.NAME"),

@@ -49,7 +49,6 @@ def train(
         global_batch=global_batch,
         gpus=gpus,
         gpu_memory=gpu_memory,
-        tokens_per_second=tokens_per_second,
         nodes=nodes,
         node_rank=node_rank,
         master=master,
@@ -58,8 +57,11 @@ def train(
         overwrite=overwrite,
     )
     if dry_run:
-        typer.echo(training.preview(request, console.say))
+        typer.echo(training.preview(request, console.say, tokens_per_second))
         return
+    if tokens_per_second:
+        again = f"mcp-lora train --dry-run --tokens-per-second {tokens_per_second:g}"
+        raise McpLoraError(f"--tokens-per-second is only for the hours that a dry run estimates: {again}")
     with console.progress() as progress:
         training.train(request, console.say, progress)
 

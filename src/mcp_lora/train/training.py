@@ -31,9 +31,8 @@ Progress = Callable[[str, float], None]
 class Request:
     """The request for a training: a recipe, what overrides it, and how it is run.
 
-    `overrides` are `key=value` words with LLaMA-Factory's keys, `gpu_memory` is that of each GPU in GB,
-    `tokens_per_second` the speed of each process that a preview assumes. None leaves a setting to the recipe,
-    the environment or the machine.
+    `overrides` are `key=value` words with LLaMA-Factory's keys, `gpu_memory` is that of each GPU in GB. None
+    leaves a setting to the recipe, the environment or the machine.
     """
 
     recipe: Path = configuration.RECIPE
@@ -45,7 +44,6 @@ class Request:
     global_batch: int | None = None
     gpus: int | None = None
     gpu_memory: float | None = None
-    tokens_per_second: float | None = None
     nodes: int | None = None
     node_rank: int | None = None
     master: str | None = None
@@ -81,8 +79,8 @@ def train(request: Request, say: Say, progress: Progress) -> None:
         _run(plan, request, say)
 
 
-def preview(request: Request, say: Say) -> str:
-    """Return what would be run, and its parameters, memory and steps.
+def preview(request: Request, say: Say, speed: float | None = None) -> str:
+    """Return what would be run, its parameters, memory and steps, and its hours (see `plans.expected`).
 
     Nothing is fetched or written, no weights are read, and what this machine cannot run is only a warning.
 
@@ -95,7 +93,7 @@ def preview(request: Request, say: Say) -> str:
         say(f"warning: {error}")
     plan = plans.fit_steps(plan, plans.training_rows(plan.config), say)
     known = plan.steps or "not known, the data is not converted: mcp-lora convert"
-    expected = plans.expected(plan, request.tokens_per_second) if plan.steps else []
+    expected = plans.expected(plan, speed) if plan.steps else []
     variables = [f"{name}={value}" for name, value in plan.environment.items()]
     lines = [f"# {plan.run / 'run.yaml'}", api.dump(plan.config), "# command", shlex.join(plan.argv)]
     lines += ["# environment", *variables, "# plan", plan.batch]

@@ -32,6 +32,7 @@ from mcp_lora.live.chat import Chat
 from mcp_lora.live.collect import collect
 from mcp_lora.live.connections import Address, Connection
 from mcp_lora.prompts import chat_template
+from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train import runs
 
 SERVER = ROOT / "tests" / "mcp_server.py"
@@ -479,6 +480,25 @@ def chatting(
     tools, transcript = more.get("tools", ()), more.get("transcript")
     chat = Chat(outputs, model, servers, tools, confirm, lambda *said: shown.append(said), transcript)
     return chat, shown, confirmed
+
+
+def test_a_server_that_rejects_arguments_for_a_chat_template_can_be_chatted_with(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatTemplate, "server_arguments", {"enable_thinking": False})
+    requests: list[Any] = []
+    said: list[str] = []
+
+    def reply(request: dict[str, Any]) -> dict[str, Any] | int:
+        requests.append(request)
+        return 400 if "chat_template_kwargs" in request else {"content": "Hello."}
+
+    with teacher(reply) as url:
+        answer = chats.by_endpoint(outputs, Endpoint(url, "m"), said.append)
+        for _ in range(2):
+            assert answer([{"role": "user", "content": "Hi."}], []) == ("Hello.", [])
+    assert len(requests) == 3 and len(said) == 1
+    assert "rejects chat_template_kwargs: prompts differ from training" in said[0]
 
 
 def test_a_call_is_run_after_a_yes_and_the_transcript_is_data(outputs: Path, tmp_path: Path) -> None:

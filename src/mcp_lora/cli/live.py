@@ -112,7 +112,7 @@ def chat(
 
     with connections.connected(servers, _required, timeout) as connected:
         named = Endpoint(endpoint, endpoint_model) if endpoint else None
-        answer = chats.by_endpoint(run, named) if named else chats.here(run, checkpoint)
+        answer = chats.by_endpoint(run, named, console.say) if named else chats.here(run, checkpoint)
         chat = chats.Chat(run, answer, connected, known.tools, confirm, console.show_turn, transcript)
         while (text := _prompt()) not in (None, "exit", "/exit"):
             try:

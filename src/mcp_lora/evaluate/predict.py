@@ -122,39 +122,24 @@ def by_endpoint(
         url: the base URL, including /v1.
         model: its name on the server.
         max_tokens: tokens per answer.
-        template: the model's chat template; requests set its arguments as in training, unless the server
-            rejects them.
+        template: the model's chat template (see `asking`).
         command: the command to run again after a failure, without the server's options.
         say: logs a warning.
 
     Raises McpLoraError if the server cannot be reached, or rejects a request.
     """
-    from openai import BadRequestError, OpenAI, UnprocessableEntityError
+    from openai import OpenAI
 
-    arguments = [{"chat_template_kwargs": template.server_arguments}] if template.server_arguments else []
     client = OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"), max_retries=RETRIES)
+    reply = asking(client, model, template, say)
     failures: list[Exception] = []
-
-    def reply(question: Question) -> Response:
-        words = (client, model, question.sample["messages"][:-1], question.sample["tools"])
-        more: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0}
-        sent = next(iter(arguments), None)
-        try:
-            return asked(*words, **more, extra_body=sent)[0]
-        except (BadRequestError, UnprocessableEntityError):
-            if not sent:
-                raise
-            found = asked(*words, **more)[0]  # a hosted model may reject the arguments
-            with suppress(IndexError):  # another thread has noticed it, too
-                arguments.pop()
-                say(f"warning: {url} rejects chat_template_kwargs: its prompts are not those of training")
-            return found
 
     def ask(question: Question) -> tuple[Question, Response] | None:
         if failures:  # requests in flight are completed and kept, but no new ones are sent
             return None
+        messages, tools = question.sample["messages"][:-1], question.sample["tools"]
         try:
-            return question, reply(question)
+            return question, reply(messages, tools, max_tokens=max_tokens)
         except Exception as error:  # any exception is possible
             failures.append(error)
             return None
@@ -166,6 +151,33 @@ def by_endpoint(
         what = f"{url} does not answer ({one_line(failures[0])}): is it running, is {model} its "
         what += f"model, is the key in {KEY}? Its answers so far are kept"
         raise McpLoraError(f"{what}: {command} {shlex.join(['--endpoint', url, '--endpoint-model', model])}")
+
+
+def asking(
+    client: Any, model: str, template: ChatTemplate, say: Callable[[str], None]
+) -> Callable[..., Response]:
+    """Return a function that asks a server as `asked` does, greedily and with a chat template's arguments.
+
+    A hosted model may reject the arguments: `say` logs a warning, and they are left out from then on.
+    """
+    from openai import BadRequestError, UnprocessableEntityError
+
+    arguments = [{"chat_template_kwargs": template.server_arguments}] if template.server_arguments else []
+
+    def ask(*words: Sequence[Any], **more: Any) -> Response:
+        sent = next(iter(arguments), None)
+        try:
+            return asked(client, model, *words, temperature=0, extra_body=sent, **more)[0]
+        except (BadRequestError, UnprocessableEntityError):
+            if not sent:
+                raise
+            found = asked(client, model, *words, temperature=0, **more)[0]
+            with suppress(IndexError):  # another thread has noticed it, too
+                arguments.pop()
+                say(f"warning: {client.base_url} rejects chat_template_kwargs: prompts differ from training")
+            return found
+
+    return ask
 
 
 def asked(

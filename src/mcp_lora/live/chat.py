@@ -22,7 +22,7 @@ from mcp_lora.data.rows import SYSTEM_MESSAGE
 from mcp_lora.engine import api
 from mcp_lora.errors import McpLoraError, explained, one_line
 from mcp_lora.evaluate.evaluation import Endpoint
-from mcp_lora.evaluate.predict import KEY, asked
+from mcp_lora.evaluate.predict import KEY, asking
 from mcp_lora.live.connections import Connection
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate, calling
@@ -232,17 +232,16 @@ def here(run: Path, checkpoint: str | None) -> Answer:
     return answer
 
 
-def by_endpoint(run: Path, endpoint: Endpoint) -> Answer:
+def by_endpoint(run: Path, endpoint: Endpoint, say: Callable[[str], None] = lambda text: None) -> Answer:
     """Return a function that asks an OpenAI-compatible server, which has a run's adapter."""
     from openai import OpenAI
 
-    template = chat_template.load(runs.read_run(run))
     client = OpenAI(base_url=endpoint.url, api_key=os.environ.get(KEY, "none"))
-    more = {"chat_template_kwargs": template.server_arguments} if template.server_arguments else None
+    ask = asking(client, endpoint.model, chat_template.load(runs.read_run(run)), say)
 
     def answer(messages: list[Message], tools: list[Any]) -> tuple[str, list[ToolCall]]:
         try:
-            found, _ = asked(client, endpoint.model, messages, tools, temperature=0, extra_body=more)
+            found = ask(messages, tools)
             if found.failed == "no reply":
                 raise ValueError(found.text)
             calls = [read for call in found.tool_calls if (read := call_of(call["name"], call["arguments"]))]

@@ -124,6 +124,19 @@ def test_an_interruption_names_the_command_that_goes_on(
     assert "to continue: mcp-lora --quiet train --resume\n" in capsys.readouterr().err
 
 
+def test_a_run_yaml_as_recipe_brings_nothing_that_its_run_has_set(capsys: Capture, project: Path) -> None:
+    recipe = yaml.safe_load(Path("train_configs/demo.yaml").read_text())
+    of_run = {"template": "empty", "tokenized_path": "rendered/9c", "disable_shuffling": True}
+    of_run["resume_from_checkpoint"] = "outputs/x/checkpoint-2"
+    runs.write_config(project / "outputs/x", recipe | of_run)
+    said = fail(capsys, "train", "--config", "outputs/x/run.yaml", "--output", "outputs/y")
+    for key, value in of_run.items():
+        assert re.search(rf"{key}={value}\b[^:;]*: leave it out", said), key
+    # an order of one's own
+    runs.write_config(project / "mine", recipe | {"disable_shuffling": True})
+    main_ok(["train", "--dry-run", "--config", "mine/run.yaml"])
+
+
 @pytest.mark.skipif(machine.detect_machine().gpus > 0, reason="this machine has a GPU")
 def test_a_big_model_without_a_gpu_is_refused_with_the_demos_command(capsys: Capture) -> None:
     assert "mcp-lora demo" in fail(capsys, "train")

@@ -191,6 +191,10 @@ def settings_problems(config: Mapping[str, Any]) -> list[str]:
     for key, instead in _IGNORED.items():
         if config.get(key):
             problems.append(f"{key}={config[key]} has no effect, {instead}: leave it out")
+    # in a run.yaml, which has a tokenized_path, these are not the user's: other data may not be sorted
+    for key in ("disable_shuffling", "resume_from_checkpoint") if config.get("tokenized_path") else ():
+        if config.get(key):
+            problems.append(f"{key}={config[key]} was set for its run only: leave it out")
     if not config.get("quantization_bit"):
         quantizing = [key for key in config if key in ("quantization_type", "double_quantization")]
         problems += [f"{key} has no effect without quantization_bit, set it to 4" for key in quantizing]

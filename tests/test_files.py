@@ -194,3 +194,17 @@ def test_a_name_that_is_no_utf8_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(McpLoraError, match=r"caf.*not valid UTF-8.*rename it") as caught:
         files.find([tmp_path])
     str(caught.value).encode()
+
+
+def test_a_lock_that_is_waited_for_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "_PATIENCE", 0.1)
+    lock, held = tmp_path / ".data.lock", pytest.raises(McpLoraError, match="in use")
+    with files.exclusive(lock, ""), held:
+        files.exclusive(lock, "in use")
+    assert caplog.messages == []  # it has not waited
+    with files.exclusive(lock, ""), held:
+        files.exclusive(lock, "in use", wait=0.3)
+    (said,) = caplog.messages
+    assert said.startswith("mcp-lora: waiting") and str(lock) in said

@@ -189,6 +189,20 @@ def test_a_snapshot_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None
     assert list(files.read(found[0])) == [{"a": 1}]
 
 
+def test_a_linked_folder_is_counted_and_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/rows.jsonl").touch()
+    place = tmp_path / "data"
+    place.mkdir()
+    (place / "linked").symlink_to("../elsewhere")
+    (place / "itself").symlink_to(".")
+    with pytest.raises(McpLoraError, match="2 files are hidden, broken links, linked folders"):
+        files.find([place])
+    (place / "own.jsonl").touch()
+    assert files.find([place]) == ([place / "own.jsonl"], 2)
+    assert files.find([place / "linked"]) == ([place / "linked/rows.jsonl"], 0)
+
+
 def test_a_name_that_is_no_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "caf\udce9.json").touch()
     with pytest.raises(McpLoraError, match=r"caf.*not valid UTF-8.*rename it") as caught:

@@ -95,7 +95,7 @@ def convert(
     try:
         stats = _convert(settings, inputs, tools, new, progress)
         if skipped:
-            stats.notes.append(f"{skipped} files were skipped: hidden, broken links, or written by mcp-lora")
+            stats.notes.append(f"{skipped} files were skipped: {files.SKIPPED}")
         stats.files = {file.name: files.sha256(file) for file in new.iterdir()}
         dataset.dump(stats, new / dataset.STATS)
         old = dataset.load(out / dataset.INFO)

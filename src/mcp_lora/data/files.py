@@ -26,6 +26,7 @@ from mcp_lora.data.records import mapped
 from mcp_lora.errors import McpLoraError, one_line
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+SKIPPED = "hidden, broken links, linked folders (name them to read them), or written by mcp-lora"
 _OUTPUTS = ("stats.json", "run.yaml")  # they mark the folder of a conversion or a run
 CHUNK = 1 << 17  # characters decoded at a time
 WAIT = 3600.0  # seconds for files that another process makes, of this node or of another
@@ -49,18 +50,19 @@ class Broken(NamedTuple):
 def find(places: list[Path], command: str = "mcp-lora convert OTHER_FILE") -> tuple[list[Path], int]:
     """Return the files that `places` refer to: files, folders (searched recursively) and globs.
 
-    Also returns how many files in the folders were skipped: hidden, broken links, or written by mcp-lora.
-    `command` is the next command to run after an error.
+    Also returns how many files in the folders were skipped (see SKIPPED). `command` is the next command to
+    run after an error.
 
     Raises McpLoraError if a place contains no readable file, or a file name is not valid UTF-8.
     """
     found, missing, skipped = list[Path](), list[str](), 0
     for place in places:
         if os.path.isdir(place):
-            every = sorted(
-                one for one in place.rglob("*") if one.name.endswith(SUFFIXES) and not one.is_dir()
-            )
-            outputs = {file.parent for name in _OUTPUTS for file in place.rglob(name) if _is_output(file)}
+            there = sorted(place.rglob("*"))  # not in linked folders, which may lead in circles
+            every = [
+                one for one in there if (one.is_symlink() if one.is_dir() else one.name.endswith(SUFFIXES))
+            ]
+            outputs = {file.parent for file in there if file.name in _OUTPUTS and _is_output(file)}
             files = [file for file in every if not _is_skipped(file.relative_to(place), place, outputs)]
             skipped += len(every) - len(files)
         else:
@@ -70,7 +72,7 @@ def find(places: list[Path], command: str = "mcp-lora convert OTHER_FILE") -> tu
         found += files
     kinds = ", ".join(SUFFIXES)
     if missing:
-        others = f"; {skipped} files are hidden, broken links, or written by mcp-lora" * bool(skipped)
+        others = f"; {skipped} files are {SKIPPED}" * bool(skipped)
         raise McpLoraError(f"no data in {', '.join(missing)} ({kinds}{others}): {command}")
     if unknown := [str(file) for file in found if not file.name.endswith(SUFFIXES)]:
         raise McpLoraError(f"{', '.join(unknown)}: not one of {kinds}: {command}")
@@ -93,10 +95,10 @@ def _is_output(marker: Path) -> bool:
 
 
 def _is_skipped(file: Path, place: Path, outputs: set[Path]) -> bool:
-    """Tell whether a file in `place` is hidden, a broken link, or in one of the folders `outputs`."""
+    """Tell whether a file in `place` is skipped (see SKIPPED); `outputs` are folders of mcp-lora."""
     is_hidden = any(part.startswith(".") for part in file.parts)
     is_output = file.name.endswith(".rejected.jsonl") or any(place / one in outputs for one in file.parents)
-    return is_hidden or is_output or not (place / file).exists()
+    return is_hidden or is_output or not (place / file).is_file()
 
 
 def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:

@@ -23,6 +23,7 @@ from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import parity, plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Response
 from mcp_lora.evaluate.evaluation import (
+    ADAPTER,
     BASE,
     Endpoint,
     Evaluation,
@@ -35,6 +36,7 @@ from mcp_lora.evaluate.gates import requirement, unmet
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.score import Verdict
 from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.report import page as report
 from mcp_lora.serve.card import model_card
 from mcp_lora.train import manifest, runs
 from mcp_lora.train.machine import Machine
@@ -297,6 +299,39 @@ def test_the_model_card_has_only_the_adapters_metrics(run: Path, monkeypatch: py
     assert model_card(run, run) == card
     (run / "adapter_config.json").write_text("{ }")  # as if trained again
     assert "None." in model_card(run, run)
+
+
+def test_asking_the_adapter_alone_or_a_checkpoint_replaces_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Path] = []
+
+    def measure(config: Any, adapter: Path, *rest: Any) -> plain_chat.PlainChat:
+        measured.append(adapter)
+        return plain_chat.PlainChat(len(measured), 0.5, 100, 4000)
+
+    monkeypatch.setattr(predict, "by_engine", hello)
+    monkeypatch.setattr(plain_chat, "measure", measure)
+    checkpoint = run / "checkpoint-300"
+    write_json(run / "adapter_config.json", {})
+    write_json(checkpoint / "adapter_config.json", {"r": 8})
+    evaluate(Request(run))
+
+    def kept() -> list[Any]:
+        files = ("metrics.json", "base.jsonl", "adapter.jsonl")
+        return [model_card(run, run), *((run / "eval" / file).read_bytes() for file in files)]
+
+    before = kept()
+    found = evaluate(Request(run, models=[ADAPTER]))
+    assert list(found.answers) == ["base", "adapter"] and found.plain_chat and kept() == before
+    found = evaluate(Request(run, checkpoint="300"))
+    assert list(found.answers) == ["base", "checkpoint-300"] and found.plain_chat and kept() == before
+    evaluate(Request(run, checkpoint="300", limit=1))
+    assert "questions, checkpoint-300: abstained 100.0" in model_card(run, checkpoint)
+    moved = [plain_chat.kept_of(run, one) for one in (run, checkpoint)]
+    assert [one and one.divergence for one in moved] == [1, 2] and len(measured) == 2
+    page = report.write([run]).read_text(encoding="utf-8")
+    assert "checkpoint-300" in page and "has changed since it was evaluated" not in page
 
 
 def test_the_batch_is_halved_where_memory_runs_out(

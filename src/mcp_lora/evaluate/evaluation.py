@@ -61,7 +61,7 @@ class Evaluation:
     """Metrics by split, servers and tools with the last model's worst ones first, and every answer.
 
     `left_out` counts the questions that could not be asked, by reason. `adapter` is the adapter's hash, if it
-    has answered. `plain_chat` is what has changed without tools, if base and adapter were both asked.
+    has answered. `plain_chat` is what has changed without tools, if base and adapter have both answered.
     """
 
     splits: dict[str, Split]
@@ -84,9 +84,11 @@ def kept(run: Path, adapter: Path) -> Evaluation | None:
 
     Raises McpLoraError if metrics.json is damaged.
     """
-    file = run / "eval" / "metrics.json"
-    found = files.parsed(file, Evaluation, advice("eval", run)) if file.is_file() else None
-    return found if found and found.adapter == runs.adapter_hash(adapter) else None
+    for file in (run / "eval" / name for name in ("metrics.json", f"{adapter.name}_metrics.json")):
+        found = files.parsed(file, Evaluation, advice("eval", run)) if file.is_file() else None
+        if found and found.adapter == runs.adapter_hash(adapter):
+            return found
+    return None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Request:
         splits: names from questions.SPLITS; by default all that exist.
         benchmark: ask the leaderboard's questions instead (see mcp_lora.evaluate.benchmark).
         limit: maximum questions per split.
-        models: BASE, ADAPTER or both.
+        models: which are asked: BASE, ADAPTER or both; what the base has answered before is compared, too.
         endpoint: evaluate this server instead, and compare it with those models that have answered the same.
         max_new_tokens: tokens per answer; by default those of the longest gold answer and a margin.
         batch_size: questions per batch of each process; halved if memory runs out.
@@ -150,9 +152,10 @@ def evaluate(
     if request.endpoint and request.endpoint.model in (BASE, ADAPTER):
         what = f"--endpoint-model {request.endpoint.model} is the name of the run's own answers"
         raise McpLoraError(f"{what}: serve it under another name, as {advice('serve', request.run)} does")
-    run, prepared, adapter = request.run, prepare(request), None
+    run, prepared, adapter, tuned = request.run, prepare(request), None, ADAPTER
     if ADAPTER in request.models and not request.endpoint:
         adapter = runs.adapter(run, request.checkpoint)
+        tuned = adapter.name if request.checkpoint else ADAPTER  # as its answers replace no others
     template, every, asked, length = prepared.template, prepared.every, prepared.asked, prepared.length
     if server := request.endpoint:
         with suppress(McpLoraError):  # a run without adapter
@@ -168,18 +171,19 @@ def evaluate(
     adapter_hash = runs.adapter_hash(adapter) if adapter else None
     common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
     try:
-        for name in [BASE, ADAPTER, server.model] if server else request.models:
+        asking = [server.model] if server else [tuned if one == ADAPTER else one for one in request.models]
+        for name in dict.fromkeys([BASE, *[ADAPTER] * bool(server), *asking]):
             stem = name
-            identity: Any = [adapter_hash if name == ADAPTER else None, _in_bf16()]
+            identity: Any = [adapter_hash if name == tuned else None, _in_bf16()]
             if server and name == server.model:
                 stem, identity = f"endpoint-{quote(name, safe='')}", asdict(server)
             book = Notebook(folder / f"{stem}.jsonl", every, [*common, identity], judge)
             missing = book.missing(asked)
-            if missing and server and name != server.model:
-                continue  # the run's own models are compared with a server, but not asked for it
+            if missing and name not in asking:
+                continue  # what it has answered before is compared, but it is not asked
             if missing:
                 # closing stops the server or engine if an answer cannot be written
-                loaded = adapter if name == ADAPTER else None
+                loaded = adapter if name == tuned else None
                 with closing(_asking(request, template, loaded, length, missing, say)) as found:
                     for done, (question, response) in enumerate(found, 1):
                         book.add(question, response)
@@ -189,13 +193,14 @@ def evaluate(
             summarise(answers),
             left_out=prepared.left_out,
             max_new_tokens=length,
-            adapter=adapter_hash if ADAPTER in answers else None,
+            adapter=adapter_hash if tuned in answers else None,
         )
         # the model card's, which those of some questions or of another model do not overwrite
-        is_all = ADAPTER in answers and not server and len(asked) == len(every)
-        metrics = folder / ("metrics.json" if is_all else "metrics_part.json")
+        is_all = tuned in answers and not server and len(asked) == len(every)
+        of_checkpoint = f"{tuned}_" * (tuned != ADAPTER)
+        metrics = folder / f"{of_checkpoint}metrics{'_part' * (not is_all)}.json"
         metrics.write_text(evaluation.metrics(), encoding="utf-8")
-        if adapter and not server and not request.benchmark and BASE in request.models:
+        if adapter and not server and not request.benchmark and BASE in answers:
             progress("comparing plain chat", 0)
             evaluation = replace(evaluation, plain_chat=_plain_chat(run, adapter, template, say))
             metrics.write_text(evaluation.metrics(), encoding="utf-8")

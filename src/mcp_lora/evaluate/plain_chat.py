@@ -1,8 +1,8 @@
 """What training has changed in plain chat: how far the adapter's predictions are from the base model's.
 
-RUN/eval/plain_chat.json has the values and the adapter that they are of:
+RUN/eval/plain_chat.json has the values by the hash of the adapter that they are of:
 
-    {"divergence": 0.21, "first": 0.64, "questions": 100, "tokens": 4120, "adapter": "5e8d…"}
+    {"5e8d…": {"divergence": 0.21, "first": 0.64, "questions": 100, "tokens": 4120}}
 """
 
 import json
@@ -56,17 +56,16 @@ def of_run(run: Path, adapter: Path, template: ChatTemplate) -> PlainChat | None
     if (kept := kept_of(run, adapter)) or runs.is_quantized(run) or is_other:
         return kept
     found = measure(config, adapter, template, questions())
-    row = asdict(found) | {"adapter": runs.adapter_hash(adapter)}
-    (run / _FILE).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    every = files.load(run / _FILE, advice("eval", run)) | {runs.adapter_hash(adapter): asdict(found)}
+    (run / _FILE).write_text(json.dumps(every) + "\n", encoding="utf-8")
     return found
 
 
 def kept_of(run: Path, adapter: Path) -> PlainChat | None:
     """Return what was measured of this adapter of a run, None if nothing was."""
-    row = files.load(run / _FILE, f"remove it, and {advice('eval', run)}")
-    if row and row.pop("adapter", "") == runs.adapter_hash(adapter):
-        with suppress(TypeError):  # of another version
-            return PlainChat(**row)
+    every = files.load(run / _FILE, f"remove it, and {advice('eval', run)}")
+    with suppress(LookupError, TypeError):  # not measured, or by another version
+        return PlainChat(**every[runs.adapter_hash(adapter)])
     return None
 
 

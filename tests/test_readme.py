@@ -1,4 +1,4 @@
-"""What README and docs/ say is so: their figures, files, commands and links."""
+"""What README and docs/ say is so: their numbers, files, commands and links."""
 
 import json
 import re
@@ -122,3 +122,9 @@ def test_both_languages_hold_the_same_commands() -> None:
     texts = (re.findall(r"```bash\n(.*?)```", path.read_text("utf-8"), re.S) for path in READMES)
     english, chinese = ([re.sub(r"\s*#.*", "", block) for block in blocks] for blocks in texts)
     assert english == chinese
+
+
+def test_both_languages_show_the_same_records() -> None:
+    texts = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("data.md", "data_zh.md"))
+    english, chinese = (re.findall(r"```json\n.*?```", text, re.S) for text in texts)
+    assert len(english) > 38 and english == chinese

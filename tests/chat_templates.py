@@ -151,7 +151,7 @@ def tokenizer_of(template: str) -> Any:
 
 @dataclass
 class Outcome:
-    """How a template is trained: its own or ours, or why not; what of CALLS and of an answer is left out."""
+    """How a template is trained, or why not; what of CALLS and of an answer is left out."""
 
     template: ChatTemplate | None = None
     refused: str = ""
@@ -162,7 +162,7 @@ class Outcome:
     def words(self) -> str:
         if not self.template:
             return "refused"
-        return "its own" if self.template.is_own else "ours"
+        return "its own" if self.template.is_own else "mcp-lora's"
 
 
 def outcome_of(template: str) -> Outcome:
@@ -190,7 +190,7 @@ def table(outcomes: Mapping[str, Outcome]) -> Iterator[str]:
     yield "| chat template | rendered by | call, result, answer | left out, and counted |"
     yield "| --- | --- | --- | --- |"
     for name, found in outcomes.items():
-        shape = {0: "–", 1: "one sample"}.get(found.samples, "a sample a turn")
+        shape = {0: "–", 1: "one sample"}.get(found.samples, "one sample per turn")
         yield f"| {name} | {found.words} | {shape} | {', '.join(found.left_out) or '–'} |"
 
 

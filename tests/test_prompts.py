@@ -101,7 +101,7 @@ def test_every_template_is_trained_or_refused_with_a_reason(outcomes: dict[str, 
     assert refused.keys() == REFUSED.keys(), refused
     assert all("mcp-lora train --model" in message for message in refused.values())
     assert {outcomes[name].words for name in OWN} == {"its own"}
-    assert {outcomes[name].words for name in OURS} == {"ours"}
+    assert {outcomes[name].words for name in OURS} == {"mcp-lora's"}
     left_out = {what for outcome in outcomes.values() for what in outcome.left_out}
     assert left_out == LEFT_OUT.keys()
     assert all(outcome.samples for outcome in outcomes.values() if outcome.template)
@@ -109,11 +109,12 @@ def test_every_template_is_trained_or_refused_with_a_reason(outcomes: dict[str, 
 
 def test_the_readmes_table_is_what_the_command_prints(outcomes: dict[str, Outcome]) -> None:
     readme = (ROOT / "docs/training.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| \S+ \| (?:its own|ours) \| .*$", readme, re.M)
+    shown = re.findall(r"^\| \S+ \| (?:its own|mcp-lora's) \| .*$", readme, re.M)
     assert len(shown) > 20 and {*shown} <= {*table(outcomes)}
     counts = Counter(outcome.words for outcome in outcomes.values())
-    told = f"{counts['its own']} of {len(outcomes)} published chat templates are trained as they are, "
-    assert f"{told}{counts['ours']} with ours, {counts['refused']} are" in readme
+    own, ours, refused = counts["its own"], counts["mcp-lora's"], counts["refused"]
+    told = f"{own} of {len(outcomes)} published chat templates are trained as they are, "
+    assert f"{told}{ours} with mcp-lora's, {refused} are" in readme
 
 
 def served(message: dict[str, Any], template: ChatTemplate) -> dict[str, Any]:

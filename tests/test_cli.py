@@ -14,9 +14,12 @@ import typer
 import yaml
 from conftest import BIN, ROOT, record, write_json
 
+from mcp_lora.cli import console
 from mcp_lora.cli.app import app, main
 from mcp_lora.data import dataset
 from mcp_lora.errors import Interrupted
+from mcp_lora.evaluate.evaluation import Evaluation, Weakness
+from mcp_lora.evaluate.stats import Proportion
 from mcp_lora.train import machine, runs
 
 Capture = pytest.CaptureFixture[str]
@@ -210,6 +213,23 @@ def test_what_comes_out_of_data_does_not_command_a_terminal(capsys: Capture, pro
     assert "[red] x" in shown.out and "\x1b" not in shown.out + shown.err
 
 
+def test_no_output_commands_a_terminal(capsys: Capture, project: Path, tiny_model: Path) -> None:
+    strange = "\x9b2J\x1b]0;x\x07"
+    row = record(f"Add 1 and 2. {strange}")
+    write_json(project / "rows.json", [row, *(record(f"Add {number} and 2.") for number in range(3, 9))])
+    main_ok(["convert", "rows.json", "--explain", "1"])
+    main_ok(["convert", "rows.json", "--test", "0"])
+    main_ok(["inspect", "--model", str(tiny_model)])
+    capsys.readouterr()
+    main_ok(["inspect", "--json", "--model", str(tiny_model)])
+    shown = capsys.readouterr().out
+    assert not re.search(r"[\x1b\x80-\x9f]", shown) and strange in json.loads(shown)["prompt"]
+    weakest = [Weakness(strange, strange, {"adapter": Proportion(0, 1, 0.0, 0.0, 0.0)})]
+    console.show_evaluation(Evaluation({}, [], weakest, {"adapter": []}))
+    shown = capsys.readouterr().out
+    assert "Tools that need more data" in shown and not re.search(r"[\x1b\x9b]", shown)
+
+
 @pytest.fixture
 def faulty(project: Path) -> str:
     """A file of three rows, of which one can be used."""
@@ -334,6 +354,26 @@ def test_an_output_on_a_full_disk_is_one_line(words: list[str]) -> None:
         done = subprocess.run([BIN / "mcp-lora", *words], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "mcp-lora: error: the output cannot be read or written (No space left on device)" in done.stderr
+
+
+def test_quiet_may_follow_the_command(capsys: Capture) -> None:
+    main_ok(["train", "--dry-run", "per_device_train_batch_size=1"])
+    assert "mcp-lora: " in capsys.readouterr().err
+    main_ok(["train", "--dry-run", "per_device_train_batch_size=1", "-q"])
+    shown = capsys.readouterr()
+    assert "# plan" in shown.out and all("warning: " in line for line in shown.err.splitlines())
+
+
+def test_a_report_is_written_where_it_is_wanted(capsys: Capture) -> None:
+    runs.write_config(Path("outputs/mcp_lora"), {"model_name_or_path": "m"})
+    main_ok(["report", "-o", "page.html"])
+    assert "the report is page.html" in capsys.readouterr().err and Path("page.html").is_file()
+    assert not Path("outputs/mcp_lora/report.html").exists()
+
+
+def test_a_recipe_is_printed_as_it_is(capsys: Capture) -> None:
+    main_ok(["recipe", "qlora"])
+    assert capsys.readouterr().out == Path("train_configs/qlora.yaml").read_text("utf-8")
 
 
 def test_names_of_earlier_versions_are_output(capsys: Capture) -> None:

@@ -50,7 +50,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, err
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mcp-lora {version('mcp-lora')}")
+        console.show(f"mcp-lora {version('mcp-lora')}")
         raise typer.Exit
 
 
@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
             what = " ".join(words[max(0, empty[0] - 1) : empty[0] + 1])
             raise McpLoraError(f"empty argument, an unset variable? {what}: see mcp-lora {words[0]} --help")
         try:
-            app(words)
+            # --quiet is the app's own option, but may also follow the command
+            app(sorted(words, key=lambda word: word not in ("--quiet", "-q")))
         except OSError as error:  # the output or the temporary folder, on a full disk
             if error.errno not in _DISK:
                 raise

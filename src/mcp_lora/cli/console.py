@@ -109,25 +109,25 @@ def show_evaluation(evaluation: Any) -> None:
         _table(title, columns, rows, texts=("",))
         for model, errors in split.errors.items():
             if errors:
-                typer.echo(f"errors of {model}: {counts(errors)}")
+                show(f"errors of {model}: {counts(errors)}")
     if found := evaluation.plain_chat:
         advice = "; that is much: mcp-lora convert --keep-plain" * found.is_high
         moved = f"{found.divergence:.2f} nats per token, {found.first:.2f} at the first of an answer"
-        typer.echo(f"\nPlain chat has moved by {moved}{advice}")
+        show(f"\nPlain chat has moved by {moved}{advice}")
     last, worst = list(evaluation.answers)[-1], []
     for place in evaluation.tools[:5]:
         right, server = place.right[last], f" of {place.server}" if place.server else ""
         if right.share < 1:
             worst.append(f"{place.tool}{server} {right.right}/{right.count}")
     if worst:
-        typer.echo(f"\nTools that need more data, the worst of {last} first: {', '.join(worst)}")
+        show(f"\nTools that need more data, the worst of {last} first: {', '.join(worst)}")
     asked = list(zip(*evaluation.answers.values(), strict=True))
     for row in asked[:: max(1, len(asked) // 3)][:3]:
         Console().print(Text(f"\n{harmless(row[0].instruction)}", style="bold"), soft_wrap=True)
         for model, answer in zip(evaluation.answers, row, strict=True):
             mark = "✗" if answer.verdict.error else "✓"
             said = answer.text or json.dumps([call._asdict() for call in answer.calls])
-            typer.echo(f"  {model} {mark} {harmless(' '.join(said.split())[:300])}")
+            show(f"  {model} {mark} {' '.join(said.split())[:300]}")
 
 
 def show_generated(lines: Sequence[Any]) -> None:
@@ -158,13 +158,18 @@ def ask(question: str) -> str | None:
     try:
         return input(harmless(question)).strip()
     except EOFError:
-        typer.echo()
+        show("")
         return None
 
 
 def counts(counted: dict[str, int]) -> str:
     """Return counts as text: 3 schema, 1 no-call."""
     return ", ".join(f"{count} {what}" for what, count in counted.items())
+
+
+def show(text: str) -> None:
+    """Print a result on stdout."""
+    typer.echo(harmless(text))
 
 
 def say(text: str) -> None:

@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
 from typer import Argument, Option
 
 from mcp_lora import demo_model
@@ -63,27 +62,28 @@ def convert(
     low, _, high = candidates.partition("-")
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", candidates) or int(high or low) < int(low):
         raise McpLoraError(f"--candidates {candidates}: neither a number nor a range: --candidates 4-10")
-    held_out = (holdout_servers, holdout_tools, test)
     settings = conversion.Settings(
-        inputs or [],
-        tools or [],
-        turns,
-        max_observation,
-        candidates if high else int(low),
-        *held_out,
-        no_call,
-        questions_per_sample,
-        seed,
-        drop_reasoning,
-        strict_schema,
-        keep_failed,
-        keep_plain,
-        redact,
+        inputs=inputs or [],
+        tools=tools or [],
+        turns=turns,
+        max_observation=max_observation,
+        candidates=candidates if high else int(low),
+        holdout_servers=holdout_servers,
+        holdout_tools=holdout_tools,
+        test=test,
+        no_call=no_call,
+        questions_per_sample=questions_per_sample,
+        seed=seed,
+        drop_reasoning=drop_reasoning,
+        strict_schema=strict_schema,
+        keep_failed=keep_failed,
+        keep_plain=keep_plain,
+        redact=redact,
     )
     if explain:
         for step, what in conversion.explain(settings, explain):
             text = json.dumps(what, ensure_ascii=False, indent=2, default=str)
-            typer.echo(f"# {step}\n{text}".encode(errors="backslashreplace"))  # lone surrogates
+            console.show(f"# {step}\n{text}")
         return
     with console.progress() as progress, dataset.locked(output):
         statistics = conversion.convert(settings, output, progress)
@@ -97,7 +97,7 @@ def convert(
 
 
 def inspect(
-    row: Annotated[int, Argument(min=1, help="Number of the row, from 1.")] = 1,
+    row: Annotated[int, Argument(min=1, metavar="ROW", help="Number of the row, from 1.")] = 1,
     split: Annotated[str, Option(metavar="NAME", help=f"train, {SPLITS}.")] = "train",
     model: Model = None,
     config: Recipe = recipes.RECIPE,
@@ -123,7 +123,7 @@ def inspect(
     for sample in fitted.samples:
         if as_json:
             shown = ("input_ids", "labels", "prompt", "target")
-            typer.echo(json.dumps({key: getattr(sample, key) for key in shown}, ensure_ascii=False))
+            console.show(json.dumps({key: getattr(sample, key) for key in shown}))
         else:
             console.show_sample(sample, template, ids)
     if not as_json:

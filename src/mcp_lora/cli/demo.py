@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Option
 
 from mcp_lora import demo_model
@@ -74,8 +73,8 @@ def demo(
     console.say("4/4 report: the results as one HTML page")
     page = write([_RUN])
     for line in _learned(found):
-        typer.echo(line)
-    typer.echo(f"The page: {page}; next: mcp-lora chat {_RUN}")
+        console.show(line)
+    console.show(f"The page: {page}; next: mcp-lora chat {_RUN}")
 
 
 def plan(seconds: float, rate: float, tokens: int, counts: Sequence[int]) -> tuple[int, float]:

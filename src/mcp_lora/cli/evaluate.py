@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
 from typer import Argument, Option
 
 from mcp_lora.cli import console
@@ -14,6 +13,7 @@ from mcp_lora.train.runs import DEFAULT
 _BATCH_SIZE = 16
 _BENCHMARK = "Ask the questions of the Berkeley Function Calling Leaderboard instead."
 _REQUIRE = "Exit with 1 if not met; repeatable."
+_PAGE = "File to write; report.html or comparison.html in the first run's folder by default."
 _RUNS = f"A run's folder, by default {DEFAULT}; several are compared."
 
 
@@ -63,7 +63,7 @@ def evaluate(
     with console.progress() as progress:
         found = evaluation.evaluate(request, progress, console.say)
     if as_json:
-        typer.echo(found.metrics(), nl=False)
+        console.show(found.metrics().rstrip())
     else:
         console.show_evaluation(found)
     if found.left_out:
@@ -74,8 +74,11 @@ def evaluate(
         raise McpLoraError(f"{'; '.join(missed)}. See what is wrong: {advice('report', run)}", 1)
 
 
-def report(runs: Annotated[list[Path] | None, Argument(metavar="RUN", help=_RUNS)] = None) -> None:
+def report(
+    runs: Annotated[list[Path] | None, Argument(metavar="RUN", help=_RUNS)] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help=_PAGE)] = None,
+) -> None:
     """Write a report on a run as one HTML file: metrics, errors, examples, curves, data."""
     from mcp_lora.report.page import write
 
-    console.say(f"the report is {write(runs or [DEFAULT])}")
+    console.say(f"the report is {write(runs or [DEFAULT], output)}")

@@ -4,7 +4,6 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
 from typer import Argument, Option
 
 from mcp_lora.cli import console
@@ -60,7 +59,7 @@ def serve(
     if show:
         argv = servers.command(request)
         secret = ["env", f"VLLM_API_KEY={api_key}"] if show == "vllm" and api_key else []
-        typer.echo(shlex.join([*secret, *argv]))
+        console.show(shlex.join([*secret, *argv]))
         if show == "ollama":
             console.say("then ask it: ollama run mcp-lora, or http://127.0.0.1:11434/v1")
         if show == "llama.cpp" and not Path(argv[2]).is_file():
@@ -80,7 +79,7 @@ def parity(
 
     found = parities.parity(url, chat_template.load(runs.read_run(run)))
     for difference in found.differences:
-        typer.echo(difference)
+        console.show(difference)
     what = f"{found.count} conversations compared by {found.compared}, {len(found.differences)} differ"
     if found.left_out:
         what += f"; {found.left_out} are rejected by the chat template"

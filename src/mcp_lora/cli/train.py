@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
 from typer import Argument, Option
 
 from mcp_lora.cli import console
@@ -16,6 +15,7 @@ from mcp_lora.train.machine import detect_machine
 
 _MEMORY = "Of each GPU, if not all of it: --dry-run --gpus 8 --gpu-memory 80 plans for another machine."
 _SPEED = "Of each GPU, for the hours that --dry-run estimates; an A100's by default."
+_SHIPPED = "lora_config, qlora or demo."
 _OVERRIDES = "Settings with LLaMA-Factory's keys."
 
 
@@ -57,7 +57,7 @@ def train(
         overwrite=overwrite,
     )
     if dry_run:
-        typer.echo(training.preview(request, console.say, tokens_per_second))
+        console.show(training.preview(request, console.say, tokens_per_second))
         return
     if tokens_per_second:
         again = f"mcp-lora train --dry-run --tokens-per-second {tokens_per_second:g}"
@@ -66,10 +66,10 @@ def train(
         training.train(request, console.say, progress)
 
 
-def recipe(name: Annotated[str, Argument(help="lora_config, qlora or demo.")] = "lora_config") -> None:
+def recipe(name: Annotated[str, Argument(metavar="NAME", help=_SHIPPED)] = "lora_config") -> None:
     """Print a shipped recipe, to edit and pass to --config."""
     with explained(f"there is no recipe {name}", "mcp-lora recipe lora_config, qlora or demo"):
-        typer.echo(recipes.find(Path(name)).read_text("utf-8", "replace"), nl=False)
+        console.show(recipes.find(Path(name)).read_text("utf-8", "replace").rstrip())
 
 
 def doctor(model: Model = None, config: Recipe = recipes.RECIPE, as_json: AsJson = False) -> None:
@@ -81,8 +81,8 @@ def doctor(model: Model = None, config: Recipe = recipes.RECIPE, as_json: AsJson
     for finding in examine(settings, detect_machine()):
         findings.append(finding)
         if not as_json:
-            typer.echo(f"{finding.verdict:8} {finding.what:18} {finding.words}")
+            console.show(f"{finding.verdict:8} {finding.what:18} {finding.words}")
     if as_json:
-        typer.echo(json.dumps([vars(finding) for finding in findings], indent=2))
+        console.show(json.dumps([vars(finding) for finding in findings], indent=2))
     if problems := [finding.what for finding in findings if finding.verdict == "problem"]:
         raise McpLoraError(f"not ready to train ({', '.join(problems)}): see above, and mcp-lora doctor", 1)

@@ -63,13 +63,13 @@ class Run:
         return [(step, value) for step, value in logged if isfinite(value)]
 
 
-def write(folders: Sequence[Path]) -> Path:
-    """Write report.html into a run's folder, or comparison.html into the first of several; return it.
+def write(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Write `output`, by default report.html in a run's folder, or comparison.html in the first of several.
 
     Raises McpLoraError if a folder contains no run or a damaged one, or the page cannot be written.
     """
     several = len(folders) > 1
-    file = folders[0] / ("comparison.html" if several else "report.html")
+    file = output or folders[0] / ("comparison.html" if several else "report.html")
     page = _render([_read(folder, str(folder) if several else folder.resolve().name) for folder in folders])
     again = f"free space or fix permissions, and mcp-lora report {shlex.join(map(str, folders))}"
     with explained(f"{file} cannot be written", again):

@@ -182,7 +182,7 @@ def test_every_row_ends_in_exactly_one_place(tmp_path: Path) -> None:
     assert [(line["file"], line["row"], line["record"]) for line in rejected] == [
         (str(source), 51 + i, row) for i, row in enumerate(faulty)
     ]
-    assert all(line["sentence"] for line in rejected)
+    assert all(line["message"] for line in rejected)
 
 
 @pytest.mark.parametrize("turns", ["call", "all"])
@@ -646,6 +646,18 @@ def test_a_conversion_outlives_what_it_was_made_from(tmp_path: Path, monkeypatch
     _, stats = refresh([], Path("out"))
     assert stats and list(stats.inputs) == [str(newer.absolute())]
     assert refresh([], Path("named"))[1] is None
+
+
+def test_each_training_on_the_shipped_sample_alone_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sample = write_json(Path("data/filtered/filtered_sample.json"), [record(f"Q{i}") for i in range(9)])
+    _, stats = refresh([], Path("out"))
+    note, *_ = stats.notes if stats else [""]
+    assert "shipped sample" in note and refresh([], Path("out"))[0].endswith(f"; warning: {note}")
+    converted(Path("out"), sample)  # which was chosen
+    assert refresh([], Path("out"))[0].endswith("up to date")
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "stats.json", "train.jsonl", "seen.jsonl"])

@@ -25,6 +25,7 @@ from mcp_lora.errors import McpLoraError
 
 FILTERED_FOLDER = Path("data/filtered")
 SAMPLE = "filtered_sample.json"
+_ONLY_SAMPLE = f"this is the shipped sample; {FILTERED_FOLDER} contains no data of your own"
 # How LLaMA-Factory reads a file of samples; its tags are the default ones.
 _COLUMNS = {
     "formatting": "sharegpt",
@@ -119,7 +120,7 @@ def _convert(
     if not rows.count:
         raise _nothing_usable(rows, inputs, new)
     if not settings.inputs and inputs[0].name == SAMPLE:
-        notes.append(f"this is the shipped sample; {FILTERED_FOLDER} contains no data of your own")
+        notes.append(_ONLY_SAMPLE)
     samples = Samples(new, catalogue, rows, settings)
     samples.write(progress)
     if not samples.count["train"]:
@@ -159,7 +160,7 @@ def _nothing_usable(rows: Rows, inputs: list[Path], new: Path) -> McpLoraError:
     details = [f"{count} × {reason}" for reason, count in rejected.most_common(3)]
     if details:
         first = next(iter(files.read(new / "rejected.jsonl")))
-        details.append(f"the first is row {first['row']} of {first['file']}: {first['sentence']}")
+        details.append(f"the first is row {first['row']} of {first['file']}: {first['message']}")
         kept = Path(f"{new.parent.resolve()}.rejected.jsonl")  # resolved, as the folder "." has no name
         (new / "rejected.jsonl").replace(kept)
         details.append(f"all of them are in {kept}")
@@ -203,7 +204,7 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
         except McpLoraError:
             if not rejected.is_file():
                 raise
-            yield "rejected", next(iter(files.read(rejected)))["sentence"]
+            yield "rejected", next(iter(files.read(rejected)))["message"]
 
 
 def refresh(
@@ -230,11 +231,12 @@ def refresh(
     if data:
         settings = replace(settings, inputs=[str(one) for one in data])
     if is_complete:
-        changed = _have_changed(settings, old.inputs)
-        if changed is None and not data:
+        now = _present(settings, old.inputs)
+        if now is None and not data:
             return f"the data in {out} is used; its inputs are not on this machine", None
-        if changed is False:
-            return f"the data in {out} is up to date", None
+        if now == list(old.inputs.values()):
+            sample = f"; warning: {_ONLY_SAMPLE}" * (_ONLY_SAMPLE in old.notes)
+            return f"the data in {out} is up to date{sample}", None
     return f"converted, like {command(settings, out)}", convert(settings, out, progress)
 
 
@@ -252,11 +254,11 @@ def command(settings: Settings, out: Path) -> str:
 def is_up_to_date(folder: Path) -> bool:
     """Tell whether a conversion is up to date; raise a McpLoraError if its stats.json is damaged."""
     old = dataset.statistics(folder)
-    return old is not None and not _have_changed(old.settings, old.inputs)
+    return old is not None and _present(old.settings, old.inputs) in (None, list(old.inputs.values()))
 
 
-def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
-    """Tell whether the contents of inputs have changed, wherever they are now; None if any is missing.
+def _present(settings: Settings, known: dict[str, str]) -> list[str] | None:
+    """Return the SHA-256 of each input, wherever they are now; None if any is missing.
 
     The shipped sample, which is on every machine, does not replace missing inputs.
     """
@@ -265,7 +267,7 @@ def _have_changed(settings: Settings, known: dict[str, str]) -> bool | None:
         is_sample = not settings.inputs and inputs[0].name == SAMPLE
         if is_sample and known and str(inputs[0].absolute()) not in known:
             return None
-        return list(_hashes(inputs + tools).values()) != list(known.values())
+        return list(_hashes(inputs + tools).values())
     except (McpLoraError, OSError):
         return None
 

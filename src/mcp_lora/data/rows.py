@@ -3,7 +3,7 @@ r"""The first pass of a conversion: rows are read, checked and put into a tempor
 Candidate tools can only be sampled once all rows have been read. No row stays in memory; each tool is kept
 once. A row that cannot be used becomes a line of rejected.jsonl:
 
-    {"file": "data/rows.json", "row": 3, "reason": "no-call", "sentence": "a call has no name, …",
+    {"file": "data/rows.json", "row": 3, "reason": "no-call", "message": "a call has no name, …",
      "record": {"instruction": "…", "function_call": {}}}
 """
 
@@ -175,7 +175,7 @@ class Rows:
 
 
 def _rejection(file: str, number: int, error: RowError, record: Any) -> bytes:
-    line = {"file": file, "row": number, "reason": error.reason, "sentence": str(error), "record": record}
+    line = {"file": file, "row": number, "reason": error.reason, "message": str(error), "record": record}
     try:
         text = json.dumps(line, ensure_ascii=False, default=str)
     except (RecursionError, ValueError, TypeError):  # too deeply nested, or keys that JSON does not allow

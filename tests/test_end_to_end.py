@@ -281,7 +281,7 @@ def test_two_ranks_under_the_deepspeed_launcher(
     assert output.count("mcp-lora: read 24 rows") == 1
     assert "world size: 2" in output
     assert steps(project / "outputs/two") == 2
-    assert "batch 4 = 2 per device × 1 accumulated × 2 processes" in output
+    assert "global batch size 4 = 2 per device × 1 accumulated × 2 processes" in output
     assert "(w. parallel, distributed & accumulation) = 4" in output
     assert (project / "outputs/two/train.log").is_file()
     # both have loaded the one data set that was rendered for them

@@ -548,8 +548,8 @@ def test_a_server_that_rejects_arguments_for_a_chat_template_is_asked_without(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--endpoint-model", "m", "--checkpoint", "300"], "asked without --checkpoint: mcp-lora eval"),
-        (["--endpoint-model", "m", "--gpus", "2", "--batch-size", "4"], "asked without --gpus, --batch-size"),
+        (["--endpoint-model", "m", "--checkpoint", "300"], "--checkpoint cannot be used with --endpoint"),
+        (["--endpoint-model", "m", "--gpus", "2", "--batch-size", "4"], "--gpus, --batch-size cannot"),
         (["--endpoint-model", "m", "--base-only"], "exclude each other"),
         (["--endpoint-model", "base"], "base is the name of the run's own answers"),
         (["--endpoint-model", "adapter"], "adapter is the name of the run's own answers"),

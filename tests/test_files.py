@@ -213,7 +213,7 @@ def test_a_name_that_is_no_utf8_is_an_error(tmp_path: Path) -> None:
 def test_a_lock_that_is_waited_for_is_named_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(files, "_PATIENCE", 0.1)
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
     lock, held = tmp_path / ".data.lock", pytest.raises(McpLoraError, match="in use")
     with files.exclusive(lock, ""), held:
         files.exclusive(lock, "in use")

@@ -143,10 +143,12 @@ def test_a_second_collection_shows_what_has_changed(tmp_path: Path) -> None:
     collect([address(name="good")], tools, data, said.append)
     assert said[-1].endswith(": unchanged")
     collect([address("changed", "good")], tools, data, said.append)
+    calls = (str(sample["messages"]) for sample in dataset.samples(data, "train"))
+    first = ", ".join(str(row) for row, text in enumerate(calls, start=1) if "greet" in text)
     assert said[-1].partition(": ")[2].partition("; since ")[2].partition("+00:00: ")[2] == (
         f"count is new, erase is gone (3 calls in {data}), "
-        f"greet has another schema: 3 of 3 calls in {data} no longer validate, part has another description, "
-        "part no longer says that it only reads"
+        f"greet has another schema: 3 of 3 calls in {data} no longer validate (row {first}), "
+        "part has another description, part no longer says that it only reads"
     )
 
 
@@ -192,7 +194,7 @@ def test_a_call_that_takes_too_long_is_an_error_and_a_server_that_dies_is_report
 def test_what_a_server_has_said_last_is_read_without_moving_where_it_writes() -> None:
     with tempfile.TemporaryFile("w+") as log:
         os.pwrite(log.fileno(), b"x" * 3000 + b"\nit starts\nno such key\n", 0)
-        assert connections._last(log) == " (no such key)"
+        assert connections.last_line(log) == " (no such key)"
         assert os.lseek(log.fileno(), 0, os.SEEK_CUR) == 0
 
 
@@ -375,7 +377,7 @@ def test_a_call_of_the_teacher_that_no_journal_can_hold_is_a_reason(
 ) -> None:
     greet = Tool("good", "greet", "", {"type": "object", "properties": {"name": {"type": "string"}}})
     with pytest.raises(RowError) as caught:
-        generate._checked("", [ToolCall(name, arguments)], greet)
+        generate.checked("", [ToolCall(name, arguments)], greet)
     assert caught.value.reason == reason
     str(caught.value).encode()
 
@@ -608,7 +610,7 @@ def test_a_long_conversation_leaves_room_for_fewer_tools(outputs: Path) -> None:
         for _ in range(4):
             chat.say("What is the weather like?")
     assert len(sent[-1]["tools"]) == 1
-    assert shown[-2] == ("note", "no tool fits into cutoff_len 1200, get_0 is offered: /clear starts anew")
+    assert shown[-2] == ("note", "no tool fits into cutoff_len 1200, get_0 is used alone: /clear starts anew")
 
 
 def test_the_chat_at_a_terminal(outputs: Path, tmp_path: Path) -> None:

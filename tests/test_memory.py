@@ -197,11 +197,11 @@ def test_a_dry_run_plans_for_another_machine(tmp_path: Path, monkeypatch: pytest
         )
         return training.preview(request, said.append)
 
-    assert "\nbatch 128 = 4 per device × 32 accumulated × 1 processes" in planned(80)
+    assert "\nglobal batch size 128 = 4 per device × 32 accumulated × 1 processes" in planned(80)
     assert "DeepSpeed: stage 0 shards nothing" in planned(80)
     assert "DeepSpeed: stage 0" not in planned(80, "bf16=false")
     assert [line for line in said if "to keep 16: per_device_train_batch_size=16" in line]
-    assert "\nbatch 128 = 16 per device × 8" in planned(80, "per_device_train_batch_size=16")
+    assert "\nglobal batch size 128 = 16 per device × 8" in planned(80, "per_device_train_batch_size=16")
     planned(24)
     (warning,) = (line for line in said if line.startswith("warning: one sample of 4096 tokens takes more"))
     assert "the 24 GB of a GPU" in warning and "about 27.5)" in warning
@@ -215,13 +215,13 @@ def test_a_dry_run_plans_for_another_machine(tmp_path: Path, monkeypatch: pytest
     known = Manifest(config=config, learned=2, memory=80e9)
     runs.write_config(tmp_path / "run", config)
     manifest.write(tmp_path / "run", known)
-    assert "\nbatch 128 = 2 per device × 64 accumulated" in planned(80)
+    assert "\nglobal batch size 128 = 2 per device × 64 accumulated" in planned(80)
     assert any("as with more the last run ran out of memory" in line for line in said)
     for other in (replace(known, memory=40e9), replace(known, config=config | {"cutoff_len": 8192})):
         manifest.write(tmp_path / "run", other)
-        assert "\nbatch 128 = 4 per device" in planned(80)
+        assert "\nglobal batch size 128 = 4 per device" in planned(80)
     (tmp_path / "run" / manifest.NAME).write_text("{")
-    assert "\nbatch 128 = 4 per device" in planned(80)
+    assert "\nglobal batch size 128 = 4 per device" in planned(80)
 
 
 def test_a_training_that_cannot_fit_is_refused_before_it_starts(

@@ -82,7 +82,7 @@ def test_a_plan_needs_a_config_alone(tmp_path: Path, project: Path) -> None:
     assert done.returncode == 0, done.stderr
     plan = done.stdout.split("# plan\n")[1].splitlines()
     assert plan == [
-        "batch 128 = 16 per device × 1 accumulated × 8 processes",
+        "global batch size 128 = 16 per device × 1 accumulated × 8 processes",
         "DeepSpeed: stage 0 shards nothing, computes with the adapter in bf16, and starts with a step "
         "without gradients; to train without it: deepspeed=null",
         "trained: 161,480,704 parameters, 2.1% of the model; adapter on disk: about 646 MB",

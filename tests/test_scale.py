@@ -123,7 +123,7 @@ def whole(project: Path, tiny_model: Path) -> Path:
     variables = hooked(project, "import os" + NO_NETWORK + RECORD, RECORD="one.jsonl", TRAFFIC="traffic.txt")
     done = run(train(tiny_model, "whole", "report_to=tensorboard"), project, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "batch 8 = 4 per device × 2 accumulated × 1 processes" in done.stderr
+    assert "global batch size 8 = 4 per device × 2 accumulated × 1 processes" in done.stderr
     return project / "outputs/whole"
 
 
@@ -182,7 +182,7 @@ def test_two_processes_train_as_one_does(whole: Path, project: Path, tiny_model:
     variables = hooked(project, RECORD, RECORD="two.jsonl")
     done = run(train(tiny_model, "two"), project, NPROC_PER_NODE="2", **variables)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "batch 8 = 4 per device × 1 accumulated × 2 processes" in done.stderr
+    assert "global batch size 8 = 4 per device × 1 accumulated × 2 processes" in done.stderr
     assert recorded(project / "two.jsonl") == recorded(project / "one.jsonl")
     assert len(losses(whole)) == 6
     assert losses(project / "outputs/two") == pytest.approx(losses(whole), rel=1e-3)
@@ -198,7 +198,7 @@ def test_two_machines_train_as_one_does(whole: Path, project: Path, tiny_model: 
     )
     said = [process.communicate()[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), said[0][-3000:] + said[1][-3000:]
-    assert "batch 8 = 4 per device × 1 accumulated × 2 processes" in said[1]
+    assert "global batch size 8 = 4 per device × 1 accumulated × 2 processes" in said[1]
     assert recorded(project / "nodes.jsonl") == recorded(project / "one.jsonl")
     assert losses(project / "outputs/nodes") == pytest.approx(losses(whole), rel=1e-3)
 
@@ -207,7 +207,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(whole: Path, project: Path, 
     variables = hooked(project, OUT_OF_MEMORY, ROOM="2")
     done = run(train(tiny_model, "oom"), project, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
-    again = "mcp-lora: out of memory; restarting from checkpoint-2: batch 8 = 2 per device × 4 accumulated"
+    again = "mcp-lora: out of memory; restarting from checkpoint-2: global batch size 8 = 2 per device"
     assert again in done.stderr
     output = project / "outputs/oom"
     assert losses(output) == pytest.approx(losses(whole), rel=1e-3)
@@ -257,9 +257,9 @@ def test_out_of_memory_with_the_smallest_batch_says_what_to_lower(
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, McpLoraError)
     message = str(done.exception)
-    assert message.startswith(f"out of memory at batch 8 = {tried[-1]} per device")
+    assert message.startswith(f"out of memory at global batch size 8 = {tried[-1]} per device")
     assert "CUDA out of memory" in message and "Traceback" not in message
-    assert "cutoff_len" in message and "qlora.yaml" in message
+    assert "cutoff_len" in message and "--config qlora" in message
     assert batches == tried and done.exception.code == 1
     assert manifest(project / "outputs" / output)["exit"] == 1
     assert done.stderr.count("restarting from the start") == len(tried) - 1
@@ -369,7 +369,7 @@ def test_every_machine_of_a_slurm_job_gets_its_rank(project: Path, tiny_model: P
     words = ["--model", tiny_model, "--gpus", "8", "--dry-run"]
     done = run(["bash", ROOT / "scripts/train_lora.slurm", *words], project, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("batch 128 = 8 per device × 1 accumulated × 16 processes") == 2
+    assert done.stderr.count("global batch size 128 = 8 per device × 1 accumulated × 16 processes") == 2
     for expected in ("NODE_RANK=0", "NODE_RANK=1"):
         assert done.stdout.count(expected) == 1
     for expected in ("NNODES=2", "MASTER_ADDR=gpu1", "MASTER_PORT=20007", "NPROC_PER_NODE=8"):

@@ -209,6 +209,8 @@ def test_commands_of_the_servers(project: Path, tmp_path: Path) -> None:
         *("--host", "127.0.0.1", "--port", "1"),
         *("--tool-call-parser", "qwen25", "--served-model-name", "mcp-lora", "--api-key", "k"),
     ]
+    with_key = servers.command(Request(merged, "sglang", api_key="k"), Path("key.yaml"))
+    assert with_key[-2:] == ["--config", "key.yaml"] and "k" not in with_key
     assert command("vllm", target=merged, python=Path("/v/python")) == [
         *("/v/python", "-m", "vllm.entrypoints.cli.main", "serve", str(merged)),
         *("--served-model-name", "mcp-lora", *template, *where),
@@ -466,7 +468,7 @@ def test_ollama_gets_no_model_that_it_prompts_in_its_own_way(
 
 def test_serve_is_one_command(project: Path, gguf: Path) -> None:
     argv = [BIN / "mcp-lora", "serve", "--port", "0"]
-    servers._gguf(Request(project / "outputs/mcp_lora")).symlink_to(gguf)  # as if it was served before
+    servers.gguf_of(Request(project / "outputs/mcp_lora")).symlink_to(gguf)  # as if it was served before
     with subprocess.Popen(argv, cwd=project, env=environment(), stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr
@@ -505,9 +507,9 @@ def test_a_run_is_exported_once_to_be_served(project: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(exports, "export", export)
     monkeypatch.setattr(llama_cpp, "running", running)
-    monkeypatch.setattr(servers, "_announce", announce)
+    monkeypatch.setattr(servers, "announce", announce)
     target = project / "outputs/mcp_lora"
-    servers._gguf(Request(target)).unlink(missing_ok=True)
+    servers.gguf_of(Request(target)).unlink(missing_ok=True)
     earlier = target / "merged-earlier-f16.gguf"
     earlier.write_bytes(b"of an earlier adapter")
     said: list[str] = []
@@ -686,7 +688,7 @@ def test_other_users_do_not_see_the_key(tmp_path: Path, monkeypatch: pytest.Monk
     """In the list of processes arguments are visible to all."""
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(servers, "command", lambda request, key=None: [sys.executable, str(key)])
-    monkeypatch.setattr(servers, "_announce", lambda *words: None)
+    monkeypatch.setattr(servers, "announce", lambda *words: None)
     seen: list[Any] = []
 
     def started(argv: list[str], variables: dict[str, str]) -> launch.Outcome:
@@ -699,8 +701,6 @@ def test_other_users_do_not_see_the_key(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(McpLoraError, match="the server has ended"):
         servers.serve(request, lambda text: None, lambda: nullcontext(lambda step, fraction: None))
     assert seen == [(".yaml", 0o600, {"api-key": "secret"}, {"VLLM_API_KEY": "secret"})]
-    assert servers._key(request, Path("key.yaml")) == ["--config", "key.yaml"]
-    assert servers._key(request) == ["--api-key", "secret"]  # in a command that is printed
 
 
 def test_an_adapter_is_exported_once_and_its_command_is_offered_again(

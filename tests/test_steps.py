@@ -205,7 +205,9 @@ def test_the_batch_is_the_same_on_any_number_of_gpus(
     processes: int, per_device: int, accumulated: int
 ) -> None:
     assert steps.split_batch(BATCH, processes) == sizes(per_device, accumulated)
-    words = f"batch 128 = {per_device} per device × {accumulated} accumulated × {processes} processes"
+    words = (
+        f"global batch size 128 = {per_device} per device × {accumulated} accumulated × {processes} processes"
+    )
     assert steps.describe_batch(sizes(per_device, accumulated), processes) == words
 
 

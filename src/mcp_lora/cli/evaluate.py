@@ -46,7 +46,7 @@ def evaluate(
     of_engine = {"--checkpoint": checkpoint, "--gpus": gpus, "--batch-size": batch_size != _BATCH_SIZE}
     if endpoint and (idle := ", ".join(option for option, given in of_engine.items() if given)):
         again = advice("eval", run, "--endpoint", endpoint, "--endpoint-model", "NAME")
-        raise McpLoraError(f"a server is asked without {idle}: {again}")
+        raise McpLoraError(f"{idle} cannot be used with --endpoint: {again}")
     request = evaluation.Request(
         run=run,
         checkpoint=checkpoint,

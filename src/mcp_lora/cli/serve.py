@@ -18,7 +18,7 @@ _KEY = "A key that every request must send."
 _PUSH = "Upload it to the Hugging Face hub, into a private repository."
 _TARGET = "A run's folder, an exported model's folder, or a GGUF file."
 _PRINT = "Print the command for this server instead."
-_HOST = "Address to listen on; another than this machine's requires --api-key."
+_HOST = "Address to listen on; any non-local address requires --api-key."
 
 
 def export(

@@ -28,8 +28,8 @@ from mcp_lora.data.samples import engine_file
 from mcp_lora.errors import McpLoraError, explained
 
 FOLDER = Path("data/llama_factory")
-RENDERED = "rendered"  # its subfolder of rendered data sets
-TRAIN = SPLITS["train"]  # what a recipe calls the data set
+RENDERED = "rendered"  # its subfolder of rendered datasets
+TRAIN = SPLITS["train"]  # what a recipe calls the dataset
 STATS = "stats.json"
 INFO = "dataset_info.json"
 

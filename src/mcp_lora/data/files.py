@@ -30,7 +30,7 @@ SKIPPED = "hidden, broken links, linked folders (name them to read them), or wri
 _OUTPUTS = ("stats.json", "run.yaml")  # they mark the folder of a conversion or a run
 CHUNK = 1 << 17  # characters decoded at a time
 WAIT = 3600.0  # seconds for files that another process makes, of this node or of another
-_PATIENCE = 5.0  # of them without a word
+PATIENCE = 5.0  # of them without a word
 BUFFER = 1 << 20  # bytes read or written at a time
 _LOOKAHEAD = 32  # chunks to search for the end of a broken element
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*(?:(?P<closed>")|\\?\Z)|[{}\[\]]', re.DOTALL)  # a string or a bracket
@@ -152,7 +152,7 @@ def exclusive(lock: Path, problem: str, wait: float = 0) -> AbstractContextManag
     found = filelock.FileLock(lock)
     try:
         with suppress(filelock.Timeout):
-            return found.acquire(timeout=min(wait, _PATIENCE))
+            return found.acquire(timeout=min(wait, PATIENCE))
         if wait:  # logging prints it on stderr, also for the callers that have no way to print
             logging.getLogger("mcp_lora").warning("mcp-lora: waiting for the process that locks %s", lock)
         return found.acquire(timeout=wait)

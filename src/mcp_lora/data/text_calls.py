@@ -1,4 +1,4 @@
-r"""Calls in the text of an answer, in the formats that models and data sets use, parsed by example.
+r"""Calls in the text of an answer, in the formats that models and datasets use, parsed by example.
 
 Each format renders a call with marker names and values, from which mcp_lora.data.calls learns to parse it.
 The first format that parses a text wins; the text around the calls is kept beside them.

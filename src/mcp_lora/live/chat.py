@@ -1,4 +1,4 @@
-"""Chat with a run's adapter, which is offered tools: those of live MCP servers are run, others are shown.
+"""Chat with a run's adapter and candidate tools: those of live MCP servers are run, others are shown.
 
 A transcript has one conversation on each line, which `convert` reads as data:
 
@@ -142,24 +142,24 @@ class Chat:
         """
         ranked = [tool for tool, _ in self._tools.values()]
 
-        def offered(count: int) -> list[Any]:
+        def candidates(count: int) -> list[Any]:
             return [{"type": "function", "function": tool.function} for tool in ranked[:count]]
 
         def tokens(count: int) -> int:
-            return len(_rendered(self._template, self._messages, offered(count)))
+            return len(_rendered(self._template, self._messages, candidates(count)))
 
         most = self._limit - _ROOM
         if tokens(len(ranked)) <= most:
-            return offered(len(ranked))
+            return candidates(len(ranked))
         ranked = _ranked(text, ranked)
         count = bisect_right(range(len(ranked) + 1), most, key=tokens) - 1
         if count < 1:
-            what = f"no tool fits into cutoff_len {self._limit}, {ranked[0].name} is offered"
+            what = f"no tool fits into cutoff_len {self._limit}, {ranked[0].name} is used alone"
             self._show("note", f"{what}: /clear starts anew")
-            return offered(1)
+            return candidates(1)
         names = ", ".join(tool.name for tool in ranked[:count])
         self._show("note", f"{count} of {len(ranked)} tools fit into cutoff_len {self._limit}: {names}")
-        return offered(count)
+        return candidates(count)
 
     def _write(self) -> None:
         """Write the conversation so far as the last line of the transcript, if it is still the last."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,8 +101,10 @@ def _changes(before: Mapping[str, Tool], now: Mapping[str, Tool], trained: Path)
     lines = [f"{name} is new" for name in now if name not in before]
     lines += [f"{name} is gone" + f" ({calls[name]} calls in {trained})" * bool(calls[name]) for name in gone]
     for name in schemas:
-        of = f": {invalid[name]} of {calls[name]} calls in {trained} no longer validate"
-        lines.append(f"{name} has another schema" + of * bool(calls[name]))
+        rows = invalid[name]
+        of = f": {len(rows)} of {calls[name]} calls in {trained} no longer validate"
+        first = f" (row {', '.join(map(str, sorted({*rows})[:3]))})" * bool(rows)
+        lines.append(f"{name} has another schema" + (of + first) * bool(calls[name]))
     texts = [name for name in both if now[name].description != before[name].description]
     return lines + [f"{name} has another description" for name in texts]
 
@@ -113,19 +115,20 @@ def _schema(tool: Tool) -> Any:
 
 def _affected(
     changed: Mapping[str, Tool], now: Mapping[str, Tool], trained: Path
-) -> tuple[Counter[str], Counter[str]]:
-    """Count the training data's calls of tools that have changed, and those that are invalid now."""
-    calls, invalid, catalogue = Counter[str](), Counter[str](), Catalogue()
+) -> tuple[Counter[str], dict[str, list[int]]]:
+    """Return how often the training data calls each changed tool, and in which rows that is invalid now."""
+    calls, catalogue = Counter[str](), Catalogue()
+    invalid: dict[str, list[int]] = defaultdict(list)
     if not changed or "train" not in dataset.names(trained):
         return calls, invalid
     old = {name: _schema(tool) for name, tool in changed.items()}
-    for sample in dataset.samples(trained, "train"):
-        offered = (tool["function"] for tool in sample["tools"])
+    for row, sample in enumerate(dataset.samples(trained, "train"), start=1):
+        candidates = (tool["function"] for tool in sample["tools"])
         # a tool of another server may have the same name
-        known = {tool["name"] for tool in offered if tool["parameters"] == old.get(tool["name"])}
+        known = {tool["name"] for tool in candidates if tool["parameters"] == old.get(tool["name"])}
         for call in (one for message in sample["messages"] for one in called(message)):
             if call.name in known:
                 calls[call.name] += 1
                 if call.name in now and catalogue.problem(now[call.name], call.arguments):
-                    invalid[call.name] += 1
+                    invalid[call.name].append(row)
     return calls, invalid

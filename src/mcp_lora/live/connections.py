@@ -84,7 +84,7 @@ class Connection:
                 getattr(error, "code", None) != CONNECTION_CLOSED
             ):
                 return Result(one_line(error), True)
-            what = f"the server {self.name} has died{_last(self._log)}"
+            what = f"the server {self.name} has died{last_line(self._log)}"
             raise McpLoraError(f"{what}: start it by hand, and run again") from None
         except BaseException:  # Ctrl-C
             future.cancel()
@@ -184,7 +184,7 @@ def connected(
             try:
                 client, listed = running.__enter__()
             except Exception as error:
-                failed(address, f"{_reason(error)}{_last(log)}")
+                failed(address, f"{_reason(error)}{last_line(log)}")
                 continue
             stack.callback(_leave, running)
             try:
@@ -205,7 +205,7 @@ def _leave(running: Any) -> None:
         running.__exit__(None, None, None)
 
 
-def _last(log: TextIO) -> str:
+def last_line(log: TextIO) -> str:
     """Return the last line that a server has written on stderr, in brackets.
 
     It goes on writing where the file's position is, which is its own, too, and is left alone.

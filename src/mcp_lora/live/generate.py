@@ -279,14 +279,14 @@ def _make(line: _Line, server: Connection, tool: Tool, ask: _Ask, seed: int) -> 
     row["server_info"] = {"server_name": server.name}
     described = {"tool_name": tool.name, "tool_description": tool.description}
     row["tool_info"] = described | {"input_schema": tool.parameters}
-    draw = random.Random(f"{seed} {number} {server.name} {tool.name}")
+    rng = random.Random(f"{seed} {number} {server.name} {tool.name}")
     others = [one for one in server.tools.values() if one is not tool]
-    candidates = [tool, *draw.sample(others, min(len(others), _CANDIDATES - 1))]
-    draw.shuffle(candidates)
+    candidates = [tool, *rng.sample(others, min(len(others), _CANDIDATES - 1))]
+    rng.shuffle(candidates)
     messages: list[Any] = [{"role": "system", "content": SYSTEM_MESSAGE}]
     messages.append({"role": "user", "content": row["instruction"]})
     text, made = ask(messages, tools=[{"type": "function", "function": one.function} for one in candidates])
-    call = _checked(text, made, tool)
+    call = checked(text, made, tool)
     row["function_call"] = call._asdict()
     result = server.call(tool.name, call.arguments)
     row["tool_response"] = {"content": result.text}
@@ -312,7 +312,7 @@ def _make(line: _Line, server: Connection, tool: Tool, ask: _Ask, seed: int) -> 
         raise RowError("not-answered", f"the teacher does not agree with its answer: {verdict[:200]}")
 
 
-def _checked(text: str, made: Sequence[ToolCall], tool: Tool) -> ToolCall:
+def checked(text: str, made: Sequence[ToolCall], tool: Tool) -> ToolCall:
     """Return the one call in a teacher's message; raise a RowError if it is none of the tool, or invalid."""
     if len(made) != 1:
         raise RowError("several-calls" if made else "no-call", f"{len(made)} calls: {text[:200]}")

@@ -1,4 +1,4 @@
-"""A split as token ids: the Arrow data set that LLaMA-Factory loads from disk instead of rendering rows.
+"""A split as token ids: the Arrow dataset that LLaMA-Factory loads from disk instead of rendering rows.
 
 data/llama_factory/rendered/KEY/ is a `datasets` folder (`tokenized_path`) with `train` and, if val_size
 holds rows out, `validation`; both have input_ids, attention_mask and labels. KEY is a hash of the rows, the
@@ -38,7 +38,7 @@ from mcp_lora.prompts.chat_template import ChatTemplate, Encoded, called
 # which use the model's own.
 TEMPLATE = "empty"
 _BATCH = 32  # rows that a worker renders at a time
-# The columns of a data set, and what is reported of each row while it is rendered.
+# The columns of a dataset, and what is reported of each row while it is rendered.
 _COLUMNS = {"input_ids": "int32", "attention_mask": "int8", "labels": "int32"}
 _REPORTED = {"lost": "int32", "dropped": "int32", "reason": "string", "error": "string"}
 
@@ -101,12 +101,12 @@ def render(
     Args:
         template: the model's chat template.
         file: the rows, as `mcp-lora convert` writes them.
-        folder: the folder of rendered data sets.
+        folder: the folder of rendered datasets.
         settings: LLaMA-Factory's keys; only those of settings_of and preprocessing_num_workers count.
         step: samples of an optimizer step, which are sorted by length; by default the rows' order is kept.
 
     Returns:
-        The data set's folder, and the content of rendered.json.
+        The dataset's folder, and the content of rendered.json.
 
     Raises McpLoraError if no row is left to train on, the file cannot be read or the folder not written.
     """
@@ -130,7 +130,7 @@ def render(
 
 
 def write(folder: Path, prompts: Sequence[tuple[list[int], list[int]]]) -> None:
-    """Write prompts and their gold answers, (token ids, token ids), as a data set for prediction."""
+    """Write prompts and their gold answers, (token ids, token ids), as a dataset for prediction."""
     import datasets
 
     columns = {
@@ -263,7 +263,7 @@ def _summary(rendered: Mapping[str, Any], cutoff_len: int) -> dict[str, Any]:
 
 
 def lengths(data: Path) -> Any:
-    """Return the number of tokens of each sample of a rendered data set, in its order, as a numpy array."""
+    """Return the number of tokens of each sample of a rendered dataset, in its order, as a numpy array."""
     import datasets
 
     return _lengths(datasets.load_from_disk(str(data))["train"])
@@ -314,6 +314,6 @@ def order(lengths: Any, step: int, seed: int) -> list[int]:
 
 
 def padding(lengths: Any, size: int) -> float:
-    """Return the share of padding in batches of `size` samples of these lengths, a numpy array."""
+    """Return the fraction of padding in batches of `size` samples of these lengths, a numpy array."""
     batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
     return 1 - float(lengths.sum()) / sum(int(batch.max()) * len(batch) for batch in batches)

@@ -189,7 +189,7 @@ def _made_of(run: Run) -> dict[str, Any]:
     return {
         "base model": run.config["model_name_or_path"],
         "chat template": record.rendered.get("chat_template", "not recorded"),
-        "batch": steps.describe_batch(run.config, record.processes).removeprefix("batch "),
+        "batch": steps.describe_batch(run.config, record.processes).removeprefix("global batch size "),
         "trained": f"{done} steps, {epochs:g} epochs",
         "samples": record.rendered.get("samples", "not recorded"),
         "data": record.data.file if record.data else "not recorded",

@@ -94,7 +94,7 @@ def command(request: Request, key_file: Path | None = None) -> list[str]:
     target = request.target
     where = ["--host", request.host, "--port", str(request.port)]
     if request.engine == "llama.cpp":
-        words = ["llama-server", "--model", str(_gguf(request)), "--alias", NAME, "--jinja"]
+        words = ["llama-server", "--model", str(gguf_of(request)), "--alias", NAME, "--jinja"]
         words += ["--ctx-size", str(llama_cpp.CONTEXT), "--predict", str(llama_cpp.ANSWER)]
         return [*words, *where, *_key(request)]
     if request.engine == "ollama":
@@ -188,7 +188,7 @@ def _serve_gguf(
     progress: Callable[[], AbstractContextManager[Callable[[str, float], None]]],
 ) -> None:
     """Serve with llama.cpp in this process; a run is exported first, unless it has been."""
-    gguf = _gguf(request)
+    gguf = gguf_of(request)
     llama_cpp.require()
     if not gguf.is_file():
         if not request.is_run:
@@ -202,7 +202,7 @@ def _serve_gguf(
                 other.unlink()
     where = (request.host, request.port, request.api_key)
     with llama_cpp.running(gguf, None, None, *where) as url, suppress(Interrupted):
-        _announce(url, request.api_key, say)
+        announce(url, request.api_key, say)
         threading.Event().wait()
 
 
@@ -219,7 +219,7 @@ def _serve_by_command(request: Request, say: Callable[[str], None]) -> None:
             raise McpLoraError(f"{what}: mcp-lora serve --python PATH, or --engine llama.cpp")
         host = f"[{request.host}]" if ":" in request.host else request.host
         arguments = (f"http://{host}:{request.port}/v1", request.api_key, say)
-        threading.Thread(target=_announce, args=arguments, daemon=True).start()
+        threading.Thread(target=announce, args=arguments, daemon=True).start()
         with suppress(Interrupted):
             outcome = launch.run(argv, {"VLLM_API_KEY": request.api_key} if request.api_key else {})
             error = launch.real_error(outcome.stderr)
@@ -259,7 +259,7 @@ def check_address(request: Request) -> None:
         raise McpLoraError(f"{what}: mcp-lora serve --host 127.0.0.1") from None
 
 
-def _gguf(request: Request) -> Path:
+def gguf_of(request: Request) -> Path:
     """Return the GGUF file that is served: the target, or the one that is kept for a run."""
     if request.target.suffix == ".gguf":
         return request.target
@@ -320,7 +320,7 @@ def _probe(url: str, api_key: str | None) -> str:
     return f"ready at {url}, model {model}: it has called {function.name} {function.arguments}"
 
 
-def _announce(url: str, api_key: str | None, say: Callable[[str], None]) -> None:
+def announce(url: str, api_key: str | None, say: Callable[[str], None]) -> None:
     """Wait until a server answers, and say how."""
     from openai import APIConnectionError, OpenAIError
 

@@ -24,7 +24,7 @@ PROMPT = "Which tools can you call, and what time is it in Tokyo?"
 # The fraction of the questions, at least one, that may be answered by other calls: where two tokens are about
 # equally likely, rounding decides between them.
 OTHER_CALLS = {"f32": 0.1, "f16": 0.1, "bf16": 0.1, "q8_0": 0.25}
-_QUESTIONS = 5  # of each split
+QUESTIONS = 5  # of each split
 
 _Answers = Callable[[Sequence[Question], int], Iterable[tuple[Question, Response]]]
 
@@ -58,7 +58,7 @@ def check_answers(
 
     Returns a message. Raises McpLoraError, with exit code 1, if more of them differ.
     """
-    request = evaluation.Request(run, limit=_QUESTIONS)
+    request = evaluation.Request(run, limit=QUESTIONS)
     asked: list[Question] = []
     length, problem, right = 0, "", {}
     judge = Judge(template)
@@ -109,7 +109,7 @@ def by_engine(
         settings = runs.serving_config(run, adapter) | {"bf16_full_eval": dtype == "bfloat16"}
         settings |= {"model_name_or_path": str(merged)} if merged else {}
         gpus = 1 if detect_machine().gpus else None
-        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": gpus or _QUESTIONS}
+        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": gpus or QUESTIONS}
         return predict.by_engine(asked, template, settings, gpus, command)
 
     return answers

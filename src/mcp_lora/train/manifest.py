@@ -13,7 +13,7 @@
 
 `memory` has the bytes of a GPU, `learned` the per-device batch size that was left when memory had run out, in
 this run or an earlier one in its folder. `conversion` is the dataset's stats.json, which the next conversion
-overwrites, `rendered` the rendered data set's rendered.json. `ended` and `exit` are null during training, and
+overwrites, `rendered` the rendered dataset's rendered.json. `ended` and `exit` are null during training, and
 remain so if it is killed.
 """
 

@@ -88,7 +88,7 @@ def fit(config: Mapping[str, Any], processes: int, memory: float, longest: int) 
 
 
 def _is_modelled(config: Mapping[str, Any]) -> bool:
-    """Tell whether the estimate knows all that a configuration does to memory."""
+    """Tell whether the estimate covers everything that a configuration does to memory."""
     sharding = zero(config)
     known = sharding is not None if config.get("deepspeed") else True
     offloads = any((sharding or {}).get(key) for key in ("offload_optimizer", "offload_param"))

@@ -81,7 +81,7 @@ def describe_batch(config: Mapping[str, Any], processes: int) -> str:
     """Return a message on the factors of the global batch size."""
     size = number(config, "per_device_train_batch_size", 8)
     steps, batch = number(config, "gradient_accumulation_steps", 1), global_batch(config, processes)
-    return f"batch {batch} = {size} per device × {steps} accumulated × {processes} processes"
+    return f"global batch size {batch} = {size} per device × {steps} accumulated × {processes} processes"
 
 
 def _size(config: Mapping[str, Any], key: str, default: int) -> int:

@@ -160,22 +160,22 @@ _IGNORED = {
     "tool_format": "the model's own chat template is used",
     "packing": "samples are not packed",
     "neat_packing": "samples are not packed",
-    "mix_strategy": "mcp-lora convert reads all data into one data set",
-    "interleave_probs": "mcp-lora convert reads all data into one data set",
+    "mix_strategy": "mcp-lora convert reads all data into one dataset",
+    "interleave_probs": "mcp-lora convert reads all data into one dataset",
     "default_system": "write a system message into the data",
-    "streaming": "the rendered data set is read from disk",
+    "streaming": "the rendered dataset is read from disk",
     "eval_dataset": "val_size holds rows out",
     "preserve_thinking": "enable_thinking decides whether reasoning is trained on",
     "overwrite_cache": "data is rendered again whenever it changes",
     "split_special_tokens": "prompts are tokenized as a server does",
-    "tokenized_path": "mcp-lora renders the data set in dataset_dir",
+    "tokenized_path": "mcp-lora renders the dataset in dataset_dir",
 }
 
 
 def settings_problems(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with settings, regardless of the machine, the model and the data.
 
-    These are unknown keys, settings without effect because the data set is rendered before the engine reads
+    These are unknown keys, settings without effect because the dataset is rendered before the engine reads
     it, and those that give no adapter for eval, chat and export: with finetuning_type freeze and full save a
     whole model, and the engine cannot load an adapter of oft (its hparams/parser.py, _verify_model_args).
     """
@@ -311,8 +311,8 @@ def _failure(plan: Plan, outcome: launch.Outcome) -> McpLoraError:
         return outcome.error(f"mcp-lora train{runs.restart_option(plan.run)}")
     what = f"out of memory at {plan.batch}:\n{launch.real_error(outcome.stderr)}"
     helps = (
-        "Lower cutoff_len (samples lose candidate tools to fit) or lora_rank, recompute activations "
+        "Lower cutoff_len (samples lose candidate tools to fit) or lora_rank, turn on gradient checkpointing "
         "(disable_gradient_checkpointing=false), shard the model across GPUs (--zero 3), or train on a "
-        "4-bit base: mcp-lora train --config train_configs/qlora.yaml"
+        "4-bit base: mcp-lora train --config qlora"
     )
     return McpLoraError(f"{what}\n{helps}", outcome.code)

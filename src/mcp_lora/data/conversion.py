@@ -196,10 +196,9 @@ def explain(settings: Settings, number: int) -> Iterator[tuple[str, Any]]:
         source, out = Path(folder, f"{file.stem}.jsonl"), Path(folder, "out")
         source.write_text(json.dumps(record, default=str) + "\n", encoding="utf-8")
         rejected = out.with_name(f"{out.name}.rejected.jsonl")
+        alone = replace(settings, inputs=[str(source)], test=0.0, holdout_tools=0.0, holdout_servers=0.0)
         try:
-            convert(
-                replace(settings, inputs=[str(source)], test=0.0, holdout_tools=0.0, holdout_servers=0.0), out
-            )
+            convert(alone, out)
             yield "as written", list(dataset.samples(out, "train"))
         except McpLoraError:
             if not rejected.is_file():

@@ -27,7 +27,7 @@ from mcp_lora.data import dataset, files
 from mcp_lora.data.calls import call_of, split_thought
 from mcp_lora.data.catalogue import Catalogue
 from mcp_lora.data.records import RowError, Tool, ToolCall
-from mcp_lora.data.rows import SYSTEM_MESSAGE
+from mcp_lora.data.rows import SYSTEM_MESSAGE, Progress
 from mcp_lora.errors import McpLoraError, explained, one_line
 from mcp_lora.evaluate.evaluation import Endpoint
 from mcp_lora.evaluate.predict import KEY, RETRIES, asked
@@ -97,7 +97,7 @@ def generate(
     request: Request,
     servers: Sequence[Connection],
     folder: Path,
-    progress: Callable[[str, float], None] = lambda step, fraction: None,
+    progress: Progress = lambda step, fraction: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Path, list[_Line]]:
     """Generate rows, and write them into a folder.
@@ -125,13 +125,7 @@ def generate(
             return journal.with_suffix(".new").replace(journal.with_suffix(".json")), lines
 
 
-def _fill(
-    journal: Path,
-    lines: list[_Line],
-    request: Request,
-    tools: _Tools,
-    progress: Callable[[str, float], None],
-) -> None:
+def _fill(journal: Path, lines: list[_Line], request: Request, tools: _Tools, progress: Progress) -> None:
     """Make attempts until there is none left to make; add them to the journal and its lines.
 
     Raises McpLoraError if the teacher or a server fails.

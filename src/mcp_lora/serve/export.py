@@ -3,12 +3,12 @@
 import os
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
+from mcp_lora.data.rows import Progress
 from mcp_lora.engine import api, launch
 from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError, advice, explained, one_line
@@ -75,7 +75,7 @@ class Request:
         return advice(*words)
 
 
-def export(request: Request, progress: Callable[[str, float], None] = lambda step, fraction: None) -> str:
+def export(request: Request, progress: Progress = lambda step, fraction: None) -> str:
     """Export a run's adapter into the request's target, which appears only once it is complete and checked.
 
     Args:
@@ -121,11 +121,7 @@ def export(request: Request, progress: Callable[[str, float], None] = lambda ste
 
 
 def _make(
-    request: Request,
-    adapter: Path,
-    template: ChatTemplate,
-    new: Path,
-    progress: Callable[[str, float], None],
+    request: Request, adapter: Path, template: ChatTemplate, new: Path, progress: Progress
 ) -> tuple[Path, str]:
     """Make what is exported in a new folder, and check it; return its path and how it was checked."""
     run, again, dtype = request.run, request.command(), ""

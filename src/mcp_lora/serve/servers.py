@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data.calls import split_thought
+from mcp_lora.data.rows import Progress
 from mcp_lora.engine import launch
 from mcp_lora.errors import Interrupted, McpLoraError, advice, one_line
 from mcp_lora.prompts import chat_template
@@ -49,6 +50,8 @@ PARSERS = (
     (r"(?:<\|python_tag\|>)?\s*\{", "llama3_json", "llama3"),
 )
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows (its vllm/config/lora.py, MaxLoRARanks)
+
+ShowsProgress = Callable[[], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,7 @@ def _key(request: Request, key_file: Path | None = None) -> list[str]:
     return ["--config", str(key_file)] if key_file else ["--api-key", request.api_key]
 
 
-def serve(
-    request: Request,
-    say: Callable[[str], None],
-    progress: Callable[[], AbstractContextManager[Callable[[str, float], None]]],
-) -> None:
+def serve(request: Request, say: Callable[[str], None], progress: ShowsProgress) -> None:
     """Serve until it is interrupted; say when a request with a tool has been answered.
 
     Args:
@@ -182,11 +181,7 @@ def serve(
     say("the server is stopped")
 
 
-def _serve_gguf(
-    request: Request,
-    say: Callable[[str], None],
-    progress: Callable[[], AbstractContextManager[Callable[[str, float], None]]],
-) -> None:
+def _serve_gguf(request: Request, say: Callable[[str], None], progress: ShowsProgress) -> None:
     """Serve with llama.cpp in this process; a run is exported first, unless it has been."""
     gguf = gguf_of(request)
     llama_cpp.require()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import calls
+from mcp_lora.data.rows import Progress
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import evaluation, predict
 from mcp_lora.evaluate.answers import Judge, Response
@@ -116,9 +117,7 @@ def by_engine(
 
 
 def by_llama_cpp(
-    template: ChatTemplate,
-    served: tuple[Path, Path | None, str | None],
-    progress: Callable[[str, float], None],
+    template: ChatTemplate, served: tuple[Path, Path | None, str | None], progress: Progress
 ) -> _Answers:
     """Let llama.cpp answer, once its prompts are those of training.
 

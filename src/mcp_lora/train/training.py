@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from mcp_lora import demo_model
 from mcp_lora.data import conversion, dataset, files
+from mcp_lora.data.rows import Progress
 from mcp_lora.engine import api, launch
 from mcp_lora.engine.api import number
 from mcp_lora.engine.topology import find as find_topology
@@ -24,7 +25,6 @@ from mcp_lora.train.manifest import Manifest
 from mcp_lora.train.plan import Plan, Say
 
 LOG = "train.log"  # the engine's output
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)

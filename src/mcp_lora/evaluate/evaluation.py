@@ -8,16 +8,17 @@ import json
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from mcp_lora.data import files
 from mcp_lora.data.records import RowError
 from mcp_lora.engine import api
-from mcp_lora.errors import McpLoraError, advice, one_line
+from mcp_lora.errors import McpLoraError, advice
 from mcp_lora.evaluate import benchmark, plain_chat, predict, questions
 from mcp_lora.evaluate.answers import Answer, Judge, Notebook, Response
 from mcp_lora.evaluate.gates import Requirement, metrics_of
@@ -152,72 +153,44 @@ def evaluate(
     if request.endpoint and request.endpoint.model in (BASE, ADAPTER):
         what = f"--endpoint-model {request.endpoint.model} is the name of the run's own answers"
         raise McpLoraError(f"{what}: serve it under another name, as {advice('serve', request.run)} does")
-    run, prepared, adapter, tuned = request.run, prepare(request), None, ADAPTER
-    if ADAPTER in request.models and not request.endpoint:
-        adapter = runs.adapter(run, request.checkpoint)
-        tuned = adapter.name if request.checkpoint else ADAPTER  # as its answers replace no others
-    template, every, asked, length = prepared.template, prepared.every, prepared.asked, prepared.length
-    if server := request.endpoint:
-        with suppress(McpLoraError):  # a run without adapter
-            adapter = runs.adapter(run)
-        with suppress(McpLoraError):  # asking it says more
-            compared = parity(server.url, template, server.model)
-            if compared.differences:
-                what = f"{len(compared.differences)} of {compared.count} prompts are not those of training"
-                again = advice("parity", server.url, run)
-                say(f"warning: {what}: {compared.differences[0]}; see {again}")
-    judge, answers = Judge(template), {}
+    run, prepared = request.run, prepare(request)
+    predictors = _predictors(request, prepared, say)
+    every, asked, judge, answers = prepared.every, prepared.asked, Judge(prepared.template), {}
     folder = run / "eval" / (benchmark.NAME if request.benchmark else "")
-    adapter_hash = runs.adapter_hash(adapter) if adapter else None
-    common = [runs.serving_config(run, None), length, template.tokenizer.chat_template]
+    common = [runs.serving_config(run, None), prepared.length, prepared.template.tokenizer.chat_template]
     try:
-        asking = [server.model] if server else [tuned if one == ADAPTER else one for one in request.models]
-        for name in dict.fromkeys([BASE, *[ADAPTER] * bool(server), *asking]):
-            stem = name
-            identity: Any = [adapter_hash if name == tuned else None, _in_bf16()]
-            if server and name == server.model:
-                stem, identity = f"endpoint-{quote(name, safe='')}", asdict(server)
-            book = Notebook(folder / f"{stem}.jsonl", every, [*common, identity], judge)
+        for one in predictors:
+            book = Notebook(folder / f"{one.stem}.jsonl", every, [*common, one.identity], judge)
             missing = book.missing(asked)
-            if missing and name not in asking:
-                continue  # what it has answered before is compared, but it is not asked
+            if missing and not one.is_asked:
+                continue  # only what it has answered before is compared
             if missing:
                 # closing stops the server or engine if an answer cannot be written
-                loaded = adapter if name == tuned else None
-                with closing(_asking(request, template, loaded, length, missing, say)) as found:
+                with closing(one.ask(missing)) as found:
                     for done, (question, response) in enumerate(found, 1):
                         book.add(question, response)
-                        progress(f"asking {name}", done / len(missing))
-            answers[name] = book.answers(asked)
+                        progress(f"asking {one.name}", done / len(missing))
+            answers[one.name] = book.answers(asked)
+        adapters = (one.adapter for one in predictors if one.adapter and one.name in answers)
+        adapter = next(map(runs.adapter_hash, adapters), None)
         evaluation = replace(
-            summarise(answers),
-            left_out=prepared.left_out,
-            max_new_tokens=length,
-            adapter=adapter_hash if tuned in answers else None,
+            summarise(answers), left_out=prepared.left_out, max_new_tokens=prepared.length, adapter=adapter
         )
+        last = predictors[-1]
         # the model card's, which those of some questions or of another model do not overwrite
-        is_all = tuned in answers and not server and len(asked) == len(every)
-        of_checkpoint = f"{tuned}_" * (tuned != ADAPTER)
-        metrics = folder / f"{of_checkpoint}metrics{'_part' * (not is_all)}.json"
+        part = "" if last.adapter and len(asked) == len(every) else "_part"
+        of_checkpoint = f"{last.stem}_" if last.adapter and request.checkpoint else ""
+        metrics = folder / f"{of_checkpoint}metrics{part}.json"
         metrics.write_text(evaluation.metrics(), encoding="utf-8")
-        if adapter and not server and not request.benchmark and BASE in answers:
+        if last.adapter and not request.benchmark and BASE in answers:
             progress("comparing plain chat", 0)
-            evaluation = replace(evaluation, plain_chat=_plain_chat(run, adapter, template, say))
+            moved = plain_chat.of_run(run, last.adapter, prepared.template, say)
+            evaluation = replace(evaluation, plain_chat=moved)
             metrics.write_text(evaluation.metrics(), encoding="utf-8")
     except OSError as error:
         what = f"{error.filename or run / 'eval'} cannot be written ({error.strerror})"
         raise McpLoraError(f"{what}: free space or fix permissions, and {request.command}") from None
     return evaluation
-
-
-def _plain_chat(
-    run: Path, adapter: Path, template: ChatTemplate, say: Callable[[str], None]
-) -> PlainChat | None:
-    try:
-        return plain_chat.of_run(run, adapter, template)
-    except Exception as error:  # a template may raise any, and PyTorch several if memory runs out
-        say(f"warning: plain chat is not compared: {one_line(error)}")
-        return None
 
 
 @dataclass(frozen=True)
@@ -270,29 +243,54 @@ def prepare(request: Request) -> Prepared:
     return Prepared(template, every, asked, left_out, request.max_new_tokens or longest + more)
 
 
-def _asking(
-    request: Request,
-    template: ChatTemplate,
-    adapter: Path | None,
-    length: int,
-    asked: Sequence[Question],
-    say: Callable[[str], None],
-) -> Generator[tuple[Question, Response]]:
-    """Ask the request's server, or let the engine answer: the base, or base + adapter."""
-    if server := request.endpoint:
-        return predict.by_endpoint(asked, server.url, server.model, length, template, request.command, say)
-    settings = runs.serving_config(request.run, adapter)
-    settings |= {"max_new_tokens": length, "per_device_eval_batch_size": request.batch_size}
-    settings |= {"bf16_full_eval": _in_bf16()}
-    return predict.by_engine(
-        asked, template=template, settings=settings, gpus=request.gpus, command=request.command
-    )
+class Predictor(NamedTuple):
+    """A model, the file and identity of its answers (see Notebook), and how it is asked, if it is."""
+
+    name: str
+    stem: str
+    identity: Any
+    is_asked: bool
+    ask: Callable[[Sequence[Question]], Generator[tuple[Question, Response]]]
+    adapter: Path | None = None
 
 
-def _in_bf16() -> bool:
-    # on a CPU that has it: 115 s instead of 349 for 89 questions, of which 9 got another answer
+def _predictors(request: Request, prepared: Prepared, say: Callable[[str], None]) -> list[Predictor]:
+    """Return the models that are compared, the base first and the one to evaluate last."""
+    found = [_of_engine(request, prepared, None)]
+    with suppress(McpLoraError) if request.endpoint else nullcontext():  # a server's run needs no adapter
+        if ADAPTER in request.models:
+            found.append(_of_engine(request, prepared, runs.adapter(request.run, request.checkpoint)))
+    return [*found, _of_server(request, request.endpoint, prepared, say)] if request.endpoint else found
+
+
+def _of_engine(request: Request, prepared: Prepared, adapter: Path | None) -> Predictor:
+    """Return the base, or base + adapter, as LLaMA-Factory loads it."""
     machine = detect_machine()
-    return machine.bf16 and not machine.gpus
+    # on a CPU that has it: 115 s instead of 349 for 89 questions, of which 9 got another answer
+    bf16 = machine.bf16 and not machine.gpus
+    settings = runs.serving_config(request.run, adapter) | {"bf16_full_eval": bf16}
+    settings |= {"max_new_tokens": prepared.length, "per_device_eval_batch_size": request.batch_size}
+    how: dict[str, Any] = {"template": prepared.template, "gpus": request.gpus, "command": request.command}
+    ask = partial(predict.by_engine, settings=settings, **how)
+    kind = ADAPTER if adapter else BASE
+    name = adapter.name if adapter and request.checkpoint else kind  # a checkpoint's answers replace none
+    identity = [adapter and runs.adapter_hash(adapter), bf16]
+    is_asked = kind in request.models and not request.endpoint
+    return Predictor(name, name, identity, is_asked, ask, adapter)
+
+
+def _of_server(
+    request: Request, server: Endpoint, prepared: Prepared, say: Callable[[str], None]
+) -> Predictor:
+    """Return a server; `say` logs a warning if its prompts are not those of training."""
+    with suppress(McpLoraError):  # asking it says more
+        found = parity(server.url, prepared.template, server.model)
+        if found.differences:
+            what = f"{len(found.differences)} of {found.count} prompts are not those of training"
+            say(f"warning: {what}: {found.differences[0]}; see {advice('parity', server.url, request.run)}")
+    how = (server.url, server.model, prepared.length, prepared.template, request.command, say)
+    stem = f"endpoint-{quote(server.model, safe='')}"
+    return Predictor(server.model, stem, asdict(server), True, lambda asked: predict.by_endpoint(asked, *how))
 
 
 def summarise(answers: dict[str, list[Answer]]) -> Evaluation:

@@ -6,7 +6,7 @@ RUN/eval/plain_chat.json has the values by the hash of the adapter that they are
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp_lora.data import files
-from mcp_lora.errors import advice
+from mcp_lora.errors import advice, one_line
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.train import runs
 
@@ -45,20 +45,23 @@ def questions() -> list[str]:
     return resources.files("mcp_lora.evaluate").joinpath("plain_chat.txt").read_text("utf-8").splitlines()
 
 
-def of_run(run: Path, adapter: Path, template: ChatTemplate) -> PlainChat | None:
+def of_run(run: Path, adapter: Path, template: ChatTemplate, say: Callable[[str], None]) -> PlainChat | None:
     """Return what an adapter of a run has changed, and keep it; measured only once.
 
-    It is None where the base is not that of its files: quantized, or with more tokens. Raises any exception
-    if memory runs out or the chat template rejects a question without tools.
+    It is None if the base is quantized or has added tokens; `say` logs a warning if it cannot be measured.
     """
-    config = runs.read_run(run)
-    is_other = any(config.get(key) for key in ("resize_vocab", "add_tokens", "add_special_tokens"))
-    if (kept := kept_of(run, adapter)) or runs.is_quantized(run) or is_other:
-        return kept
-    found = measure(config, adapter, template, questions())
-    every = files.load(run / _FILE, advice("eval", run)) | {runs.adapter_hash(adapter): asdict(found)}
-    (run / _FILE).write_text(json.dumps(every) + "\n", encoding="utf-8")
-    return found
+    try:
+        config = runs.read_run(run)
+        is_other = any(config.get(key) for key in ("resize_vocab", "add_tokens", "add_special_tokens"))
+        if (kept := kept_of(run, adapter)) or runs.is_quantized(run) or is_other:
+            return kept
+        found = measure(config, adapter, template, questions())
+        every = files.load(run / _FILE, advice("eval", run)) | {runs.adapter_hash(adapter): asdict(found)}
+        (run / _FILE).write_text(json.dumps(every) + "\n", encoding="utf-8")
+        return found
+    except Exception as error:  # a template may raise any, and PyTorch several if memory runs out
+        say(f"warning: plain chat is not compared: {one_line(error)}")
+        return None
 
 
 def kept_of(run: Path, adapter: Path) -> PlainChat | None:

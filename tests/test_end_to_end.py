@@ -172,7 +172,7 @@ def test_an_evaluation_judges_both_models_and_asks_once(project: Path) -> None:
     assert f"seen: {len(held_out)} held-out questions" in done.stdout
     metrics = json.loads((project / "outputs/mcp_lora/eval/metrics.json").read_text())
     seen = metrics["splits"]["seen"]
-    assert seen["count"] == len(held_out) and set(seen["figures"]) == {"base", "adapter"}
+    assert seen["count"] == len(held_out) and set(seen["metrics"]) == {"base", "adapter"}
     for model in ("base", "adapter"):
         lines = (project / f"outputs/mcp_lora/eval/{model}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["expected"] for line in lines] == [
@@ -299,7 +299,7 @@ def test_the_leaderboard_judges_the_adapter(project: Path) -> None:
     metrics = json.loads((folder / "metrics_part.json").read_text())
     assert not (folder / "metrics.json").exists()  # of all questions only
     assert len(metrics["splits"]) == 10 and metrics["tools"] == []
-    assert {*metrics["splits"]["bfcl.simple"]["figures"]["adapter"]} == {"valid", "schema", "tool", "ast"}
+    assert {*metrics["splits"]["bfcl.simple"]["metrics"]["adapter"]} == {"valid", "schema", "tool", "ast"}
     succeed(project, "report")
     page = (project / "outputs/mcp_lora/report.html").read_text(encoding="utf-8")
     assert "<td>bfcl.parallel <small>1</small></td>" in page

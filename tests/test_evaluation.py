@@ -146,21 +146,21 @@ def evaluation(data: Path) -> Evaluation:
     )
 
 
-def test_figures_are_by_split_and_model(evaluation: Evaluation) -> None:
+def test_metrics_are_by_split_and_model(evaluation: Evaluation) -> None:
     assert list(evaluation.splits) == list(questions.SPLITS)
     seen = evaluation.splits["seen"]
-    base, adapter, gain = seen.figures["base"], seen.figures["adapter"], seen.gains["adapter"]["ast"]
+    base, adapter, gain = seen.metrics["base"], seen.metrics["adapter"], seen.gains["adapter"]["ast"]
     wrong = -(-seen.count // 3)
-    assert base["valid"].right == 0 and base["abstained"].share == 1
+    assert base["valid"].right == 0 and base["abstained"].rate == 1
     assert (adapter["valid"].right, adapter["ast"].right) == (seen.count, seen.count - wrong)
     assert seen.errors == {"base": {"no call": seen.count}, "adapter": {"wrong tool": wrong}}
     assert gain.gained == seen.count - wrong and gain.low > 0 and gain.p < 0.05
-    no_call = evaluation.splits["no_call"].figures
+    no_call = evaluation.splits["no_call"].metrics
     assert list(no_call["base"]) == ["abstained"]
-    assert no_call["base"]["abstained"].share == 1 > no_call["adapter"]["abstained"].share
+    assert no_call["base"]["abstained"].rate == 1 > no_call["adapter"]["abstained"].rate
     for places in (evaluation.tools, evaluation.servers):  # the worst come first
-        shares = [place.right["adapter"].share for place in places]
-        assert shares == sorted(shares) and len(shares) > 1
+        rates = [place.right["adapter"].rate for place in places]
+        assert rates == sorted(rates) and len(rates) > 1
     calls = sum(split.count for name, split in evaluation.splits.items() if name != "no_call")
     assert sum(place.right["base"].count for place in evaluation.tools) == calls
     assert all(place.tool for place in evaluation.tools)
@@ -175,9 +175,9 @@ def test_a_requirement_holds_or_is_told(evaluation: Evaluation) -> None:
     assert told.startswith("unseen_tool.ast is 0.") and told.endswith("unseen_tool.ast>=0.95 is required")
     with pytest.raises(McpLoraError, match="is not SPLIT.METRIC>=VALUE: mcp-lora eval --require"):
         requirement("ast>=1")
-    with pytest.raises(McpLoraError, match="60 is not a share from 0 to 1: .*seen.ast>=60%"):
+    with pytest.raises(McpLoraError, match="60 is not between 0 and 1: .*seen.ast>=60%"):
         requirement("seen.ast>=60")
-    with pytest.raises(McpLoraError, match="101% is not a share from 0 to 1"):
+    with pytest.raises(McpLoraError, match="101% is not between 0 and 1"):
         requirement("seen.ast>=101%")
     with pytest.raises(McpLoraError, match="no no_call.ast, only .*no_call.abstained"):
         told_of("no_call.ast>=1")
@@ -263,7 +263,7 @@ def test_a_server_is_asked_again_where_it_failed_and_goes_on_later(
             requests.clear()
             found = evaluate(Request(run, splits=["seen"], endpoint=Endpoint(url, "m")))
             assert len(requests) == missing
-            assert list(found.answers) == ["m"] and found.splits["seen"].figures["m"]["exact"].share == 1
+            assert list(found.answers) == ["m"] and found.splits["seen"].metrics["m"]["exact"].rate == 1
 
 
 def hello(asked: list[Question], **rest: Any) -> Iterator[tuple[Question, Response]]:
@@ -299,6 +299,8 @@ def test_the_model_card_has_only_the_adapters_metrics(run: Path, monkeypatch: py
     assert model_card(run, run) == card
     (run / "adapter_config.json").write_text("{ }")  # as if trained again
     assert "None." in model_card(run, run)
+    (run / "eval/metrics.json").write_text('{"splits": {"seen": {"count": 1, "figures": {}}}}')
+    assert "None." in model_card(run, run)  # of an earlier version: it is asked again, not damaged
 
 
 def test_asking_the_adapter_alone_or_a_checkpoint_replaces_nothing(

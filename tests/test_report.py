@@ -17,7 +17,7 @@ from mcp_lora.data.conversion import Settings, convert
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import answers, questions
 from mcp_lora.evaluate.answers import Judge, Notebook, Response
-from mcp_lora.evaluate.evaluation import summarise
+from mcp_lora.evaluate.evaluation import Evaluation, summarise
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.report import page as report
 from mcp_lora.train import manifest, runs
@@ -96,17 +96,17 @@ def gains(page: str) -> str:
     return page.split('id="gains"')[1].split("</table>")[0]
 
 
-def test_figures_and_gains_are_shown_with_their_intervals(folders: list[Path], page: str) -> None:
+def test_metrics_and_gains_are_shown_with_their_intervals(folders: list[Path], page: str) -> None:
     evaluation = summarise({model: answers.read(folders[0] / f"eval/{model}.jsonl") for model in MODELS})
     assert list(evaluation.splits) == ["seen", "unseen_server", "no_call"]
     rows = iter(tags(gains(page), "tr")[1:])
     for name, split in evaluation.splits.items():
-        for place, (figure, gain) in enumerate(split.gains["adapter"].items()):
+        for place, (metric, gain) in enumerate(split.gains["adapter"].items()):
             row, reach = next(rows), f"({100 * gain.low:+.0f}…{100 * gain.high:+.0f})"
             assert row.endswith(f"{100 * gain.difference:+.1f} {reach} {gain.p:.1g}")
-            assert row.startswith(f"{name} {split.count} {figure} " if place == 0 else f"{figure} ")
-            for found in (split.figures[model][figure] for model in MODELS):
-                assert f'<i style="width: {100 * found.share:.1f}%' in page
+            assert row.startswith(f"{name} {split.count} {metric} " if place == 0 else f"{metric} ")
+            for found in (split.metrics[model][metric] for model in MODELS):
+                assert f'<i style="width: {100 * found.rate:.1f}%' in page
                 whisker = f"left: {100 * found.low:.1f}%; width: {100 * (found.high - found.low):.1f}%"
                 assert f'<b style="{whisker}"' in page
     assert not list(rows) and page.count('<div class="card tile">') == 3
@@ -226,11 +226,15 @@ def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
 def test_answers_of_an_older_checkpoint_are_marked(folders: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(folders[0], folder)
-    write_json(folder / "eval/metrics.json", {"adapter": adapter_hash(folder)})
-    for adapter, stale in ((adapter_hash(folder), False), ("of another", True), (None, False)):
-        write_json(folder / "eval/metrics_part.json", {"adapter": adapter})  # the newest
+    found = Evaluation({}, [], [], adapter=adapter_hash(folder))
+    of_another, of_base = (replace(found, adapter=adapter).metrics() for adapter in ("of another", None))
+    earlier = '{"splits": {"seen": {"count": 1, "figures": {}}}}'  # of an earlier version
+    (folder / "eval/metrics.json").write_text(found.metrics())
+    newest = ((found.metrics(), False), (of_another, True), (of_base, False), (earlier, True))
+    for metrics, stale in newest:
+        (folder / "eval/metrics_part.json").write_text(metrics)
         page = report.write([folder]).read_text(encoding="utf-8")
-        assert ("has changed since it was evaluated" in page) == stale
+        assert ("has changed since it was evaluated: mcp-lora eval" in page) == stale
     with (folder / "eval/adapter.jsonl").open("a") as file:
         row = json.loads((folder / "eval/base.jsonl").read_text(encoding="utf-8").splitlines()[0])
         file.write(json.dumps(row | {"verdict": {"good": 1}}) + "\n")  # of another version

@@ -462,7 +462,7 @@ def test_ollama_gets_no_model_that_it_prompts_in_its_own_way(
     card.check_ollama(run_folder, "mcp-lora export --gguf f16")
     (tmp_path / "config.json").write_text('{"model_type": "gemma4_text"}')
     monkeypatch.setattr(chat_template, "model_folder", lambda config: tmp_path)
-    with pytest.raises(McpLoraError, match="prompts of its own for gemma4_text.*--gguf f16, and"):
+    with pytest.raises(McpLoraError, match="renders gemma4_text with its own prompts.*--gguf f16, and"):
         card.check_ollama(run_folder, "mcp-lora export --gguf f16")
 
 

@@ -7,10 +7,10 @@ from mcp_lora.evaluate.stats import difference, proportion
     ("right", "count", "low", "high"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_a_share_has_wilsons_interval(right: int, count: int, low: float, high: float) -> None:
+def test_a_rate_has_wilsons_interval(right: int, count: int, low: float, high: float) -> None:
     """The example of Newcombe (1998), method 3."""
     found = proportion(right, count)
-    assert (found.right, found.count, found.share) == (right, count, right / count)
+    assert (found.right, found.count, found.rate) == (right, count, right / count)
     assert (round(found.low, 4), round(found.high, 4)) == (low, high)
 
 

@@ -95,15 +95,15 @@ def show_evaluation(evaluation: Any) -> None:
     """Print tables of an evaluation's metrics, the worst tools, and three questions with answers."""
     for name, split in evaluation.splits.items():
         rows = []
-        for metric in next(iter(split.figures.values())):
+        for metric in next(iter(split.metrics.values())):
             cells = [metric]
-            for found in (figures[metric] for figures in split.figures.values()):
-                cells.append(f"{100 * found.share:.1f} ({100 * found.low:.0f}…{100 * found.high:.0f})")
+            for found in (metrics[metric] for metrics in split.metrics.values()):
+                cells.append(f"{100 * found.rate:.1f} ({100 * found.low:.0f}…{100 * found.high:.0f})")
             for gain in (gains[metric] for gains in split.gains.values()):
                 reach = f"{100 * gain.low:+.0f}…{100 * gain.high:+.0f}"
                 cells += [f"{100 * gain.difference:+.1f} ({reach})", f"{gain.p:.1g}"]
             rows.append(cells)
-        columns = ["", *split.figures, *["difference", "p"] * len(split.gains)]
+        columns = ["", *split.metrics, *["difference", "p"] * len(split.gains)]
         kind = "" if is_asked_in(name) else "held-out "
         title = f"{name}: {split.count} {kind}questions; % (95 % interval)"
         _table(title, columns, rows, texts=("",))
@@ -117,7 +117,7 @@ def show_evaluation(evaluation: Any) -> None:
     last, worst = list(evaluation.answers)[-1], []
     for place in evaluation.tools[:5]:
         right, server = place.right[last], f" of {place.server}" if place.server else ""
-        if right.share < 1:
+        if right.rate < 1:
             worst.append(f"{place.tool}{server} {right.right}/{right.count}")
     if worst:
         show(f"\nTools that need more data, the worst of {last} first: {', '.join(worst)}")

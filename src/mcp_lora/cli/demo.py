@@ -101,10 +101,10 @@ def _learned(found: "Evaluation") -> Iterator[str]:
     """Yield what was learned: calls, values, refusals; before, and after."""
 
     def part(split: str, metric: str) -> str:
-        shares = (figures[metric].share for figures in found.splits[split].figures.values())
-        return " → ".join(f"{100 * share:.0f}" for share in shares)
+        rates = (metrics[metric].rate for metrics in found.splits[split].metrics.values())
+        return " → ".join(f"{100 * rate:.0f}" for rate in rates)
 
-    for metric, what in (("tool", "The right tool of ten"), ("ast", "and the right arguments")):
+    for metric, what in (("tool", "Gold tool among ten"), ("ast", "and the right arguments")):
         parts = (f"{part(split, metric)} % of {where}" for split, where in _WHERE.items())
         yield f"{what}: {', '.join(parts)}"
     yield (

@@ -37,13 +37,13 @@ _THOUGHT = 1024  # tokens
 
 @dataclass(frozen=True)
 class Split:
-    """The metrics of one split (`figures`) by model, and what each other model gains over the first.
+    """One split's `metrics` by model, and what each other model gains over the first.
 
     `errors` counts the wrong answers by their first error.
     """
 
     count: int
-    figures: dict[str, dict[str, Proportion]]
+    metrics: dict[str, dict[str, Proportion]]
     errors: dict[str, dict[str, int]]
     gains: dict[str, dict[str, Difference]]
 
@@ -85,10 +85,17 @@ def kept(run: Path, adapter: Path) -> Evaluation | None:
 
     Raises McpLoraError if metrics.json is damaged.
     """
-    for file in (run / "eval" / name for name in ("metrics.json", f"{adapter.name}_metrics.json")):
-        found = files.parsed(file, Evaluation, advice("eval", run)) if file.is_file() else None
+    for name in ("metrics.json", f"{adapter.name}_metrics.json"):
+        found = read(run, run / "eval" / name)
         if found and found.adapter == runs.adapter_hash(adapter):
             return found
+    return None
+
+
+def read(run: Path, file: Path) -> Evaluation | None:
+    """Return the metrics in a file of a run, None if it is missing or of another version; else as `kept`."""
+    with suppress(ValueError):
+        return files.typed(files.load(file, advice("eval", run)), Evaluation)
     return None
 
 
@@ -312,7 +319,7 @@ def _split(split: str, answers: dict[str, list[Answer]]) -> Split:
         metrics = metrics_of(split)
         hits = {metric: [getattr(verdict, metric) for verdict in verdicts] for metric in metrics}
         found = replace(found, count=len(verdicts))
-        found.figures[name] = {metric: proportion(sum(hit), len(hit)) for metric, hit in hits.items()}
+        found.metrics[name] = {metric: proportion(sum(hit), len(hit)) for metric, hit in hits.items()}
         found.errors[name] = dict(Counter(one.error for one in verdicts if one.error).most_common())
         if first:
             found.gains[name] = {metric: difference(first[metric], hits[metric]) for metric in metrics}
@@ -334,7 +341,7 @@ def _weaknesses(
         for where, each in grouped.items()
     ]
     last = list(answers)[-1]
-    return sorted(weaknesses, key=lambda one: (one.right[last].share, -one.right[last].count))
+    return sorted(weaknesses, key=lambda one: (one.right[last].rate, -one.right[last].count))
 
 
 def _rendered(

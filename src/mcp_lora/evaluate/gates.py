@@ -42,16 +42,16 @@ def requirement(text: str) -> Requirement:
         splits, names = " or ".join(questions.SPLITS), " or ".join(METRICS)
         what = f"a metric is SPLIT.NAME, with {splits} and {names}, or {benchmark.NAME}.CATEGORY"
         raise McpLoraError(f"--require {text}: {what}: see docs/evaluation.md")
-    share = float(bound) / (100 if percent else 1)
-    if share > 1:
+    rate = float(bound) / (100 if percent else 1)
+    if rate > 1:
         again = f'mcp-lora eval --require "{metric}{sign}{min(float(bound), 100):g}%"'
-        raise McpLoraError(f"--require {text}: {bound}{percent} is not a share from 0 to 1: {again}")
+        raise McpLoraError(f"--require {text}: {bound}{percent} is not between 0 and 1: {again}")
     return Requirement(
         text.strip(),
         metric if of_benchmark else split,
         metric,
         _SIGNS[sign],
-        share,
+        rate,
     )
 
 
@@ -63,11 +63,11 @@ def unmet(evaluation: "Evaluation", requirements: Sequence[Requirement]) -> list
     name = list(evaluation.answers)[-1]
     there: dict[str, float] = {}
     for split, each in evaluation.splits.items():
-        shares = {metric: found.share for metric, found in each.figures[name].items()}
+        rates = {metric: found.rate for metric, found in each.metrics[name].items()}
         if benchmark.is_asked_in(split):
-            there[split] = shares[metrics_of(split)[-1]]
+            there[split] = rates[metrics_of(split)[-1]]
         else:
-            there |= {f"{split}.{metric}": share for metric, share in shares.items()}
+            there |= {f"{split}.{metric}": rate for metric, rate in rates.items()}
     for one in requirements:
         if one.metric not in there:
             raise McpLoraError(f"--require {one.text}: no {one.metric}, only {', '.join(there)}")

@@ -106,7 +106,7 @@ def parity(url: str, template: ChatTemplate, model: str | None = None) -> Parity
 
 
 def _prompt(http: Any, url: str, body: dict[str, Any]) -> tuple[str, list[int] | int]:
-    """Return what a server tells of the prompt of a request: its token ids, or their number."""
+    """Return what a server reports about the prompt of a request: its token ids, or their number."""
     root, asked = url.removesuffix("/v1"), body
     if (reply := http.post(f"{root}/apply-template", json=body)).is_success:  # without its first token
         asked = {"content": reply.json()["prompt"], "add_special": True, "parse_special": True}

@@ -10,11 +10,11 @@ _Z = 1.959964  # of the normal distribution, for 95 %
 
 @dataclass(frozen=True)
 class Proportion:
-    """`right` of `count` answers as a proportion (`share`) from 0 to 1, with its 95 % interval."""
+    """`right` of `count` answers as a proportion: `rate`, from 0 to 1, with its 95 % interval."""
 
     right: int
     count: int
-    share: float
+    rate: float
     low: float
     high: float
 

@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from mcp_lora.data import files
 from mcp_lora.errors import McpLoraError, advice, explained
-from mcp_lora.evaluate import answers, plain_chat
+from mcp_lora.evaluate import answers, evaluation, plain_chat
 from mcp_lora.evaluate.answers import Answer
 from mcp_lora.evaluate.benchmark import NAME
 from mcp_lora.evaluate.evaluation import ADAPTER, BASE, summarise
@@ -250,12 +250,12 @@ def _calls(calls: Sequence[Any]) -> str:
 
 
 def _is_stale(run: Run, place: str) -> bool:
-    """Tell whether the adapter has changed since it gave the answers in a folder of RUN/eval."""
+    """Tell whether the adapter, or mcp-lora, has changed since the answers in RUN/eval or its subfolder."""
     metrics = sorted(
         (run.folder / "eval" / place).glob("metrics*.json"), key=lambda file: file.stat().st_mtime
     )
-    kept = (files.load(file, advice("eval", run.folder)) for file in metrics)
-    asked = [found["adapter"] for found in kept if found.get("adapter")]
+    kept = (evaluation.read(run.folder, file) for file in metrics)
+    asked = [found and found.adapter for found in kept if not found or found.adapter]
     return bool(asked) and run.adapter is not None and asked[-1] != runs.adapter_hash(run.adapter)
 
 

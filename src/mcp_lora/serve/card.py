@@ -44,7 +44,7 @@ def check_ollama(run: Path, command: str) -> None:
     source = chat_template.model_folder(runs.read_run(run))
     kind = str(files.load(source / "config.json", "copy the model again").get("model_type"))
     if kind.startswith(_RENDERED_BY_OLLAMA):
-        what = f"Ollama has prompts of its own for {kind}, which are not those of training"
+        what = f"Ollama renders {kind} with its own prompts, not those used in training"
         raise McpLoraError(f"{what}: {command}, and mcp-lora serve FILE.gguf")
 
 
@@ -99,7 +99,7 @@ def model_card(run: Path, adapter: Path) -> str:
     lines.append("- " + ", ".join(f"{key} {config[key]}" for key in keys if key in config))
     lines += ["", "## Evaluation", ""]
     for split, found in evaluated.splits.items() if evaluated else ():
-        for model, each in found.figures.items():
+        for model, each in found.metrics.items():
             values = (f"{key} {_percent(one)}" for key, one in each.items())
             lines.append(f"- {split}, {found.count} questions, {model}: {', '.join(values)}")
     lines += ["", "In % with 95 % intervals."] if evaluated else ["None."]
@@ -109,4 +109,4 @@ def model_card(run: Path, adapter: Path) -> str:
 
 
 def _percent(found: Proportion) -> str:
-    return f"{100 * found.share:.1f} ({100 * found.low:.0f}…{100 * found.high:.0f})"
+    return f"{100 * found.rate:.1f} ({100 * found.low:.0f}…{100 * found.high:.0f})"

@@ -235,6 +235,10 @@ def test_answers_of_an_older_checkpoint_are_marked(folders: list[Path], tmp_path
         (folder / "eval/metrics_part.json").write_text(metrics)
         page = report.write([folder]).read_text(encoding="utf-8")
         assert ("has changed since it was evaluated: mcp-lora eval" in page) == stale
+    shutil.copytree(folder / "eval", folder / "eval/bfcl")  # as if it had been asked the leaderboard's, too
+    page = report.write([folder]).read_text(encoding="utf-8")
+    assert "changed since it was evaluated: mcp-lora eval" in page and 'id="judged"' in page
+    assert re.search("changed since it was evaluated: mcp-lora eval [^<]* --benchmark bfcl</p>", page)
     with (folder / "eval/adapter.jsonl").open("a") as file:
         row = json.loads((folder / "eval/base.jsonl").read_text(encoding="utf-8").splitlines()[0])
         file.write(json.dumps(row | {"verdict": {"good": 1}}) + "\n")  # of another version

@@ -37,7 +37,7 @@ _OUTCOMES = ("lost", "wrong", "gained", "right")  # in the order in which exampl
 class Run:
     """The content of a run's folder: run.yaml, manifest.json, the models' answers, the base's first.
 
-    `judged` are their answers to the benchmark's questions.
+    `answers` are by subfolder of RUN/eval: "", and the benchmark's.
     `history` is the trainer's log, in transformers' keys, or the newest checkpoint's if training is not
     finished. `name` is the run's name on the page.
     """
@@ -47,8 +47,7 @@ class Run:
     config: dict[str, Any]
     manifest: Manifest | None
     history: list[dict[str, Any]]
-    answers: dict[str, list[Answer]]
-    judged: dict[str, list[Answer]]
+    answers: dict[str, dict[str, list[Answer]]]
 
     @cached_property
     def adapter(self) -> Path | None:
@@ -82,15 +81,8 @@ def _render(found: Sequence[Run]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     several = len(found) > 1
-    asked = {run.name: run.answers[ADAPTER] for run in found if ADAPTER in run.answers}
-    judged = {run.name: run.judged[ADAPTER] for run in found if ADAPTER in run.judged}
-    fewer: list[str] = []
-    fewer_judged: list[str] = []
-    if not several:
-        asked, fewer = _comparable(found[0].answers)
-        judged, fewer_judged = _comparable(found[0].judged)
-    by_model, left_out = _common(asked)
-    by_judged, unjudged = _common(judged)
+    (compared, notes), (judged, judged_notes) = (_compared(found, place) for place in ("", NAME))
+    by_model = compared.answers if compared else {}
     base = Path(found[0].config["model_name_or_path"])
     wrong = {one.verdict.error for each in by_model.values() for one in each}
     curves: dict[str, list[Any]] = defaultdict(list)
@@ -107,22 +99,17 @@ def _render(found: Sequence[Run]) -> str:
         base=base.name if base.is_absolute() else base,
         made_of=_side_by_side([_made_of(run) for run in found]),
         settings=_side_by_side([run.config for run in found]),
-        evaluation=summarise(by_model) if by_model else None,
+        evaluation=compared,
+        notes=notes,
         models=list(by_model),
-        judged=summarise(by_judged) if by_judged else None,
-        judged_models=list(by_judged),
-        unjudged=unjudged,
-        left_out=left_out,
-        fewer=fewer,
-        fewer_judged=fewer_judged,
-        unasked=[run.folder for run in found if not (ADAPTER in run.answers if several else run.answers)],
+        judged=judged,
+        judged_notes=judged_notes,
+        unasked=[run.folder for run in found if ADAPTER not in run.answers[""]],
         examples=_examples(by_model),
         errors={error: f"var(--error-{place})" for place, error in enumerate(ERRORS) if error in wrong},
         curves=curves,
         validated=any(run.curve("eval_loss") for run in found),
         usage=None if several else _usage(found[0]),
-        stale=[run.folder for run in found if _is_stale(run, "")],
-        judged_before=[run.folder for run in found if _is_stale(run, NAME)],
         plain_chat=[
             (run.name, kept)
             for run in found
@@ -146,14 +133,29 @@ def _read(folder: Path, name: str) -> Run:
     states = [folder, *runs.complete_checkpoints(folder)[::-1]]
     again = f"remove it, and {advice('report', folder)}"
     logs = (files.load(place / "trainer_state.json", again).get("log_history") for place in states)
-    asked, judged = (_answers(folder / "eval" / place) for place in ("", NAME))
-    return Run(name, folder, config, manifest.read(folder), next(filter(None, logs), []), asked, judged)
+    kept = {place: _answers(folder / "eval" / place) for place in ("", NAME)}
+    return Run(name, folder, config, manifest.read(folder), next(filter(None, logs), []), kept)
 
 
 def _answers(folder: Path) -> dict[str, list[Answer]]:
     kept = {unquote(file.stem): answers.read(file) for file in sorted(folder.glob("*.jsonl"))}
     models = [BASE, *(name for name in kept if name not in (BASE, ADAPTER)), ADAPTER]
     return {model: kept[model] for model in models if kept.get(model)}
+
+
+def _compared(found: Sequence[Run], place: str) -> tuple[evaluation.Evaluation | None, list[str]]:
+    """Return the metrics of a run's models, or of several runs' adapters, and notes on what is left out."""
+    asked = {run.name: run.answers[place][ADAPTER] for run in found if ADAPTER in run.answers[place]}
+    notes: list[str] = []
+    if len(found) == 1:
+        asked, notes = _comparable(found[0].answers[place])
+    by_model, left_out = _common(asked)
+    if left_out:
+        notes.append(f"{left_out} questions that not all of them have answered are left out.")
+    for folder in (run.folder for run in found if _is_stale(run, place)):
+        again = advice("eval", folder, *["--benchmark", place] * bool(place))
+        notes.append(f"The adapter in {folder}, or mcp-lora, has changed since it was evaluated: {again}")
+    return summarise(by_model) if by_model else None, notes
 
 
 def _comparable(by_model: Mapping[str, list[Answer]]) -> tuple[dict[str, list[Answer]], list[str]]:

@@ -46,13 +46,7 @@ def requirement(text: str) -> Requirement:
     if rate > 1:
         again = f'mcp-lora eval --require "{metric}{sign}{min(float(bound), 100):g}%"'
         raise McpLoraError(f"--require {text}: {bound}{percent} is not between 0 and 1: {again}")
-    return Requirement(
-        text.strip(),
-        metric if of_benchmark else split,
-        metric,
-        _SIGNS[sign],
-        rate,
-    )
+    return Requirement(text.strip(), metric if of_benchmark else split, metric, _SIGNS[sign], rate)
 
 
 def unmet(evaluation: "Evaluation", requirements: Sequence[Requirement]) -> list[str]:

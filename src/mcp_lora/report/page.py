@@ -253,10 +253,9 @@ def _calls(calls: Sequence[Any]) -> str:
 
 def _is_stale(run: Run, place: str) -> bool:
     """Tell whether the adapter, or mcp-lora, has changed since the answers in RUN/eval or its subfolder."""
-    metrics = sorted(
-        (run.folder / "eval" / place).glob("metrics*.json"), key=lambda file: file.stat().st_mtime
-    )
-    kept = (evaluation.read(run.folder, file) for file in metrics)
+    written = (run.folder / "eval" / place).glob("metrics*.json")
+    by_time = sorted(written, key=lambda file: file.stat().st_mtime)
+    kept = (evaluation.read(run.folder, file) for file in by_time)
     asked = [found and found.adapter for found in kept if not found or found.adapter]
     return bool(asked) and run.adapter is not None and asked[-1] != runs.adapter_hash(run.adapter)
 

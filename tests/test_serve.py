@@ -351,6 +351,40 @@ def test_parity_is_shown_and_another_template_is_found_out(
         parity.parity(url, template)
 
 
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [
+        (["base", "mcp-lora"], "mcp-lora"),
+        (["mcp-lora:latest", "llama3:latest"], "mcp-lora:latest"),
+        (["other"], "other"),
+    ],
+)
+def test_parity_asks_the_served_adapter(
+    names: list[str], asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ollama lists every model that it has, and gives its reason for a refusal in the answer's text."""
+    refused: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/models"):
+            return httpx.Response(200, json={"data": [{"id": name} for name in names]})
+        if request.url.path.endswith("/completions"):
+            refused.append(json.loads(request.content)["model"])
+            return httpx.Response(400, json={"error": {"message": f"{refused[0]} does not support tools"}})
+        return httpx.Response(404)
+
+    template = ChatTemplate(chat_templates.tokenizer_of(dict(chat_templates.templates())["Qwen3-Coder"]))
+    client, transport = httpx.Client, httpx.MockTransport(answer)
+    monkeypatch.setattr(httpx, "Client", lambda **how: client(transport=transport, **how))
+    with pytest.raises(McpLoraError, match=f"400: .*{asked} does not support tools.*: is it running"):
+        parity.parity("http://s/v1", template)
+    assert refused == [asked]
+    names[:] = ["a", "b"]
+    again = "a, b: mcp-lora parity http://s/v1 --endpoint-model NAME"
+    with pytest.raises(McpLoraError, match=f"which of its models.*{again}"):
+        parity.parity("http://s/v1", template)
+
+
 @pytest.fixture
 def merging(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the project, with an engine that merges at once, and answers with the gold calls.

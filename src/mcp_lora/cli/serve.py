@@ -19,6 +19,7 @@ _PUSH = "Upload it to the Hugging Face hub, into a private repository."
 _TARGET = "A run's folder, an exported model's folder, or a GGUF file."
 _PRINT = "Print the command for this server instead."
 _HOST = "Address to listen on; any non-local address requires --api-key."
+_MODEL = "Its model's name; mcp-lora by default, or the only one."
 
 
 def export(
@@ -72,17 +73,19 @@ def serve(
 def parity(
     url: Annotated[str, Argument(metavar="URL", help="The server's base URL, with /v1.")],
     run: Run = DEFAULT,
+    endpoint_model: Annotated[str | None, Option(metavar="NAME", help=_MODEL)] = None,
 ) -> None:
     """Compare the prompts that a server makes of conversations with those of training."""
     from mcp_lora.evaluate import parity as parities
     from mcp_lora.prompts import chat_template
 
-    found = parities.parity(url, chat_template.load(runs.read_run(run)))
+    found = parities.parity(url, chat_template.load(runs.read_run(run)), endpoint_model)
     for difference in found.differences:
         console.show(difference)
     what = f"{found.count} conversations compared by {found.compared}, {len(found.differences)} differ"
     if found.left_out:
         what += f"; {found.left_out} are rejected by the chat template"
+    what = f"{found.model}: {what}"
     if found.differences:
         named = advice("serve", run, "--print", "vllm")
         again = f"serve it with the chat template that is named by {named}"

@@ -14,17 +14,19 @@ from mcp_lora.data.records import ToolCall
 from mcp_lora.errors import McpLoraError, one_line
 from mcp_lora.prompts.chat_template import ChatTemplate, call_id, calling
 
+NAME = "mcp-lora"  # of the model on the servers that mcp-lora starts or prints a command for
 _CONTEXT = 60  # characters before and after the first difference that are shown
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What was compared (token ids, numbers of tokens), of how many conversations, and differences.
+    """What was compared (token ids, numbers of tokens) of which model, and of how many conversations.
 
     Each difference is a message with its context. `left_out` counts the conversations that the chat template
     rejects.
     """
 
+    model: str
     compared: str
     count: int
     differences: list[str]
@@ -72,9 +74,9 @@ def parity(url: str, template: ChatTemplate, model: str | None = None) -> Parity
     Args:
         url: the server's base URL, with /v1; its key is OPENAI_API_KEY in the environment.
         template: the chat template of the run that it serves.
-        model: its name on the server; by default the last of the list.
+        model: its name on the server; by default NAME, else the only one.
 
-    Raises McpLoraError if the server does not answer.
+    Raises McpLoraError if the server does not answer, or has several models and none of them is NAME.
     """
     import httpx
 
@@ -82,7 +84,7 @@ def parity(url: str, template: ChatTemplate, model: str | None = None) -> Parity
     compared, differences, left_out = "", [], 0
     try:
         with httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
-            model = model or http.get(f"{url}/models").raise_for_status().json()["data"][-1]["id"]
+            model = model or _served(http, url)
             for name, (messages, tools) in PROBES.items():
                 try:
                     expected = template.prompt(messages, tools)
@@ -99,10 +101,23 @@ def parity(url: str, template: ChatTemplate, model: str | None = None) -> Parity
                 if difference:
                     differences.append(f"{name}: {difference}")
     except (httpx.HTTPError, httpx.InvalidURL, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, httpx.HTTPStatusError):  # whose own message leaves out the server's reason
+            error = ValueError(f"{error.response.status_code}: {error.response.text}")
         what = f"{url} does not answer as OpenAI's protocol has it ({one_line(error)})"
         again = "is it running, does the URL end with /v1, is the key in OPENAI_API_KEY? mcp-lora serve"
         raise McpLoraError(f"{what}: {again}") from None
-    return Parity(compared, len(PROBES) - left_out, differences, left_out)
+    return Parity(model, compared, len(PROBES) - left_out, differences, left_out)
+
+
+def _served(http: Any, url: str) -> str:
+    """Return the name of the model to ask; a server may list its base, or others, too."""
+    reply = http.get(f"{url}/models").raise_for_status().json()
+    names: list[str] = [one["id"] for one in reply["data"]]
+    ours = [name for name in names if name in (NAME, f"{NAME}:latest")] or names  # Ollama's has a tag
+    if len(ours) != 1:
+        there = ", ".join(names) or "none"
+        raise McpLoraError(f"which of its models? {there}: mcp-lora parity {url} --endpoint-model NAME")
+    return ours[0]
 
 
 def _prompt(http: Any, url: str, body: dict[str, Any]) -> tuple[str, list[int] | int]:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from mcp_lora.engine import launch
 from mcp_lora.errors import McpLoraError
+from mcp_lora.evaluate.parity import NAME
 
 # The sdist contains llama.cpp with its converters, which are plain Python. pip prepares the sdist's metadata,
 # for which it fetches scikit-build-core; nothing is compiled.
 PACKAGE = "llama-cpp-python==0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 _PARTS = ("conversion/", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "gguf-py/gguf/")
-NAME = "mcp-lora"  # the model's name on a server
 CONTEXT = 16384  # tokens, shared by all requests of a server
 # Tokens of an answer, at most, to a request without max_tokens: small models may never end one.
 ANSWER = 2048

@@ -24,12 +24,12 @@ from mcp_lora.data.calls import split_thought
 from mcp_lora.data.rows import Progress
 from mcp_lora.engine import launch
 from mcp_lora.errors import Interrupted, McpLoraError, advice, one_line
+from mcp_lora.evaluate.parity import NAME
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import export as exports
 from mcp_lora.serve import llama_cpp
 from mcp_lora.serve.card import complete
-from mcp_lora.serve.llama_cpp import NAME
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine
 
@@ -303,16 +303,15 @@ def _probe(url: str, api_key: str | None) -> str:
     from openai import OpenAI
 
     client = OpenAI(base_url=url, api_key=api_key or "none", max_retries=0)
-    model = client.models.list().data[-1].id
     messages: Sequence[Any] = [{"role": "user", "content": "What is the weather like in Tokyo?"}]
     reply = client.chat.completions.create(
-        model=model, messages=messages, tools=[PROBE], temperature=0, max_tokens=128
+        model=NAME, messages=messages, tools=[PROBE], temperature=0, max_tokens=128
     )
     made = reply.choices[0].message.tool_calls or []
     function = getattr(made[0], "function", None) if made else None
     if not function:
         return f"warning: ready at {url}, but a question with a tool was answered without a call"
-    return f"ready at {url}, model {model}: it has called {function.name} {function.arguments}"
+    return f"ready at {url}, model {NAME}: it has called {function.name} {function.arguments}"
 
 
 def announce(url: str, api_key: str | None, say: Callable[[str], None]) -> None:

@@ -23,6 +23,7 @@ import pytest
 import xllamacpp
 from conftest import BIN, environment, make_project, run
 from gguf import GGUFReader
+from huggingface_hub.errors import LocalTokenNotFoundError
 from typer.testing import CliRunner
 
 from mcp_lora.cli.app import app
@@ -652,9 +653,25 @@ def test_push_makes_a_private_repository(tmp_path: Path, monkeypatch: pytest.Mon
     ]
     file = tmp_path / "my x.gguf"
     file.write_bytes(b"GGUF")
-    again = re.escape(f"hf auth login, and hf upload me/model '{file}'")
+    again = re.escape(f"hf auth login, and hf upload --private me/model '{file}'")
     with pytest.raises(McpLoraError, match=f"cannot be written on the hub .*{again}"):
         exports.push(exports.Request(tmp_path, file, push="me/model"))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("me/a model", "must use alphanumeric .*: mcp-lora export --push"), ("me/m", "no token.*hf auth login, and .*--push me/m")],
+)
+def test_what_cannot_be_pushed_is_not_exported_first(
+    name: str, problem: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hub:
+        def whoami(self) -> None:
+            raise LocalTokenNotFoundError("no token")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    with pytest.raises(McpLoraError, match=problem):
+        exports.export(exports.Request(trained, tmp_path / "x", push=name))
 
 
 @pytest.fixture

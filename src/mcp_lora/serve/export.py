@@ -3,6 +3,8 @@
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,9 @@ def export(request: Request, progress: Progress = lambda step, fraction: None) -
     with lock:
         if target.exists():
             raise McpLoraError(f"{target} exists: {other}")
+        if request.push:
+            with _hub(request.push, request.command()) as hub:
+                hub.whoami()
         if request.ollama:
             check_ollama(request.run, request.command(ollama=False, gguf="f16"))
         template = chat_template.load(runs.read_run(request.run))
@@ -179,12 +184,8 @@ def push(request: Request) -> str:
 
     Returns the repository's address. Raises McpLoraError if the hub rejects it or cannot be reached.
     """
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
-    hub, name, exported = HfApi(), str(request.push), request.target
-    try:
+    name, exported = str(request.push), request.target
+    with _hub(name, shlex.join(["hf", "upload", "--private", name, str(exported)])) as hub:
         address = str(hub.create_repo(name, private=True, exist_ok=True))
         if exported.is_dir():
             hub.upload_folder(repo_id=name, folder_path=exported)
@@ -192,11 +193,25 @@ def push(request: Request) -> str:
             hub.upload_file(repo_id=name, path_or_fileobj=exported, path_in_repo=exported.name)
             card = model_card(request.run, runs.adapter(request.run, request.checkpoint))
             hub.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo="README.md")
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError, httpx.HTTPError) as error:
-        what = f"{name} cannot be written on the hub ({one_line(error)})"
-        again = shlex.join(["hf", "upload", name, str(exported)])
-        raise McpLoraError(f"{what}: hf auth login, and {again}") from None
     return address
+
+
+@contextmanager
+def _hub(name: str, again: str) -> Iterator[Any]:
+    """Yield the hub; raise McpLoraError if a repository's name is invalid, or the hub rejects something."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        yield HfApi()
+    except HFValidationError as error:
+        raise McpLoraError(f"{one_line(error)}: mcp-lora export --push OWNER/NAME") from None
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, httpx.HTTPError) as error:
+        what = f"{name} cannot be written on the hub ({one_line(error)})"
+        raise McpLoraError(f"{what}: hf auth login, and {again}") from None
 
 
 def copy_adapter(adapter: Path, folder: Path) -> None:

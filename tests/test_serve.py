@@ -22,7 +22,7 @@ import openai
 import pytest
 import xllamacpp
 from conftest import BIN, environment, make_project, run
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from huggingface_hub.errors import LocalTokenNotFoundError
 from typer.testing import CliRunner
 
@@ -221,12 +221,15 @@ def test_commands_of_the_servers(project: Path, tmp_path: Path) -> None:
     assert command("ollama", target=merged) == [
         *("ollama", "create", "mcp-lora", "--file", str(merged / "Modelfile"))
     ]
-    with pytest.raises(McpLoraError, match="no Modelfile: mcp-lora export RUN --ollama"):
+    with pytest.raises(
+        McpLoraError, match=f"no Modelfile: mcp-lora export {re.escape(str(target))} --ollama"
+    ):
         command("ollama")
     with pytest.raises(McpLoraError, match="--engine llama.cpp"):
         command("vllm", target=Path("x.gguf"))
     with pytest.raises(McpLoraError, match="neither a run's folder"):
         command("vllm", target=tmp_path)
+    assert command("sglang", target=merged)[0] == "python"  # which has SGLang, unlike that of mcp-lora
 
 
 def test_another_rank_is_rounded_up_for_vllm(project: Path, tmp_path: Path) -> None:
@@ -241,9 +244,64 @@ def test_another_rank_is_rounded_up_for_vllm(project: Path, tmp_path: Path) -> N
     (target / "adapter_config.json").write_text(json.dumps(adapter | {"r": 1024}))
     with pytest.raises(McpLoraError, match="up to 512, not 1024"):
         servers.command(Request(target, "vllm"))
-    (target / "adapter_config.json").write_text(json.dumps(adapter | {"modules_to_save": ["lm_head"]}))
-    with pytest.raises(McpLoraError, match="no adapter with lm_head, .*: mcp-lora export"):
-        servers.command(Request(target, "vllm"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"init_lora_weights": "gaussian", "bias": "none", "use_dora": False, "modules_to_save": None}, ""),
+    ],
+)
+def test_an_adapter_that_vllm_rejects_is_to_be_merged(
+    changes: dict[str, Any], named: str, trained: Path
+) -> None:
+    (trained / "adapter_config.json").write_text(json.dumps({"r": 8, "init_lora_weights": True} | changes))
+    refused = pytest.raises(McpLoraError, match=f"no adapter with {named}, .*: mcp-lora export")
+    with refused if named else nullcontext():
+        assert servers._lora(trained)[:3] == ["--enable-lora", "--max-lora-rank", "8"]
+
+
+def test_an_exported_folder_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def convert(folder: Path, target: Path, dtype: str) -> None:
+        assert (folder, dtype) == (tmp_path, "f16")
+        target.write_bytes(b"GGUF")
+        made.append(target)
+
+    @contextmanager
+    def running(model: Path, *where: Any) -> Iterator[str]:
+        assert model == tmp_path / "model.gguf" and model.is_file()
+        raise Interrupted(130)
+        yield ""
+
+    monkeypatch.setattr(llama_cpp, "convert", convert)
+    monkeypatch.setattr(llama_cpp, "running", running)
+    with pytest.raises(McpLoraError, match="neither a run's folder"):
+        servers._gguf(Request(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            servers._serve_gguf(Request(tmp_path), lambda text: None, lambda: pytest.fail("exports"))
+    assert len(made) == 1 and not made[0].exists()
+
+
+def test_an_adapter_as_gguf_is_not_served_alone(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_type("adapter")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with (
+        pytest.raises(McpLoraError, match="adapter without its base: mcp-lora serve RUN"),
+        llama_cpp.running(file, None, None),
+    ):
+        pass
 
 
 def test_a_gguf_file_answers_calls_to_several_clients(
@@ -571,16 +629,24 @@ def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: An
     )
     (tmp_path / "no.gguf").write_bytes(b"GGUF")
     assert "is it a GGUF file" in fails(str(tmp_path / "no.gguf"))
-    assert "--gguf f16 --output missing.gguf" in fails("missing.gguf")
+    for words in ([], ["--print", "llama.cpp"]):
+        assert "no missing.gguf: mcp-lora export RUN --gguf f16 --output missing.gguf" in fails(
+            "missing.gguf", *words
+        )
     assert "nowhere.invalid is not an address" in fails("--host", "nowhere.invalid", "--api-key", "k")
     assert "is not installed here: mcp-lora serve --python" in fails("--engine", "vllm")
     assert "only llama.cpp finds a free port" in fails("--engine", "vllm", "--port", "0")
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\necho 'ValueError: no such model' >&2; exit 3\n")
     stub.chmod(0o755)
-    assert "the server has ended:\nValueError: no such model" in fails(
-        "--engine", "vllm", "--python", str(stub)
+    ended = fails("--engine", "vllm", "--python", str(stub))
+    assert (
+        "ended:\nValueError: no such model\nIts command: mcp-lora serve outputs/mcp_lora --print vllm"
+        in ended
     )
+    missing = fails("--engine", "vllm", "--python", sys.executable)
+    assert "vllm is not installed here: mcp-lora serve --python PATH, or --engine llama.cpp" in missing
+    assert "llama.cpp needs no --python" in fails("--engine", "llama.cpp", "--python", sys.executable)
 
 
 # Run with transformers 5.24, as 5.5 has no parse_response.
@@ -660,7 +726,10 @@ def test_push_makes_a_private_repository(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("me/a model", "must use alphanumeric .*: mcp-lora export --push"), ("me/m", "no token.*hf auth login, and .*--push me/m")],
+    [
+        ("me/a model", "must use alphanumeric .*: mcp-lora export --push"),
+        ("me/m", "no token.*hf auth login, and .*--push me/m"),
+    ],
 )
 def test_what_cannot_be_pushed_is_not_exported_first(
     name: str, problem: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

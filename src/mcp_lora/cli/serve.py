@@ -62,9 +62,11 @@ def serve(
         secret = ["env", f"VLLM_API_KEY={api_key}"] if show == "vllm" and api_key else []
         console.show(shlex.join([*secret, *argv]))
         if show == "ollama":
-            console.say("then ask it: ollama run mcp-lora, or http://127.0.0.1:11434/v1")
+            then = "then ask it: ollama run mcp-lora, or http://127.0.0.1:11434/v1"
+            console.say(f"{then} (OLLAMA_HOST sets its address, not --host or --port; it has no key)")
         if show == "llama.cpp" and not Path(argv[2]).is_file():
-            again = advice("export", target, "--gguf", "f16", "--output", argv[2])
+            made = ["export", target, "--gguf", "f16", "--output", argv[2]]
+            again = advice(*(made if request.is_run else ["serve", target, "--engine", "llama.cpp"]))
             console.say(f"to make this file: {again}")
         return
     servers.serve(request, console.say, console.progress)

@@ -174,7 +174,7 @@ def _convert(
         llama_cpp.convert(folder, file, kind)
         return file, None, None
     source, base = chat_template.model_folder(runs.read_run(request.run)), file.with_name("base.gguf")
-    llama_cpp.convert_adapter(folder, source, file, kind)
+    llama_cpp.convert(folder, file, kind, source)
     llama_cpp.convert(source, base, kind)
     return base, file, template.frozen()
 

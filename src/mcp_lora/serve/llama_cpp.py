@@ -4,7 +4,7 @@ import importlib.util
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mcp_lora.engine import launch
@@ -23,22 +23,15 @@ _SMALLER = "mcp-lora eval, to see the longest questions"
 _PARALLEL = 4  # requests that are answered at the same time; others wait
 
 
-def convert(model: Path, target: Path, dtype: str) -> None:
-    """Write a model's folder as a GGUF file, with its tokenizer and chat template.
+def convert(folder: Path, target: Path, dtype: str, base: Path | None = None) -> None:
+    """Write a model's folder as a GGUF file, with its tokenizer and chat template, or an adapter's.
 
-    `dtype` is one that the converter writes: f32, f16, bf16 or q8_0. Raises McpLoraError if it fails.
+    `dtype` is one that the converter writes: f32, f16, bf16 or q8_0; `base` is the folder of the config
+    of an adapter's base. Raises McpLoraError if it fails.
     """
-    _convert("convert_hf_to_gguf.py", model, target, dtype)
-
-
-def convert_adapter(adapter: Path, base: Path, target: Path, dtype: str) -> None:
-    """Write an adapter's folder as a GGUF file; `base` is the folder of its base model's config.json."""
-    _convert("convert_lora_to_gguf.py", adapter, target, dtype, "--base", str(base))
-
-
-def _convert(script: str, folder: Path, target: Path, dtype: str, *words: str) -> None:
-    argv = [sys.executable, str(converters() / script), *words, "--outfile", str(target)]
-    outcome = launch.run([*argv, "--outtype", dtype, str(folder)], {})
+    script, words = ("lora", ["--base", str(base)]) if base else ("hf", [])
+    argv = [sys.executable, str(converters() / f"convert_{script}_to_gguf.py"), *words]
+    outcome = launch.run([*argv, "--outfile", str(target), "--outtype", dtype, str(folder)], {})
     if outcome.code or not target.is_file():
         what = f"llama.cpp cannot convert {folder}:\n{launch.real_error(outcome.stderr)}"
         raise McpLoraError(f"{what}\nServe it without GGUF: mcp-lora serve --print vllm", outcome.code or 1)
@@ -93,6 +86,7 @@ def running(
     """
     require()
     import xllamacpp
+    from gguf import GGUFReader
 
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(model), {NAME}
@@ -109,6 +103,10 @@ def running(
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
+        with suppress(ValueError):  # it is no GGUF file
+            if GGUFReader(model).fields["general.type"].contents() == "adapter":
+                what = f"{model} is an adapter without its base"
+                raise McpLoraError(f"{what}: mcp-lora serve RUN, or as in docs/serving.md") from None
         what = f"{model} cannot be served on {host}:{port} ({error})"
         raise McpLoraError(
             f"{what}: is it a GGUF file, is the port free? mcp-lora serve --port 8001"

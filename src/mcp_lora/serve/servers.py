@@ -50,6 +50,8 @@ PARSERS = (
     (r"(?:<\|python_tag\|>)?\s*\{", "llama3_json", "llama3"),
 )
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows (its vllm/config/lora.py, MaxLoRARanks)
+# Initial weights that leave the base as it is (its vllm/lora/peft_helper.py).
+_INITIAL = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 ShowsProgress = Callable[[], AbstractContextManager[Progress]]
 
@@ -79,6 +81,8 @@ class Request:
         if self.host not in ("127.0.0.1", "localhost", "::1") and not self.api_key:
             what = f"{self.host} can be reached from other machines"
             raise McpLoraError(f"{what}: mcp-lora serve --host {self.host} --api-key KEY")
+        if self.python and self.engine in ("llama.cpp", "ollama"):
+            raise McpLoraError(f"{self.engine} needs no --python: mcp-lora serve --engine {self.engine}")
 
     @property
     def is_run(self) -> bool:
@@ -102,8 +106,9 @@ def command(request: Request, key_file: Path | None = None) -> list[str]:
         return [*words, *where, *_key(request)]
     if request.engine == "ollama":
         if not (target / "Modelfile").is_file():
-            what = f"{target} contains no Modelfile: mcp-lora export RUN --ollama"
-            raise McpLoraError(f"{what}, and mcp-lora serve outputs/ollama --print ollama")
+            what = f"{target} contains no Modelfile"
+            again = advice("export", target if request.is_run else "RUN", "--ollama")
+            raise McpLoraError(f"{what}: {again}, and mcp-lora serve outputs/ollama --print ollama")
         return ["ollama", "create", NAME, "--file", str(target / "Modelfile")]
     if target.suffix == ".gguf":
         again = advice("serve", target, "--engine", "llama.cpp")
@@ -122,7 +127,7 @@ def command(request: Request, key_file: Path | None = None) -> list[str]:
     named = ["--served-model-name", NAME]
     if request.engine == "sglang":
         words += ["--tool-call-parser", sglang_parser, *named, *_key(request, key_file)]
-        python = str(request.python or sys.executable)
+        python = str(request.python or (sys.executable if key_file else "python"))  # one that is printed
         return [python, "-m", "sglang.launch_server", "--model-path", str(target), *words]
     words += ["--enable-auto-tool-choice", "--tool-call-parser", vllm_parser]
     if request.is_run:
@@ -143,8 +148,12 @@ def _lora(run: Path) -> list[str]:
     adapter = runs.adapter(run).absolute()
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
-    if saved := settings.get("modules_to_save"):
-        what = f"vLLM serves no adapter with {', '.join(saved)}"
+    refused = list(settings.get("modules_to_save") or [])
+    refused += [key for key in ("use_dora", "bias", "lora_bias") if (settings.get(key) or "none") != "none"]
+    init = settings.get("init_lora_weights", True)
+    refused += [init] if isinstance(init, str) and init.lower() not in _INITIAL else []
+    if refused:
+        what = f"vLLM serves no adapter with {', '.join(refused)}"
         if runs.is_quantized(run):
             raise McpLoraError(f"{what}, and a quantized base cannot be merged: {advice('chat', run)}")
         raise McpLoraError(f"{what}, only a merged model: {advice('export', run)}")
@@ -186,10 +195,12 @@ def _serve_gguf(request: Request, say: Callable[[str], None], progress: ShowsPro
     gguf = gguf_of(request)
     llama_cpp.require()
     if not gguf.is_file():
-        if not request.is_run:
-            again = advice("export", "RUN", "--gguf", "f16", "--output", gguf)
-            raise McpLoraError(f"there is no {gguf}: {again}")
         say(f"exporting {request.target} as {gguf}, once")
+        if not request.is_run:
+            new = gguf.with_name(".model.gguf.new")
+            llama_cpp.convert(request.target, new, "f16")
+            new.rename(gguf)
+    if not gguf.is_file():
         with progress() as show:
             say(f"{gguf}: {exports.export(exports.Request(request.target, gguf, gguf='f16'), show)}")
         for other in gguf.parent.glob(_KEPT.format("*")):  # of earlier adapters
@@ -205,20 +216,24 @@ def _serve_by_command(request: Request, say: Callable[[str], None]) -> None:
     """Start vLLM or SGLang, and wait for its end."""
     if not request.port:
         raise McpLoraError("only llama.cpp finds a free port: mcp-lora serve --port 8000")
+    again = "mcp-lora serve --python PATH, or --engine llama.cpp"
+    missing = McpLoraError(f"{request.engine} is not installed here: {again}")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as key_file:  # that other users cannot read
         json.dump({"api-key": request.api_key}, key_file)
         key_file.flush()
         argv = command(request, Path(key_file.name))
         if not shutil.which(argv[0]):
-            what = f"{argv[0]} is not installed here"
-            raise McpLoraError(f"{what}: mcp-lora serve --python PATH, or --engine llama.cpp")
+            raise missing
         host = f"[{request.host}]" if ":" in request.host else request.host
         arguments = (f"http://{host}:{request.port}/v1", request.api_key, say)
         threading.Thread(target=announce, args=arguments, daemon=True).start()
         with suppress(Interrupted):
             outcome = launch.run(argv, {"VLLM_API_KEY": request.api_key} if request.api_key else {})
             error = launch.real_error(outcome.stderr)
-            raise McpLoraError(f"the server has ended:\n{error}", outcome.code or 1)
+            if f"No module named '{request.engine}'" in error:
+                raise missing
+            named = advice("serve", request.target, "--print", request.engine)
+            raise McpLoraError(f"the server has ended:\n{error}\nIts command: {named}", outcome.code or 1)
 
 
 _KEPT = "merged-{}-f16.gguf"  # in a run's folder, by the hash of its adapter
@@ -255,13 +270,17 @@ def check_address(request: Request) -> None:
 
 
 def gguf_of(request: Request) -> Path:
-    """Return the GGUF file that is served: the target, or the one that is kept for a run."""
+    """Return the GGUF file that is served: the target, or the one that is kept in its folder."""
     if request.target.suffix == ".gguf":
-        return request.target
+        if request.target.is_file():
+            return request.target
+        again = advice("export", "RUN", "--gguf", "f16", "--output", request.target)
+        raise McpLoraError(f"there is no {request.target}: {again}")
     if not request.is_run:
-        _config(request)
-        what = f"llama.cpp serves a run's folder or a GGUF file, not {request.target}"
-        raise McpLoraError(f"{what}: mcp-lora export RUN --gguf f16")
+        kept = request.target / "model.gguf"  # export --ollama writes it, too
+        if not kept.is_file():
+            _config(request)
+        return kept
     if runs.is_quantized(request.target):
         what = f"the base of {request.target} is quantized, and llama.cpp needs a merged model"
         raise McpLoraError(f"{what}: {advice('serve', request.target, '--print', 'vllm')}")

@@ -44,18 +44,22 @@ from mcp_lora.serve.verify import Comparison
 from mcp_lora.train import runs
 
 TEMPLATES = {
-    "Qwen-Qwen2.5-7B-Instruct": ("hermes", "qwen25"),
-    "Qwen-Qwen3-0.6B": ("hermes", "qwen25"),
+    "Qwen-Qwen2.5-7B-Instruct": ("hermes", "qwen"),
+    "Qwen-Qwen3-0.6B": ("hermes", "qwen"),
     "Qwen3.5-4B": ("qwen3_xml", "qwen3_coder"),
     "Qwen3-Coder": ("qwen3_xml", "qwen3_coder"),
     "meta-llama-Llama-3.1-8B-Instruct": ("llama3_json", "llama3"),
     "mistralai-Mistral-Nemo-Instruct-2407": ("mistral", "mistral"),
-    "GLM-4.6": ("glm45", "glm45"),
+    "GLM-4.6": ("glm45", "glm"),
     "GLM-4.7-Flash": ("glm47", "glm47"),
     "google-gemma-4-31B-it": ("gemma4", "gemma4"),
     "MiniMax-M2": ("minimax_m2", "minimax-m2"),
     "openai-gpt-oss-120b": ("openai", "gpt-oss"),
-    "google-gemma-2-2b-it": ("hermes", "qwen25"),  # with our template
+    "google-gemma-2-2b-it": ("hermes", "qwen"),  # with our template
+    "MiniMax-M3": ("hermes", "qwen"),  # the same behind a mark
+    "Kimi-K3": ("kimi_k3", "kimi_k3"),
+    "openbmb-MiniCPM5-1B": ("minicpm5", "minicpm5"),
+    "deepseek-ai-DeepSeek-V4": ("deepseek_v4", "deepseekv4"),
 }
 # As much as makes the model call tools: an export is compared by its calls.
 SMALL = ["max_steps=2", "--global-batch", "2", "cutoff_len=512", "eval_strategy=no", "val_size=0"]
@@ -120,10 +124,10 @@ def test_parsers_are_found_by_how_the_template_writes_calls() -> None:
     texts = dict(chat_templates.templates())
     for name, parser in TEMPLATES.items():
         loaded = ChatTemplate(chat_templates.tokenizer_of(texts[name]))
-        assert (name, servers.parser(loaded)) == (name, parser)
-    other = ChatTemplate(chat_templates.tokenizer_of(texts["Kimi-K3"]))
+        assert (name, card.parser(loaded)) == (name, parser)
+    other = ChatTemplate(chat_templates.tokenizer_of(texts["unsloth-Apriel-1.5"]))
     with pytest.raises(McpLoraError, match="no parser is known .*--engine llama.cpp"):
-        servers.parser(other)
+        card.parser(other)
 
 
 @pytest.mark.slow  # 365 MB
@@ -133,10 +137,10 @@ def test_the_parsers_are_those_of_the_servers() -> None:
 
     vllm = source("vllm==0.32.0", "vllm/tool_parsers/__init__.py")
     sglang = source("sglang==0.5.23", "sglang/srt/function_call/function_call_parser.py")
-    for _, one, other in servers.PARSERS:
+    for _, one, other in card.PARSERS:
         assert f'"{one}": (' in vllm and f'"{other}": ' in sglang
     ranks = source("vllm==0.32.0", "vllm/config/lora.py").split("MaxLoRARanks = Literal", 1)[1].split("\n")[0]
-    assert tuple(ast.literal_eval(ranks)) == servers.RANKS
+    assert tuple(ast.literal_eval(ranks)) == card.RANKS
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -208,7 +212,7 @@ def test_commands_of_the_servers(project: Path, tmp_path: Path) -> None:
     assert command("sglang", target=merged, python=Path("/v/python"), api_key="k", port=1) == [
         *("/v/python", "-m", "sglang.launch_server", "--model-path", str(merged), *template),
         *("--host", "127.0.0.1", "--port", "1"),
-        *("--tool-call-parser", "qwen25", "--served-model-name", "mcp-lora", "--api-key", "k"),
+        *("--tool-call-parser", "qwen", "--served-model-name", "mcp-lora", "--api-key", "k"),
     ]
     with_key = servers.command(Request(merged, "sglang", api_key="k"), Path("key.yaml"))
     assert with_key[-2:] == ["--config", "key.yaml"] and "k" not in with_key
@@ -262,7 +266,7 @@ def test_an_adapter_that_vllm_rejects_is_to_be_merged(
     (trained / "adapter_config.json").write_text(json.dumps({"r": 8, "init_lora_weights": True} | changes))
     refused = pytest.raises(McpLoraError, match=f"no adapter with {named}, .*: mcp-lora export")
     with refused if named else nullcontext():
-        assert servers._lora(trained)[:3] == ["--enable-lora", "--max-lora-rank", "8"]
+        assert card.lora_options(trained)[:3] == ["--enable-lora", "--max-lora-rank", "8"]
 
 
 def test_an_exported_folder_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,6 +552,28 @@ def test_the_modelfile_leaves_the_prompt_to_the_chat_template_of_the_gguf_file(
     assert {file.name for file in gguf.parent.iterdir()} == {"model.gguf", "Modelfile", "README.md"}
 
 
+def test_the_model_card_has_the_bases_licence(trained: Path, tmp_path: Path) -> None:
+    (trained / "run.yaml").write_text(f"model_name_or_path: {tmp_path}")
+    assert "\nlicense" not in card.model_card(trained, trained, "mcp-lora serve .")
+    head = "license: other\nlicense_name: qwen\ntags: [a]\n"
+    (tmp_path / "README.md").write_text(f"---\n{head}---\nlicense: none\n")
+    lines = card.model_card(trained, trained, "mcp-lora serve .").splitlines()
+    assert lines[: lines.index("---", 1)][-2:] == ["license: other", "license_name: qwen"]
+    assert "license: none" not in lines and "In this folder: `mcp-lora serve .`" in lines
+
+
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        ({"ollama": True}, "ollama create mcp-lora --file Modelfile"),
+        ({"gguf": "f16"}, "llama-server --jinja --model my.gguf"),
+        ({"gguf": "f16", "adapter_only": True}, "llama-server --jinja --model BASE.gguf --lora my.gguf"),
+    ],
+)
+def test_the_command_that_serves_an_export(options: dict[str, Any], command: str, trained: Path) -> None:
+    assert exports._serving(exports.Request(trained, Path("my.gguf"), **options), trained) == command
+
+
 def test_ollama_gets_no_model_that_it_prompts_in_its_own_way(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,7 +600,7 @@ def test_serve_is_one_command(project: Path, gguf: Path) -> None:
             assert done.returncode == 0 and "not those of training" not in done.stderr, done.stderr
             port = url.split(":")[2].split("/")[0]
             done = run([BIN / "mcp-lora", "serve", gguf, "--port", port], project)
-            assert done.returncode == 2 and f"port {port} is in use" in done.stderr
+            assert done.returncode == 2 and f"port {port} cannot be used" in done.stderr
         finally:
             server.send_signal(signal.SIGINT)
         assert "the server is stopped" in server.stderr.read()
@@ -749,7 +775,7 @@ def trained(tmp_path: Path) -> Path:
     run = tmp_path / "my run"
     run.mkdir()
     (run / "run.yaml").write_text("model_name_or_path: none")
-    (run / "adapter_config.json").write_text("{}")
+    (run / "adapter_config.json").write_text('{"r": 12}')
     return run
 
 
@@ -764,6 +790,7 @@ def test_a_refused_export_names_the_whole_command(trained: Path, tmp_path: Path)
         exports.export(exports.Request(trained, output, ollama=True, adapter_only=True))
     request = exports.Request(trained, checkpoint="300", ollama=True)
     assert request.command() == f"mcp-lora export '{trained}' --ollama --checkpoint 300"
+    assert exports.Request(trained, questions=50).command().endswith(" --questions 50")
 
 
 def test_one_export_at_a_time_to_a_place(trained: Path, tmp_path: Path) -> None:
@@ -795,7 +822,7 @@ def test_an_address_where_no_server_can_listen_is_told_at_once(tmp_path: Path) -
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        with pytest.raises(McpLoraError, match=f"port {port} is in use: mcp-lora serve --port {port + 1}"):
+        with pytest.raises(McpLoraError, match=f"port {port} .*in use.*: mcp-lora serve --port {port + 1}"):
             check("127.0.0.1", port)
     check("127.0.0.1", port)
     check("127.0.0.1", 0)
@@ -835,5 +862,8 @@ def test_an_adapter_is_exported_once_and_its_command_is_offered_again(
     assert there == {"x", ".x.lock"}
     names = {"adapter_config.json", "chat_template.jinja", "generation_config.json", "README.md"}
     assert names < {file.name for file in request.target.iterdir()}
+    vllm = "vllm serve BASE --enable-lora --max-lora-rank 16 --lora-modules mcp-lora=. "
+    vllm += "--chat-template chat_template.jinja --enable-auto-tool-choice --tool-call-parser hermes"
+    assert f"In this folder: `{vllm}`" in (request.target / "README.md").read_text()
     with pytest.raises(McpLoraError, match="x exists: .* --adapter-only --output OTHER"):
         exports.export(request)

@@ -13,6 +13,7 @@ from mcp_lora.train import runs
 from mcp_lora.train.runs import DEFAULT
 
 _OUTPUT = "Folder or .gguf file to write; outputs/merged_model, outputs/adapter or outputs/ollama by default."
+_QUESTIONS = "Held-out questions of each split that check it; 5 by default."
 _PYTHON = "Python of the environment with vLLM (default) or SGLang."
 _KEY = "A key that every request must send."
 _PUSH = "Upload it to the Hugging Face hub, into a private repository."
@@ -29,12 +30,13 @@ def export(
     gguf: Annotated[Literal["f32", "f16", "bf16", "q8_0"] | None, Option(help="Write a GGUF file.")] = None,
     adapter_only: Annotated[bool, Option("--adapter-only", help="Without the base model.")] = False,
     ollama: Annotated[bool, Option("--ollama", help="Write a GGUF file and a Modelfile for Ollama.")] = False,
+    questions: Annotated[int | None, Option(min=1, help=_QUESTIONS)] = None,
     push: Annotated[str | None, Option(metavar="OWNER/NAME", help=_PUSH)] = None,
 ) -> None:
     """Merge the adapter into the base model, or export it by itself, and check the result."""
     from mcp_lora.serve import export as exports
 
-    request = exports.Request(run, output, checkpoint, gguf, adapter_only, ollama, push)
+    request = exports.Request(run, output, checkpoint, gguf, adapter_only, ollama, push, questions)
     with console.progress() as progress:
         note = exports.export(request, progress)
     console.say(f"{request.target}: {note}")

@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from mcp_lora.data.rows import Progress
 from mcp_lora.engine import api, launch
 from mcp_lora.engine.topology import Topology
 from mcp_lora.errors import McpLoraError, advice, explained, one_line
+from mcp_lora.evaluate import evaluation
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
-from mcp_lora.serve.card import check_ollama, complete, model_card, modelfile
+from mcp_lora.serve.card import check_ollama, complete, lora_options, model_card, modelfile, parser
 from mcp_lora.serve.verify import (
     OTHER_CALLS,
     Comparison,
@@ -44,6 +45,7 @@ class Request:
         gguf: one of OTHER_CALLS, to write a GGUF file.
         adapter_only: without the base.
         ollama: write a folder with a GGUF file (by default f16) and a Modelfile for Ollama.
+        questions: how many of each split are asked to check it, by default 5.
         push: OWNER/NAME on the Hugging Face hub, for `push`.
     """
 
@@ -54,6 +56,7 @@ class Request:
     adapter_only: bool = False
     ollama: bool = False
     push: str | None = None
+    questions: int | None = None
 
     @property
     def target(self) -> Path:
@@ -70,9 +73,8 @@ class Request:
         new = replace(self, **changes)
         words: list[object] = ["export", new.run]
         words += ["--adapter-only"] * new.adapter_only + ["--ollama"] * new.ollama
-        options = {"checkpoint": new.checkpoint, "gguf": new.gguf, "push": new.push, "output": new.output}
-        for name, value in options.items():
-            if value:
+        for name in ("checkpoint", "gguf", "questions", "push", "output"):
+            if value := getattr(new, name):
                 words += [f"--{name}", value]
         return advice(*words)
 
@@ -131,6 +133,7 @@ def _make(
     """Make what is exported in a new folder, and check it; return its path and how it was checked."""
     run, again, dtype = request.run, request.command(), ""
     folder, file = new / "model", new / "model.gguf"
+    asked = evaluation.Request(run, limit=request.questions or 5)
     if request.adapter_only:
         copy_adapter(adapter, folder)
         note = "the adapter as it was trained"
@@ -138,12 +141,12 @@ def _make(
         found = _merge(run, adapter, folder, again)
         note, dtype = str(found), found.dtype
     complete(folder, template, request.ollama)
-    (folder / "README.md").write_text(model_card(run, adapter), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(run, adapter, _serving(request, adapter)), encoding="utf-8")
     if kind := request.gguf or ("f16" if request.ollama else None):
         answers = by_llama_cpp(template, _convert(request, template, folder, file, kind), progress)
         expected = by_engine(run, template, adapter, again)
         exact = request.command(gguf="f32")
-        compared = check_answers(run, template, expected, answers, exact, OTHER_CALLS[kind])
+        compared = check_answers(asked, template, expected, answers, exact, OTHER_CALLS[kind])
         note = f"the same prompts as in training; {compared}"
     elif not request.adapter_only and is_slow(str(runs.read_run(run)["model_name_or_path"]), dtype):
         note += "; warning: its answers are not compared, as that would take long without a GPU"
@@ -151,7 +154,7 @@ def _make(
         answers = by_engine(run, template, None, again, dtype, folder)
         expected = by_engine(run, template, adapter, again, dtype)
         alone = request.command(adapter_only=True)
-        note += f"; {check_answers(run, template, expected, answers, alone, OTHER_CALLS['bf16'])}"
+        note += f"; {check_answers(asked, template, expected, answers, alone, OTHER_CALLS['bf16'])}"
     if request.ollama:
         made = new / "ollama"
         made.mkdir()
@@ -160,6 +163,21 @@ def _make(
         (made / "Modelfile").write_text(modelfile(template), encoding="utf-8")
         return made, note
     return file if kind else folder, note
+
+
+def _serving(request: Request, adapter: Path) -> str:
+    """Return the command that serves what is exported, in its folder."""
+    if request.ollama:
+        return "ollama create mcp-lora --file Modelfile"
+    if request.gguf:
+        base = ["BASE.gguf", "--lora"] * request.adapter_only
+        return shlex.join(["llama-server", "--jinja", "--model", *base, request.target.name])
+    with suppress(McpLoraError):  # vLLM has no parser for its calls, or rejects the adapter
+        name = parser(chat_template.load(runs.read_run(request.run)))[0]
+        words = ["BASE", *lora_options(adapter)[:-1], "mcp-lora=."] if request.adapter_only else ["."]
+        words += ["--chat-template", runs.CHAT_TEMPLATE, "--enable-auto-tool-choice"]
+        return shlex.join(["vllm", "serve", *words, "--tool-call-parser", name])
+    return "mcp-lora serve ."
 
 
 def _convert(
@@ -191,7 +209,8 @@ def push(request: Request) -> str:
             hub.upload_folder(repo_id=name, folder_path=exported)
         else:
             hub.upload_file(repo_id=name, path_or_fileobj=exported, path_in_repo=exported.name)
-            card = model_card(request.run, runs.adapter(request.run, request.checkpoint))
+            adapter = runs.adapter(request.run, request.checkpoint)
+            card = model_card(request.run, adapter, _serving(request, adapter))
             hub.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo="README.md")
     return address
 

@@ -1,13 +1,8 @@
-"""Serve an adapter through OpenAI's protocol: the commands of the servers, and one that runs.
-
-A server parses the calls in answers with a parser that has a name. It depends on how the chat template
-writes calls, not on the model's name: PARSERS.
-"""
+"""Serve an adapter through OpenAI's protocol: the commands of the servers, and one that runs."""
 
 import errno
 import importlib.util
 import json
-import re
 import shutil
 import socket
 import sys
@@ -20,40 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mcp_lora.data.calls import split_thought
 from mcp_lora.data.rows import Progress
 from mcp_lora.engine import launch
 from mcp_lora.errors import Interrupted, McpLoraError, advice, one_line
 from mcp_lora.evaluate.parity import NAME
 from mcp_lora.prompts import chat_template
-from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import export as exports
 from mcp_lora.serve import llama_cpp
-from mcp_lora.serve.card import complete
+from mcp_lora.serve.card import complete, lora_options, parser
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine
 
-# How a call starts, and what vLLM 0.32 (vllm/tool_parsers/__init__.py) and SGLang 0.5.23
-# (sglang/srt/function_call/function_call_parser.py) call the parser of that format.
-PARSERS = (
-    (r"<tool_call>\s*\{", "hermes", "qwen25"),
-    (r"<tool_call>\s*<function=", "qwen3_xml", "qwen3_coder"),
-    (r"<tool_call>[\w-]+\n\s*<arg_key>", "glm45", "glm45"),
-    (r"<tool_call>[\w-]+<arg_key>", "glm47", "glm47"),
-    (r"<\|tool_call>call:", "gemma4", "gemma4"),
-    (r"\[TOOL_CALLS\]", "mistral", "mistral"),
-    (r"<\|tool_call_start\|>", "lfm2", "lfm2"),
-    (r"<minimax:tool_call>", "minimax_m2", "minimax-m2"),
-    (r"<｜DSML｜function_calls>", "deepseek_v32", "deepseekv32"),
-    (r"<\|tool_calls_section_begin\|>", "kimi_k2", "kimi_k2"),
-    (r"to=functions\.", "openai", "gpt-oss"),
-    (r"(?:<\|python_tag\|>)?\s*\{", "llama3_json", "llama3"),
-)
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows (its vllm/config/lora.py, MaxLoRARanks)
-# Initial weights that leave the base as it is (its vllm/lora/peft_helper.py).
-_INITIAL = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-
-ShowsProgress = Callable[[], AbstractContextManager[Progress]]
+ShowsProgress = Callable[[], AbstractContextManager[Progress]]  # while a block runs
 
 
 @dataclass(frozen=True)
@@ -131,7 +104,7 @@ def command(request: Request, key_file: Path | None = None) -> list[str]:
         return [python, "-m", "sglang.launch_server", "--model-path", str(target), *words]
     words += ["--enable-auto-tool-choice", "--tool-call-parser", vllm_parser]
     if request.is_run:
-        model, words = str(config["model_name_or_path"]), [*_lora(target), *words]
+        model, words = str(config["model_name_or_path"]), [*lora_options(target), *words]
         words += ["--generation-config", str(files.absolute())]
         words += ["--revision", str(config["model_revision"])] if config.get("model_revision") else []
         words += ["--trust-remote-code"] if config.get("trust_remote_code") else []
@@ -141,27 +114,6 @@ def command(request: Request, key_file: Path | None = None) -> list[str]:
     if request.python:
         return [str(request.python), "-m", "vllm.entrypoints.cli.main", "serve", model, *words]
     return ["vllm", "serve", model, *words]
-
-
-def _lora(run: Path) -> list[str]:
-    """Return vLLM's options for a run's adapter."""
-    adapter = runs.adapter(run).absolute()
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
-    refused = list(settings.get("modules_to_save") or [])
-    refused += [key for key in ("use_dora", "bias", "lora_bias") if (settings.get(key) or "none") != "none"]
-    init = settings.get("init_lora_weights", True)
-    refused += [init] if isinstance(init, str) and init.lower() not in _INITIAL else []
-    if refused:
-        what = f"vLLM serves no adapter with {', '.join(refused)}"
-        if runs.is_quantized(run):
-            raise McpLoraError(f"{what}, and a quantized base cannot be merged: {advice('chat', run)}")
-        raise McpLoraError(f"{what}, only a merged model: {advice('export', run)}")
-    allowed = next((one for one in RANKS if one >= rank), None)
-    if allowed is None:
-        what = f"vLLM allows LoRA ranks up to {RANKS[-1]}, not {rank}"
-        raise McpLoraError(f"{what}: {advice('export', run)}")
-    return ["--enable-lora", "--max-lora-rank", str(allowed), "--lora-modules", f"{NAME}={adapter}"]
 
 
 def _key(request: Request, key_file: Path | None = None) -> list[str]:
@@ -258,13 +210,10 @@ def check_address(request: Request) -> None:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection is not in use
             probe.bind((request.host, request.port))
-    except PermissionError as error:
-        what = f"port {request.port} cannot be used ({error.strerror})"
-        raise McpLoraError(f"{what}: mcp-lora serve --port 8000") from None
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            again = f"mcp-lora serve --port {request.port + 1}"
-            raise McpLoraError(f"port {request.port} is in use: {again}") from None
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            what = f"port {request.port} cannot be used ({error.strerror})"
+            raise McpLoraError(f"{what}: mcp-lora serve --port {max(8000, request.port + 1)}") from None
         what = f"{request.host} is not an address of this machine ({error.strerror})"
         raise McpLoraError(f"{what}: mcp-lora serve --host 127.0.0.1") from None
 
@@ -295,16 +244,6 @@ def _config(request: Request) -> dict[str, Any]:
         what = f"{request.target} is neither a run's folder, nor an exported model's, nor a GGUF file"
         raise McpLoraError(f"{what}: mcp-lora train, or mcp-lora serve outputs/merged_model")
     return {"model_name_or_path": str(request.target)}
-
-
-def parser(template: ChatTemplate) -> tuple[str, str]:
-    """Return the names of vLLM's and SGLang's parser for the calls that a template writes."""
-    written = split_thought(template.written)[0].strip()
-    for pattern, *names in PARSERS:
-        if re.match(pattern, written):
-            return names[0], names[1]
-    what = f"no parser is known for calls like {written[:60]!r}"
-    raise McpLoraError(f"{what}: mcp-lora serve --engine llama.cpp, which learns it from the chat template")
 
 
 PROBE: Any = {

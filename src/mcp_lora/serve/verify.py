@@ -11,6 +11,7 @@ from mcp_lora.data.rows import Progress
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import evaluation, predict
 from mcp_lora.evaluate.answers import Judge, Response
+from mcp_lora.evaluate.evaluation import Request
 from mcp_lora.evaluate.parity import parity
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.prompts.chat_template import ChatTemplate
@@ -25,9 +26,9 @@ PROMPT = "Which tools can you call, and what time is it in Tokyo?"
 # The fraction of the questions, at least one, that may be answered by other calls: where two tokens are about
 # equally likely, rounding decides between them.
 OTHER_CALLS = {"f32": 0.1, "f16": 0.1, "bf16": 0.1, "q8_0": 0.25}
-QUESTIONS = 5  # of each split
+_BATCH = 5  # questions that are asked at once on a CPU
 
-_Answers = Callable[[Sequence[Question], int], Iterable[tuple[Question, Response]]]
+_Ask = Callable[[Sequence[Question], int], Iterable[tuple[Question, Response]]]
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Comparison:
 
 
 def check_answers(
-    run: Path, template: ChatTemplate, expected: _Answers, exported: _Answers, command: str, tolerance: float
+    request: Request, template: ChatTemplate, expected: _Ask, exported: _Ask, command: str, tolerance: float
 ) -> str:
     """Compare the calls of what is exported with those of base + adapter.
 
     Args:
-        run: its held-out questions are asked.
+        request: which held-out questions are asked.
         template: of the prompts, by which answers are parsed.
         expected: yields the answers of base + adapter, which the engine merges in memory, to questions, of a
             maximum number of tokens.
@@ -59,7 +60,6 @@ def check_answers(
 
     Returns a message. Raises McpLoraError, with exit code 1, if more of them differ.
     """
-    request = evaluation.Request(run, limit=QUESTIONS)
     asked: list[Question] = []
     length, problem, right = 0, "", {}
     judge = Judge(template)
@@ -98,7 +98,7 @@ def by_engine(
     command: str,
     dtype: str = "",
     merged: Path | None = None,
-) -> _Answers:
+) -> _Ask:
     """Let LLaMA-Factory answer on one GPU: base + adapter, or a merged model; in bf16 if `dtype` is that.
 
     `command` is the next command to run if it fails.
@@ -110,7 +110,7 @@ def by_engine(
         settings = runs.serving_config(run, adapter) | {"bf16_full_eval": dtype == "bfloat16"}
         settings |= {"model_name_or_path": str(merged)} if merged else {}
         gpus = 1 if detect_machine().gpus else None
-        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": gpus or QUESTIONS}
+        settings |= {"max_new_tokens": length, "per_device_eval_batch_size": gpus or _BATCH}
         return predict.by_engine(asked, template, settings, gpus, command)
 
     return answers
@@ -118,7 +118,7 @@ def by_engine(
 
 def by_llama_cpp(
     template: ChatTemplate, served: tuple[Path, Path | None, str | None], progress: Progress
-) -> _Answers:
+) -> _Ask:
     """Let llama.cpp answer, once its prompts are those of training.
 
     `served` are the model, and an adapter and a chat template that are not in it. It answers freely, token by

@@ -862,7 +862,7 @@ def test_an_adapter_is_exported_once_and_its_command_is_offered_again(
     assert there == {"x", ".x.lock"}
     names = {"adapter_config.json", "chat_template.jinja", "generation_config.json", "README.md"}
     assert names < {file.name for file in request.target.iterdir()}
-    vllm = "vllm serve BASE --enable-lora --max-lora-rank 16 --lora-modules mcp-lora=. "
+    vllm = "vllm serve BASE --enable-lora --max-lora-rank 16 --lora-modules mcp-lora=. --generation-config . "
     vllm += "--chat-template chat_template.jinja --enable-auto-tool-choice --tool-call-parser hermes"
     assert f"In this folder: `{vllm}`" in (request.target / "README.md").read_text()
     with pytest.raises(McpLoraError, match="x exists: .* --adapter-only --output OTHER"):

@@ -173,14 +173,13 @@ def _serving(request: Request, adapter: Path) -> str:
         base = ["BASE.gguf", "--lora"] * request.adapter_only
         return shlex.join(["llama-server", "--jinja", "--model", *base, request.target.name])
     with suppress(McpLoraError):  # vLLM has no parser for its calls, or rejects the adapter
-        config = runs.read_run(request.run)
-        name = parser(chat_template.load(config))[0]
-        words = ["."]
+        config, words = runs.read_run(request.run), ["."]
         if request.adapter_only:
             words = ["BASE", *lora_options(adapter)[:-1], "mcp-lora=.", "--generation-config", "."]
         words += ["--chat-template", runs.CHAT_TEMPLATE, "--enable-auto-tool-choice"]
         words += ["--trust-remote-code"] * bool(config.get("trust_remote_code"))
-        return shlex.join(["vllm", "serve", *words, "--tool-call-parser", name])
+        words += ["--tool-call-parser", parser(chat_template.load(config))[0]]
+        return shlex.join(["vllm", "serve", *words])
     return "mcp-lora serve ."
 
 

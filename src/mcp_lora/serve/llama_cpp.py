@@ -103,7 +103,7 @@ def running(
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
-        with suppress(ValueError):  # it is no GGUF file
+        with suppress(ValueError, LookupError):  # it is no GGUF file
             if GGUFReader(model).fields["general.type"].contents() == "adapter":
                 what = f"{model} is an adapter without its base"
                 raise McpLoraError(f"{what}: mcp-lora serve RUN, or as in docs/serving.md") from None

@@ -294,7 +294,8 @@ def _of_server(
         found = parity(server.url, prepared.template, server.model)
         if found.differences:
             what = f"{len(found.differences)} of {found.count} prompts are not those of training"
-            say(f"warning: {what}: {found.differences[0]}; see {advice('parity', server.url, request.run)}")
+            again = advice("parity", server.url, request.run, "--endpoint-model", server.model)
+            say(f"warning: {what}: {found.differences[0]}; see {again}")
     how = (server.url, server.model, prepared.length, prepared.template, request.command, say)
     stem = f"endpoint-{quote(server.model, safe='')}"
     return Predictor(server.model, stem, asdict(server), True, lambda asked: predict.by_endpoint(asked, *how))

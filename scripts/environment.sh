@@ -28,8 +28,10 @@ setup() {
         local versions=(--constraint scripts/constraints.txt)
         [ -z "$active" ] || [ "${VIRTUAL_ENV:-}" = "$PWD/.venv" ] || versions=()
         python -m pip install --quiet --no-compile ${versions[@]+"${versions[@]}"} --editable "$1"
-        # on all cores, where pip takes one and a minute and a half
-        python -m compileall -qq -j 0 "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
+        # on all cores, as pip takes one; some packages have files that are no Python
+        local modules
+        modules="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+        PYTHONWARNINGS=ignore python -m compileall -qq -j 0 "$modules" || true
         # what was installed before the change of a file counts no more
         { [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt scripts/constraints.txt ]; } || rm -f "$stamp"
         echo "$1" >> "$stamp"

@@ -31,7 +31,7 @@ per_device_eval_batch_size per_device_train_batch_size predict_with_generate pre
 preserve_thinking pure_bf16 quantization_bit quantization_type report_to resize_vocab resume_from_checkpoint
 save_only_model save_total_limit seed skip_special_tokens split_special_tokens stage streaming temperature
 template tokenized_path tool_format train_on_prompt train_sampling_strategy trust_remote_code use_cpu
-use_unsloth val_size warmup_ratio warmup_steps
+use_dora use_unsloth val_size warmup_ratio warmup_steps
 """
 
 

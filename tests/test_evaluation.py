@@ -290,17 +290,19 @@ def test_the_model_card_has_only_the_adapters_metrics(run: Path, monkeypatch: py
     monkeypatch.setattr(plain_chat, "of_run", lambda *rest: None)
     write_json(run / "adapter_config.json", {})
     evaluate(Request(run))
-    card = model_card(run, run)
+    card = model_card(run, run, "mcp-lora serve .")
     assert "questions, base: abstained 100.0" in card and "questions, adapter: abstained 100.0" in card
     evaluate(Request(run, models=[BASE]))
     with server(lambda body: completion(content="Hello.")) as (url, _):
         found = evaluate(Request(run, endpoint=Endpoint(url, "hosted")))
     assert list(found.answers) == ["base", "adapter", "hosted"]  # all have answered the same questions
-    assert model_card(run, run) == card
+    assert model_card(run, run, "mcp-lora serve .") == card
     (run / "adapter_config.json").write_text("{ }")  # as if trained again
-    assert "None." in model_card(run, run)
+    assert "None." in model_card(run, run, "mcp-lora serve .")
     (run / "eval/metrics.json").write_text('{"splits": {"seen": {"count": 1, "figures": {}}}}')
-    assert "None." in model_card(run, run)  # of an earlier version: it is asked again, not damaged
+    assert "None." in model_card(
+        run, run, "mcp-lora serve ."
+    )  # of an earlier version: it is asked again, not damaged
 
 
 def test_asking_the_adapter_alone_or_a_checkpoint_replaces_nothing(
@@ -321,7 +323,10 @@ def test_asking_the_adapter_alone_or_a_checkpoint_replaces_nothing(
 
     def kept() -> list[Any]:
         files = ("metrics.json", "base.jsonl", "adapter.jsonl")
-        return [model_card(run, run), *((run / "eval" / file).read_bytes() for file in files)]
+        return [
+            model_card(run, run, "mcp-lora serve ."),
+            *((run / "eval" / file).read_bytes() for file in files),
+        ]
 
     before = kept()
     found = evaluate(Request(run, models=[ADAPTER]))
@@ -329,7 +334,7 @@ def test_asking_the_adapter_alone_or_a_checkpoint_replaces_nothing(
     found = evaluate(Request(run, checkpoint="300"))
     assert list(found.answers) == ["base", "checkpoint-300"] and found.plain_chat and kept() == before
     evaluate(Request(run, checkpoint="300", limit=1))
-    assert "questions, checkpoint-300: abstained 100.0" in model_card(run, checkpoint)
+    assert "questions, checkpoint-300: abstained 100.0" in model_card(run, checkpoint, "mcp-lora serve .")
     moved = [plain_chat.kept_of(run, one) for one in (run, checkpoint)]
     assert [one and one.divergence for one in moved] == [1, 2] and len(measured) == 2
     page = report.write([run]).read_text(encoding="utf-8")

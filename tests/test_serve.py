@@ -286,11 +286,12 @@ def test_an_exported_folder_is_converted_once(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(llama_cpp, "convert", convert)
     monkeypatch.setattr(llama_cpp, "running", running)
     with pytest.raises(McpLoraError, match="neither a run's folder"):
-        servers._gguf(Request(tmp_path))
+        servers.gguf_of(Request(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     for _ in range(2):
         with pytest.raises(Interrupted):
-            servers._serve_gguf(Request(tmp_path), lambda text: None, lambda: pytest.fail("exports"))
+            request = Request(tmp_path, engine="llama.cpp", port=0)
+            servers.serve(request, lambda text: None, lambda: pytest.fail("exports"))
     assert len(made) == 1 and not made[0].exists()
 
 

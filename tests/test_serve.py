@@ -37,7 +37,7 @@ from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.stats import proportion
 from mcp_lora.prompts import chat_template
 from mcp_lora.prompts.chat_template import ChatTemplate
-from mcp_lora.serve import card, llama_cpp, servers
+from mcp_lora.serve import card, llama_cpp, servers, support
 from mcp_lora.serve import export as exports
 from mcp_lora.serve.servers import Request
 from mcp_lora.serve.verify import Comparison
@@ -124,10 +124,10 @@ def test_parsers_are_found_by_how_the_template_writes_calls() -> None:
     texts = dict(chat_templates.templates())
     for name, parser in TEMPLATES.items():
         loaded = ChatTemplate(chat_templates.tokenizer_of(texts[name]))
-        assert (name, card.parser(loaded)) == (name, parser)
+        assert (name, support.parser(loaded)) == (name, parser)
     other = ChatTemplate(chat_templates.tokenizer_of(texts["unsloth-Apriel-1.5"]))
     with pytest.raises(McpLoraError, match="no parser is known .*--engine llama.cpp"):
-        card.parser(other)
+        support.parser(other)
 
 
 @pytest.mark.slow  # 365 MB
@@ -137,10 +137,10 @@ def test_the_parsers_are_those_of_the_servers() -> None:
 
     vllm = source("vllm==0.32.0", "vllm/tool_parsers/__init__.py")
     sglang = source("sglang==0.5.23", "sglang/srt/function_call/function_call_parser.py")
-    for _, one, other in card.PARSERS:
+    for _, one, other in support.PARSERS:
         assert f'"{one}": (' in vllm and f'"{other}": ' in sglang
     ranks = source("vllm==0.32.0", "vllm/config/lora.py").split("MaxLoRARanks = Literal", 1)[1].split("\n")[0]
-    assert tuple(ast.literal_eval(ranks)) == card.RANKS
+    assert tuple(ast.literal_eval(ranks)) == support.RANKS
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -266,7 +266,7 @@ def test_an_adapter_that_vllm_rejects_is_to_be_merged(
     (trained / "adapter_config.json").write_text(json.dumps({"r": 8, "init_lora_weights": True} | changes))
     refused = pytest.raises(McpLoraError, match=f"no adapter with {named}, .*: mcp-lora export")
     with refused if named else nullcontext():
-        assert card.lora_options(trained)[:3] == ["--enable-lora", "--max-lora-rank", "8"]
+        assert support.lora_options(trained)[:3] == ["--enable-lora", "--max-lora-rank", "8"]
 
 
 def test_an_exported_folder_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,6 +555,8 @@ def test_the_modelfile_leaves_the_prompt_to_the_chat_template_of_the_gguf_file(
 
 def test_the_model_card_has_the_bases_licence(trained: Path, tmp_path: Path) -> None:
     (trained / "run.yaml").write_text(f"model_name_or_path: {tmp_path}")
+    assert "\nlicense" not in card.model_card(trained, trained, "mcp-lora serve .")
+    (tmp_path / "README.md").write_text("A model.\nlicense: [see below\n")  # no front matter
     assert "\nlicense" not in card.model_card(trained, trained, "mcp-lora serve .")
     head = "license: other\nlicense_name: qwen\ntags: [a]\n"
     (tmp_path / "README.md").write_text(f"---\n{head}---\nlicense: none\n")

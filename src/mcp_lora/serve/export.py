@@ -18,7 +18,8 @@ from mcp_lora.evaluate import evaluation
 from mcp_lora.prompts import chat_template, render
 from mcp_lora.prompts.chat_template import ChatTemplate
 from mcp_lora.serve import llama_cpp
-from mcp_lora.serve.card import check_ollama, complete, lora_options, model_card, modelfile, parser
+from mcp_lora.serve.card import check_ollama, complete, model_card, modelfile
+from mcp_lora.serve.support import lora_options, parser
 from mcp_lora.serve.verify import (
     OTHER_CALLS,
     Comparison,

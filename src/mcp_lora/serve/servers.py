@@ -22,7 +22,8 @@ from mcp_lora.evaluate.parity import NAME
 from mcp_lora.prompts import chat_template
 from mcp_lora.serve import export as exports
 from mcp_lora.serve import llama_cpp
-from mcp_lora.serve.card import complete, lora_options, parser
+from mcp_lora.serve.card import complete
+from mcp_lora.serve.support import lora_options, parser
 from mcp_lora.train import runs
 from mcp_lora.train.machine import detect_machine
 

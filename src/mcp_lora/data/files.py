@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
@@ -53,17 +54,21 @@ def find(places: list[Path], command: str = "mcp-lora convert OTHER_FILE") -> tu
     Also returns how many files in the folders were skipped (see SKIPPED). `command` is the next command to
     run after an error.
 
-    Raises McpLoraError if a place contains no readable file, or a file name is not valid UTF-8.
+    Raises McpLoraError if a place contains no readable file, a folder cannot be listed, or a file name is not
+    valid UTF-8.
     """
     found, missing, skipped = list[Path](), list[str](), 0
     for place in places:
         if os.path.isdir(place):
             there = sorted(place.rglob("*"))  # not in linked folders, which may lead in circles
+            for one in (place, *there):  # rglob passes over what it cannot list
+                if one.is_dir() and not os.access(one, os.R_OK | os.X_OK) and not _is_hidden(one, place):
+                    raise McpLoraError(f"{one} cannot be listed: chmod -R u+rX {shlex.quote(str(one))}")
             every = [
                 one for one in there if (one.is_symlink() if one.is_dir() else one.name.endswith(SUFFIXES))
             ]
             outputs = {file.parent for file in there if file.name in _OUTPUTS and _is_output(file)}
-            files = [file for file in every if not _is_skipped(file.relative_to(place), place, outputs)]
+            files = [file for file in every if not _is_skipped(file, place, outputs)]
             skipped += len(every) - len(files)
         else:
             files = [place] if os.path.exists(place) else sorted(map(Path, glob(str(place), recursive=True)))
@@ -96,9 +101,12 @@ def _is_output(marker: Path) -> bool:
 
 def _is_skipped(file: Path, place: Path, outputs: set[Path]) -> bool:
     """Tell whether a file in `place` is skipped (see SKIPPED); `outputs` are folders of mcp-lora."""
-    is_hidden = any(part.startswith(".") for part in file.parts)
-    is_output = file.name.endswith(".rejected.jsonl") or any(place / one in outputs for one in file.parents)
-    return is_hidden or is_output or not (place / file).is_file()
+    is_output = file.name.endswith(".rejected.jsonl") or not outputs.isdisjoint(file.parents)
+    return _is_hidden(file, place) or is_output or not file.is_file()
+
+
+def _is_hidden(path: Path, place: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(place).parts)
 
 
 def read(file: Path, progress: Progress = lambda done: None) -> Iterator[Any]:

@@ -279,7 +279,8 @@ def scripted(busy: Counter[str]) -> Reply:
                 400 if way == "rejected-by-teacher" else {"content": "" if way == "no-instruction" else way}
             )
         if text.startswith("A user has sent"):
-            return {"content": "no, it is not" if "not-answered" in text else "Yes."}
+            judged = re.search("Is the message in (English|中文), ", text) and "not-answered" not in text
+            return {"content": "Yes." if judged else "no, it is not"}
         if request["messages"][-1]["role"] == "tool":
             return {"content": "It is done."}
         good = json.dumps({"name": "Ann"})

@@ -58,7 +58,8 @@ and has answered:
 
 {answer}
 
-Is this what the user has asked for, and is it what the tool has returned? Reply with yes or no."""
+Is the message in {language}, is the answer what the user has asked for, and is it what the tool has returned?
+Reply with yes or no."""
 _CANDIDATES = 10  # tools of the server from which the teacher chooses
 _AT_ONCE = 8  # attempts
 _ATTEMPTS = 5  # for each row that is wanted of a tool
@@ -296,6 +297,7 @@ def _make(line: _Line, server: Connection, tool: Tool, ask: _Ask, seed: int) -> 
     if not row["final_response"]:
         raise RowError("no-answer", "the teacher has not answered the instruction")
     prompt = _VERDICT.format(
+        language=line["language"],
         instruction=row["instruction"],
         call=json.dumps(row["function_call"], ensure_ascii=False),
         result=result.text[:_RESULT],
@@ -303,7 +305,7 @@ def _make(line: _Line, server: Connection, tool: Tool, ask: _Ask, seed: int) -> 
     )
     verdict, _ = ask([{"role": "user", "content": prompt}])
     if not verdict.lower().lstrip("*\"'").startswith("yes"):
-        raise RowError("not-answered", f"the teacher does not agree with its answer: {verdict[:200]}")
+        raise RowError("not-answered", f"the teacher does not agree: {verdict[:200]}")
 
 
 def checked(text: str, made: Sequence[ToolCall], tool: Tool) -> ToolCall:

@@ -180,18 +180,21 @@ def cache(name: str) -> Path:
     return Path(platformdirs.user_cache_dir("mcp-lora")) / name
 
 
-def cached(target: Path, make: Callable[[Path], Path]) -> Path:
-    """Return a file or folder of the cache, complete; the first time one of several processes makes it.
+def cached(
+    target: Path, make: Callable[[Path], Path], again: str = "set XDG_CACHE_HOME to another, and run again"
+) -> Path:
+    """Return a file or folder that is kept, complete; the first time one of several processes makes it.
 
     Args:
         target: its path.
         make: makes it in a scratch folder, and returns where.
+        again: what to do if the target's folder cannot be written.
 
-    Raises McpLoraError if the cache cannot be written, and what `make` raises.
+    Raises McpLoraError if it cannot, and what `make` raises.
     """
     if target.exists():  # also in a cache that cannot be written
         return target
-    with explained(f"{target.parent} cannot be written", "set XDG_CACHE_HOME to another, and run again"):
+    with explained(f"{target.parent} cannot be written", again):
         target.parent.mkdir(parents=True, exist_ok=True)
         problem = f"another process has been making {target} for an hour: end it, and run again"
         lock = files.exclusive(Path(f"{target}.lock"), problem, files.WAIT)

@@ -150,9 +150,12 @@ def _serve_gguf(request: Request, say: Callable[[str], None], progress: ShowsPro
     if not gguf.is_file():
         say(f"exporting {request.target} as {gguf}, once")
         if not request.is_run:
-            new = gguf.with_name(".model.gguf.new")
-            llama_cpp.convert(request.target, new, "f16")
-            new.rename(gguf)
+
+            def converted(scratch: Path) -> Path:
+                llama_cpp.convert(request.target, scratch / gguf.name, "f16")
+                return scratch / gguf.name
+
+            launch.cached(gguf, converted, f"copy {request.target} to another folder, and serve that")
     if not gguf.is_file():
         with progress() as show:
             say(f"{gguf}: {exports.export(exports.Request(request.target, gguf, gguf='f16'), show)}")

@@ -10,8 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typer.testing import CliRunner
 
 from mcp_lora.cli.app import app
 from mcp_lora.data import files
+from mcp_lora.data.records import RowError
 from mcp_lora.engine import launch
 from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.evaluate import evaluation, parity, predict
@@ -43,6 +45,7 @@ from mcp_lora.serve.servers import Request
 from mcp_lora.serve.verify import Comparison
 from mcp_lora.train import runs
 
+VLLM, SGLANG = "vllm==0.32.0", "sglang==0.5.23"
 TEMPLATES = {
     "Qwen-Qwen2.5-7B-Instruct": ("hermes", "qwen"),
     "Qwen-Qwen3-0.6B": ("hermes", "qwen"),
@@ -108,7 +111,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gguf(project: Path) -> Path:
     kept = {file: file.read_bytes() for file in (project / "outputs/mcp_lora/eval").iterdir()}
-    done = run([BIN / "mcp-lora", "export", "--ollama"], project)
+    done = run([BIN / "mcp-lora", "export", "--ollama", "--gguf", "q8_0"], project)
     assert done.returncode == 0, done.stderr[-3000:]
     assert kept == {file: file.read_bytes() for file in (project / "outputs/mcp_lora/eval").iterdir()}
     assert "held-out questions have other calls than base + adapter" in done.stderr
@@ -135,11 +138,11 @@ def test_the_parsers_are_those_of_the_servers() -> None:
     def source(package: str, file: str) -> str:
         return (chat_templates.fetched(package) / file).read_text(encoding="utf-8")
 
-    vllm = source("vllm==0.32.0", "vllm/tool_parsers/__init__.py")
-    sglang = source("sglang==0.5.23", "sglang/srt/function_call/function_call_parser.py")
+    vllm = source(VLLM, "vllm/tool_parsers/__init__.py")
+    sglang = source(SGLANG, "sglang/srt/function_call/function_call_parser.py")
     for _, one, other in support.PARSERS:
         assert f'"{one}": (' in vllm and f'"{other}": ' in sglang
-    ranks = source("vllm==0.32.0", "vllm/config/lora.py").split("MaxLoRARanks = Literal", 1)[1].split("\n")[0]
+    ranks = source(VLLM, "vllm/config/lora.py").split("MaxLoRARanks = Literal", 1)[1].split("\n")[0]
     assert tuple(ast.literal_eval(ranks)) == support.RANKS
 
 
@@ -273,7 +276,7 @@ def test_an_exported_folder_is_converted_once(tmp_path: Path, monkeypatch: pytes
     made: list[Path] = []
 
     def convert(folder: Path, target: Path, dtype: str) -> None:
-        assert (folder, dtype) == (tmp_path, "f16")
+        assert (folder, dtype) == (tmp_path, "f16") and target.parent != tmp_path  # two may start at once
         target.write_bytes(b"GGUF")
         made.append(target)
 
@@ -678,51 +681,71 @@ def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: An
     assert "llama.cpp needs no --python" in fails("--engine", "llama.cpp", "--python", sys.executable)
 
 
-# Run with transformers 5.24, as 5.5 has no parse_response.
+# Run with the package that is named: each has this module of its own.
 PARSE = """
-import json, sys
-from transformers.utils.chat_parsing import parse_response
+import importlib, json, sys
+parse = importlib.import_module(sys.argv[1]).parse_response
 print(json.dumps([
-    [parse_response(text, template, prefix=prompt) for text in texts]
-    for template, prompt, *texts in json.load(sys.stdin)
+    parse(text, template, prefix=prompt, tools=tools)
+    for template, prompt, text, tools in json.load(sys.stdin)
 ]))
 """
 
 
-def test_transformers_parses_answers_by_the_response_template() -> None:
-    question = [{"role": "user", "content": "What is 1 plus 2?"}]
-    calls = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "x"}'}}]
-    calls += [{"id": "2", "type": "function", "function": {"name": "get-time", "arguments": "{}"}}]
-    names = ("Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B", "google-gemma-2-2b-it")
-    texts, given = dict(chat_templates.templates()), []
-    for name in names:
-        template = ChatTemplate(chat_templates.tokenizer_of(texts[name]))
-        prompt, target = template.turn(
-            question, {"role": "assistant", "content": "Yes.", "tool_calls": calls}, [servers.PROBE]
-        )
-        _, text = template.turn(question, {"role": "assistant", "content": "It is 3."}, [servers.PROBE])
-        given.append([card.response_template(template), prompt, target, text])
-    found = [
-        str(chat_templates.fetched(package)) for package in ("transformers==5.24.0", "tokenizers==0.23.1")
+@pytest.mark.parametrize(
+    ("module", "packages"),
+    [
+        ("transformers.utils.chat_parsing", ["transformers==5.24.0", "tokenizers==0.23.1"]),  # 5.5 has none
+        pytest.param("chat_parsing", [f"{VLLM}/vllm/parser"], marks=pytest.mark.slow),
+        pytest.param("chat_parsing", [f"{SGLANG}/sglang/srt/parser"], marks=pytest.mark.slow),
+    ],
+)
+def test_answers_are_parsed_by_the_response_template(module: str, packages: list[str]) -> None:
+    given, expected, formats = [], [], Counter[str]()
+    for name, text in chat_templates.templates():
+        # cohere2 ends an answer with a token of its own, diffusion_gemma opens it again after a result
+        if name in ("trl/cohere2", "trl/diffusion_gemma"):
+            continue
+        with suppress(McpLoraError):
+            template = ChatTemplate(chat_templates.tokenizer_of(text))
+            if not (parsed := card.response_template(template)):
+                continue
+            formats[parsed["fields"]["tool_calls"]["content"]] += 1
+            question, calls = chat_templates.QUESTION, chat_templates.CALLS
+            turns = [
+                ([question], chat_templates.calling(made, said), made, said)
+                for what, made in calls.items()
+                for said in (None, "Let me see.")
+                # SGLang reads the None of a text that may be null as text
+                if not (
+                    what == "types" and packages[0].startswith(SGLANG) and "<function=" in template.written
+                )
+            ]
+            called = chat_templates.calling(calls["one call"])
+            turns.append(([question, called, chat_templates.RESULT], chat_templates.ANSWER, [], "It is 7."))
+            for messages, answer, made, said in turns:
+                with suppress(RowError):  # the template cannot write this
+                    prompt, target = template.turn(messages, answer, chat_templates.TOOLS)
+                    given.append([parsed, prompt, target, chat_templates.TOOLS])
+                    functions = [{"name": call.name, "arguments": call.arguments} for call in made]
+                    found = [{"type": "function", "function": function} for function in functions]
+                    message = {"role": "assistant"} | ({"tool_calls": found} if found else {})
+                    # some templates leave out what is said besides a call
+                    expected.append(message | ({"content": said} if said and said in target else {}))
+    assert formats.keys() == {"json", "xml-inline"} and formats.total() >= 40, formats
+    folders = [
+        chat_templates.fetched(name).joinpath(*rest) for name, *rest in (one.split("/") for one in packages)
     ]
     done = subprocess.run(
-        [sys.executable, "-c", PARSE],
+        [sys.executable, "-c", PARSE, module],
         input=json.dumps(given),
-        env=environment(PYTHONPATH=":".join(found)),
+        env=environment(PYTHONPATH=":".join(map(str, folders))),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    functions = [{"name": "add", "arguments": {"a": 1, "b": "x"}}, {"name": "get-time", "arguments": {}}]
-    expected = [
-        {
-            "role": "assistant",
-            "content": "Yes.",
-            "tool_calls": [{"type": "function", "function": function} for function in functions],
-        },
-        {"role": "assistant", "content": "It is 3."},
-    ]
-    assert dict(zip(names, json.loads(done.stdout), strict=True)) == dict.fromkeys(names, expected)
+    for (_, _, target, _), wanted, found in zip(given, expected, json.loads(done.stdout), strict=True):
+        assert found == wanted, target
 
 
 def test_push_makes_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

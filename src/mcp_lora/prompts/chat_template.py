@@ -211,9 +211,11 @@ class ChatTemplate:
 
     @property
     def opening(self) -> str:
-        """How the template opens an answer, up to the end of the line."""
-        asked = self.prompt([_QUESTION], [_TOOL], prompting=False)
-        return self.prompt([_QUESTION], [_TOOL]).removeprefix(asked).partition("\n")[0] + "\n"
+        """How the template opens an answer, up to the end of the line or a thought."""
+        prompt, asked = (self.prompt([_QUESTION], [_TOOL], prompting=one) for one in (True, False))
+        opened = prompt[len(os.path.commonprefix([prompt, asked])) :].splitlines(keepends=True)
+        marks = "|".join(re.escape(mark) for thought in calls.THOUGHTS for mark in thought)
+        return re.split(marks, opened[0])[0] if opened else ""
 
     @property
     def server_arguments(self) -> dict[str, Any]:

@@ -17,6 +17,43 @@ from mcp_lora.train import manifest, runs
 # Model types whose chat template Ollama ignores (its server/create.go).
 _RENDERED_BY_OLLAMA = ("gemma4", "laguna", "nemotron_h")
 
+_NAMED = {"name": "{name}", "arguments": "{content}"}
+# How answers are parsed: the start of a call, the marks of a thought, what may stand before an answer besides
+# the template's opening, where a call begins and ends, and what its function is.
+_ANSWERS: tuple[tuple[str, tuple[str, str], tuple[str, ...], dict[str, Any], Any], ...] = (
+    (
+        r"\s*<tool_call>\s*\{",  # Hermes
+        ("<think>", "</think>"),
+        (),
+        {"open": "<tool_call>", "close_pattern": r"(?<=\}\s*)</tool_call>\s*", "content": "json"},
+        "{content}",
+    ),
+    (
+        r"\s*<tool_call>\s*<function=",  # Qwen3-Coder, Qwen3.5
+        ("<think>", "</think>"),
+        (),
+        {
+            "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+            "close_pattern": r"</function>\s*</tool_call>\s*",
+            "content": "xml-inline",
+            "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+        },
+        _NAMED,
+    ),
+    (
+        r"<\|tool_call>call:",  # Gemma 4, whose answer to a result is in the same turn
+        ("<|channel>thought\n", "<channel|>"),
+        ("<tool_response|>",),
+        {
+            "open_pattern": r"<\|tool_call>call:(?P<name>[^{]+)",
+            "close": "<tool_call|>",
+            "content": "json",
+            "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
+        },
+        _NAMED,
+    ),
+)
+
 
 def complete(folder: Path, template: ChatTemplate, firmly: bool = False) -> None:
     """Add what a server requires: the chat template, the tokens that end an answer, how calls are parsed.
@@ -62,23 +99,25 @@ def modelfile(template: ChatTemplate) -> str:
 
 
 def response_template(template: ChatTemplate) -> dict[str, Any] | None:
-    """Return how to parse answers in Hermes format, None for other formats.
+    """Return how to parse answers in one of _ANSWERS, None for other formats.
 
     transformers (from 5.13, utils/chat_parsing), vLLM (--tool-call-parser hf) and SGLang (auto) read it from
     tokenizer_config.json.
     """
-    if not template.written.startswith("<tool_call>\n{"):
-        return None
-    calls = {"open": "<tool_call>", "close_pattern": r"</tool_call>\s*", "content": "json", "repeats": True}
-    return {
-        "start_anchor": template.opening,
-        "defaults": {"role": "assistant"},
-        "fields": {
-            "thinking": {"open": "<think>", "close_pattern": r"</think>\s*"},
-            "tool_calls": calls | {"transform": {"type": "function", "function": "{content}"}},
-            "content": {"close": sorted({*template.ends.values()})},
-        },
-    }
+    for start, (thought, thought_end), anchors, calls, function in _ANSWERS:
+        if re.match(start, template.written):
+            ends = "|".join(map(re.escape, sorted({*template.ends.values()})))
+            tool_calls = calls | {"repeats": True, "transform": {"type": "function", "function": function}}
+            return {
+                "start_anchor": [template.opening, *anchors],
+                "defaults": {"role": "assistant"},
+                "fields": {
+                    "thinking": {"open": thought, "close_pattern": re.escape(thought_end) + r"\s*"},
+                    "tool_calls": tool_calls,
+                    "content": {"close_pattern": rf"\s*(?:{ends})"},
+                },
+            }
+    return None
 
 
 def model_card(run: Path, adapter: Path, serving: str) -> str:

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from mcp_lora.cli.app import app
 from mcp_lora.data import files
-from mcp_lora.data.records import RowError
+from mcp_lora.data.records import RowError, ToolCall
 from mcp_lora.engine import launch
 from mcp_lora.errors import Interrupted, McpLoraError
 from mcp_lora.evaluate import evaluation, parity, predict
@@ -38,7 +38,7 @@ from mcp_lora.evaluate.evaluation import ADAPTER, BASE, Evaluation, Split
 from mcp_lora.evaluate.questions import Question
 from mcp_lora.evaluate.stats import proportion
 from mcp_lora.prompts import chat_template
-from mcp_lora.prompts.chat_template import ChatTemplate
+from mcp_lora.prompts.chat_template import ChatTemplate, calling
 from mcp_lora.serve import card, llama_cpp, servers, support
 from mcp_lora.serve import export as exports
 from mcp_lora.serve.servers import Request
@@ -356,24 +356,70 @@ PROBE = ("canitoolcall==0.1.1", "jsonschema==4.26.0", "attrs==26.1.0", "referenc
 PROBE += ("jsonschema-specifications==2025.9.1", "rpds-py==2026.9.1")
 
 
-@pytest.mark.slow
-def test_canitoolcalls_probe_finds_nothing_that_is_the_servers(gguf: Path) -> None:
-    """What a model of 135 million parameters trained for two steps calls is another matter."""
-    found = ":".join(str(chat_templates.fetched(package)) for package in PROBE)
-    with llama_cpp.running(gguf, None, None) as url:
-        argv = [sys.executable, "-m", "canitoolcall", "probe", "--base-url", url, "--model", "mcp-lora"]
-        done = subprocess.run(
-            [*argv, "--timeout", "300", "--json", "-"],
-            env=environment(PYTHONPATH=found),
-            capture_output=True,
-            text=True,
+# Prints the scenarios of the probe, by name.
+SCENARIOS = """
+import json
+from canitoolcall.probe import BUILTIN_SCENARIOS
+print(json.dumps({one.id: [one.messages, one.tools] for one in BUILTIN_SCENARIOS}, default=dict))
+"""
+PEOPLE = [{"name": "Ana", "email": "ana@example.com"}, {"name": "Bo", "email": "bo@example.com"}]
+# What it expects of a model: calls, or an answer.
+ANSWERS: dict[str, list[ToolCall] | str] = {
+    "single-call": [ToolCall("get_weather", {"city": "Paris"})],
+    "parallel-calls": [
+        ToolCall("get_weather", {"city": "Paris"}),
+        ToolCall("get_weather", {"city": "Tokyo"}),
+    ],
+    "no-call": "42",
+    "nested-args": [
+        ToolCall(
+            "create_event",
+            {
+                "title": "Design review",
+                "start": "2026-10-01T15:00:00Z",
+                "attendees": PEOPLE,
+                "location": {"city": "Berlin", "room": "4.12"},
+            },
         )
-    outcomes = json.loads(done.stdout)["outcomes"]
-    assert len(outcomes) == 27 and "error" not in {one["status"] for one in outcomes}
-    equal = [one["status"] for one in outcomes if one["check"] == "stream_equals_nonstream"]
-    assert equal == ["pass"] * 9
-    passed = {one["scenario_id"] for one in outcomes if one["status"] == "pass" and not one["stream"]}
-    assert "forced-tool-choice" in passed
+    ],
+    "unicode-args": [
+        ToolCall("save_note", {"title": "Grüße aus Zürich", "body": "Café ☕ in 東京 — naïve résumé 🚀"})
+    ],
+    "empty-args": [ToolCall("get_server_time", {})],
+    "forced-tool-choice": [ToolCall("get_weather", {"city": "Lisbon"})],
+    "tool-result-followup": "It is 18 °C and clear in Paris.",
+    "reasoning-then-call": [ToolCall("record_answer", {"answer": "9.9"})],
+}
+
+
+@pytest.mark.slow  # trains for some minutes
+def test_canitoolcalls_probe_passes(tmp_path: Path) -> None:
+    """A model that has learned the right answers gives them by the server, as stream and whole."""
+    packages = environment(PYTHONPATH=":".join(str(chat_templates.fetched(package)) for package in PROBE))
+    python = [sys.executable, "-c", SCENARIOS]
+    scenarios = json.loads(subprocess.run(python, env=packages, capture_output=True, check=True).stdout)
+    assert scenarios.keys() == ANSWERS.keys()
+    with (tmp_path / "rows.jsonl").open("w") as rows:
+        for name, (messages, tools) in scenarios.items():
+            said = ANSWERS[name]
+            answer = {"role": "assistant", "content": said} if isinstance(said, str) else calling(said)
+            rows.write(json.dumps({"messages": [*messages, answer], "tools": tools}) + "\n")
+    words = ["convert", "rows.jsonl", "--turns", "all", "--keep-plain", "--test", "0", "--no-call", "0"]
+    done = run([BIN / "mcp-lora", *words], tmp_path)
+    assert "read 9 rows = 9 in train + 0 rejected" in done.stderr, done.stderr
+    words = ["dataset_dir=data/llama_factory", "num_train_epochs=10", "learning_rate=1e-3"]
+    done = run([BIN / "mcp-lora", "train", "--config", "demo", "--model", "embedded", *words], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["outputs/demo", "--gguf", "f16", "--output", "model.gguf"]
+    done = run([BIN / "mcp-lora", "export", *words], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with llama_cpp.running(tmp_path / "model.gguf", None, None) as url:
+        argv = [sys.executable, "-m", "canitoolcall", "probe", "--base-url", url, "--model", "mcp-lora"]
+        probed = subprocess.run(
+            [*argv, "--timeout", "300", "--json", "-"], env=packages, capture_output=True, text=True
+        )
+    outcomes = json.loads(probed.stdout)["outcomes"]
+    assert len(outcomes) == 27 and {one["status"] for one in outcomes} == {"pass"}, outcomes
 
 
 def test_parity_is_shown_and_another_template_is_found_out(

@@ -8,12 +8,12 @@ from conftest import BIN, ROOT, environment, run
 
 from mcp_lora.cli.demo import plan
 
-COUNTS = [27, 33, 12, 17]  # questions of each split
+COUNTS = [27, 33, 12, 22]  # questions of each split
 
 
 @pytest.mark.parametrize(
     ("minutes", "rate", "limit", "tokens"),
-    [(10, 240.0, 14, 79_200), (15, 100.0, 9, 52_200), (60, 240.0, 33, 771_200), (5, 20.0, 5, 3_500)],
+    [(10, 240.0, 14, 79_200), (15, 100.0, 9, 52_200), (60, 240.0, 33, 767_200), (5, 20.0, 5, 3_500)],
 )
 def test_the_time_decides_how_much_is_asked_and_trained(
     minutes: int, rate: float, limit: int, tokens: int

@@ -29,7 +29,7 @@ _WHERE = {"seen": "questions about known tools", "unseen_tool": "new tools", "un
 
 def demo(
     minutes: Annotated[float | None, Option(min=5, help=_MINUTES)] = None,
-    seed: Annotated[int, Option(help="Of the training: the first weights, the order of the samples.")] = 42,
+    seed: Annotated[int, Option(min=0, help="Of the training: the first weights, the order of the samples.")] = 42,
 ) -> None:
     """Run the whole pipeline on the CPU, with the embedded model and the shipped sample."""
     from mcp_lora.evaluate import evaluation, questions
@@ -108,6 +108,6 @@ def _learned(found: "Evaluation") -> Iterator[str]:
         parts = (f"{part(split, metric)} % of {where}" for split, where in _WHERE.items())
         yield f"{what}: {', '.join(parts)}"
     yield (
-        f"No tool fits, and it calls none: {part('no_call', 'abstained')} %; "
-        f"one fits, and it calls none: {part('seen', 'abstained')} %"
+        f"Answers that end without a call: {part('no_call', 'abstained')} % where no tool fits, "
+        f"{part('seen', 'abstained')} % where one does"
     )

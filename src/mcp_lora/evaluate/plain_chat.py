@@ -48,11 +48,12 @@ def questions() -> list[str]:
 def of_run(run: Path, adapter: Path, template: ChatTemplate, say: Callable[[str], None]) -> PlainChat | None:
     """Return what an adapter of a run has changed, and keep it; measured only once.
 
-    It is None if the base is quantized or has added tokens; `say` logs a warning if it cannot be measured.
+    It is None if the base is quantized or has added tokens, or PiSSA has changed its weights; `say` logs a warning if it cannot be measured.
     """
     try:
         config = runs.read_run(run)
-        is_other = any(config.get(key) for key in ("resize_vocab", "add_tokens", "add_special_tokens"))
+        changing = ("resize_vocab", "add_tokens", "add_special_tokens", "pissa_init")
+        is_other = any(config.get(key) for key in changing)
         if (kept := kept_of(run, adapter)) or runs.is_quantized(run) or is_other:
             return kept
         found = measure(config, adapter, template, questions())

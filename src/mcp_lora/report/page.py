@@ -8,7 +8,7 @@ import difflib
 import json
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -155,6 +155,8 @@ def _compared(found: Sequence[Run], place: str) -> tuple[evaluation.Evaluation |
     for folder in (run.folder for run in found if _is_stale(run, place)):
         again = advice("eval", folder, *["--benchmark", place] * bool(place))
         notes.append(f"The adapter in {folder}, or mcp-lora, has changed since it was evaluated: {again}")
+    for run, (reason, count) in ((run, one) for run in found for one in _left_out(run, place)):
+        notes.append(f"{count} questions could not be asked in {run.folder} ({reason}).")
     return summarise(by_model) if by_model else None, notes
 
 
@@ -253,11 +255,21 @@ def _calls(calls: Sequence[Any]) -> str:
 
 def _is_stale(run: Run, place: str) -> bool:
     """Tell whether the adapter, or mcp-lora, has changed since the answers in RUN/eval or its subfolder."""
+    asked = [found and found.adapter for found in _kept(run, place) if not found or found.adapter]
+    return bool(asked) and run.adapter is not None and asked[-1] != runs.adapter_hash(run.adapter)
+
+
+def _left_out(run: Run, place: str) -> Iterable[tuple[str, int]]:
+    """Return how many questions could not be asked in the newest evaluation, by reason."""
+    newest = (_kept(run, place) or [None])[-1]
+    return newest.left_out.items() if newest else ()
+
+
+def _kept(run: Run, place: str) -> list[evaluation.Evaluation | None]:
+    """Return what is in RUN/eval or its subfolder, the newest last; None if it is of another version."""
     written = (run.folder / "eval" / place).glob("metrics*.json")
     by_time = sorted(written, key=lambda file: file.stat().st_mtime)
-    kept = (evaluation.read(run.folder, file) for file in by_time)
-    asked = [found and found.adapter for found in kept if not found or found.adapter]
-    return bool(asked) and run.adapter is not None and asked[-1] != runs.adapter_hash(run.adapter)
+    return [evaluation.read(run.folder, file) for file in by_time]
 
 
 def _usage(run: Run) -> dict[str, str] | None:

@@ -14,7 +14,7 @@ from mcp_lora.engine.api import number
 from mcp_lora.errors import McpLoraError
 
 DEMO = "mcp-lora demo"
-# Even the embedded model, with 0.135 billion, trains at no more than 200 tokens per second on two cores, and
+# Even the embedded model, with 0.135 billion, trains at about 280 tokens per second on two cores, and
 # the time is proportional to the number of parameters.
 CPU_PARAMETERS = 2e9
 

@@ -40,7 +40,7 @@ def test_conversations_ask_every_question_once_about_candidates_that_fit(tmp_pat
     assert len(other) == stats.samples["train"] < len(one) / 6
     pairs = [pair for sample in one for pair in answers(sample)]
     gold = {question: calls[0]["name"] for question, calls in pairs if calls != refusal(question)}
-    sizes, shared = Counter[int](), 0
+    sizes, shared, refused = Counter[int](), 0, Counter[int]()
     for sample in other:
         names = [tool["function"]["name"] for tool in sample["tools"]]
         sizes[len(names)] += 1
@@ -55,6 +55,9 @@ def test_conversations_ask_every_question_once_about_candidates_that_fit(tmp_pat
             assert (gold[question] in names) is (answer != refusal(question))
         ids = [call["id"] for message in sample["messages"] for call in message.get("tool_calls", [])]
         assert len({*ids}) == len(ids)
+        for place, (question, answer) in enumerate(answers(sample)):
+            refused[place // 4] += answer == refusal(question)
+    assert 0.5 < refused[0] / refused[1] < 2  # their place in a conversation does not give refusals away
     assert len(sizes) > 3 and shared > len(other) / 2
     for split in ("seen", "unseen_tool", "unseen_server", "no_call"):
         name = f"{split}.jsonl"

@@ -21,6 +21,7 @@ And in LLaMA-Factory's sharegpt format (its data/README.md), for those who train
 
 import contextlib
 import itertools
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -248,9 +249,13 @@ def _refusal(messages: list[Any]) -> dict[str, Any]:
 
 
 def _one_conversation(exchanges: list[Exchange]) -> list[dict[str, Any]]:
-    """Return the messages of exchanges as one conversation, in which each call has an id of its own."""
+    """Return the messages of exchanges as one conversation, in which each call has an id of its own.
+
+    Their order is random: a conversation was filled with refusals at its end, where no other call would fit.
+    """
     messages, number = [exchanges[0].messages[0]], itertools.count(1)
-    for message in (message for one in exchanges for message in one.messages[1:]):
+    order = random.Random(exchanges[0].key).sample(exchanges, len(exchanges))
+    for message in (message for one in order for message in one.messages[1:]):
         calls = [call | {"id": f"call_{next(number)}"} for call in message.get("tool_calls", ())]
         messages.append(message | {"tool_calls": calls} if calls else message)
     return messages

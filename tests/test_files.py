@@ -190,17 +190,19 @@ def test_a_snapshot_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None
     assert list(files.read(found[0])) == [{"a": 1}]
 
 
-def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("open", "closed", ".hidden"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.jsonl").write_text("{}\n")
     assert files.find([tmp_path])[1] == 1
     # what access(2) says of chmod 000, which root may list all the same
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in ("closed", ".hidden"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in ("closed", ".hidden", "link"))
     with pytest.raises(McpLoraError, match=r"closed cannot be listed: chmod -R u\+rX .*/closed"):
         files.find([tmp_path])
     (tmp_path / "closed").rename(tmp_path / "opened")
-    assert len(files.find([tmp_path])[0]) == 2
+    (tmp_path / "link").symlink_to("opened")  # which is not read
+    found, skipped = files.find([tmp_path])
+    assert (len(found), skipped) == (2, 2)
 
 
 def test_a_linked_folder_is_counted_and_can_be_named(tmp_path: Path) -> None:

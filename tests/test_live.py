@@ -262,6 +262,7 @@ FAILURES = [
 
 def scripted(busy: Counter[str]) -> Reply:
     """A teacher that does all for the tool `part`, and fails with `greet` in each way in turn."""
+    languages: dict[str, str] = {}  # of its messages
 
     def reply(request: dict[str, Any]) -> dict[str, Any] | int:
         text = next(one["content"] for one in request["messages"] if one["role"] == "user")
@@ -271,7 +272,9 @@ def scripted(busy: Counter[str]) -> Reply:
                 busy[text] += 1
                 return 429
             if '"part"' in text:
-                return {"content": f"{'abcdefghijklmnop'[number] * 20}: say goodbye to Ann."}
+                message = f"{'abcdefghijklmnop'[number] * 20}: say goodbye to Ann."
+                languages[message] = re.findall("in (.+), that a user", text)[0]
+                return {"content": message}
             way = FAILURES[(number - 1) % len(FAILURES)]
             if way == "near-copy":
                 return {"content": f"{'b' * 20}: say goodbye to Bob."}
@@ -279,8 +282,9 @@ def scripted(busy: Counter[str]) -> Reply:
                 400 if way == "rejected-by-teacher" else {"content": "" if way == "no-instruction" else way}
             )
         if text.startswith("A user has sent"):
-            judged = re.search("Is the message in (English|中文), ", text) and "not-answered" not in text
-            return {"content": "Yes." if judged else "no, it is not"}
+            named = next((one for message, one in languages.items() if message in text), "")
+            agrees = f"Is the message in {named}" in text and "not-answered" not in text
+            return {"content": "Yes." if agrees else "no, it is not"}
         if request["messages"][-1]["role"] == "tool":
             return {"content": "It is done."}
         good = json.dumps({"name": "Ann"})

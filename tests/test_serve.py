@@ -363,7 +363,7 @@ from canitoolcall.probe import BUILTIN_SCENARIOS
 print(json.dumps({one.id: [one.messages, one.tools] for one in BUILTIN_SCENARIOS}, default=dict))
 """
 PEOPLE = [{"name": "Ana", "email": "ana@example.com"}, {"name": "Bo", "email": "bo@example.com"}]
-# What it expects of a model: calls, or an answer.
+# What the probe expects of a model: calls, or an answer.
 ANSWERS: dict[str, list[ToolCall] | str] = {
     "single-call": [ToolCall("get_weather", {"city": "Paris"})],
     "parallel-calls": [
@@ -395,9 +395,9 @@ ANSWERS: dict[str, list[ToolCall] | str] = {
 @pytest.mark.slow  # trains for some minutes
 def test_canitoolcalls_probe_passes(tmp_path: Path) -> None:
     """A model that has learned the right answers gives them by the server, as stream and whole."""
-    packages = environment(PYTHONPATH=":".join(str(chat_templates.fetched(package)) for package in PROBE))
-    python = [sys.executable, "-c", SCENARIOS]
-    scenarios = json.loads(subprocess.run(python, env=packages, capture_output=True, check=True).stdout)
+    probing = environment(PYTHONPATH=":".join(str(chat_templates.fetched(package)) for package in PROBE))
+    argv = [sys.executable, "-c", SCENARIOS]
+    scenarios = json.loads(subprocess.run(argv, env=probing, capture_output=True, check=True).stdout)
     assert scenarios.keys() == ANSWERS.keys()
     with (tmp_path / "rows.jsonl").open("w") as rows:
         for name, (messages, tools) in scenarios.items():
@@ -416,7 +416,7 @@ def test_canitoolcalls_probe_passes(tmp_path: Path) -> None:
     with llama_cpp.running(tmp_path / "model.gguf", None, None) as url:
         argv = [sys.executable, "-m", "canitoolcall", "probe", "--base-url", url, "--model", "mcp-lora"]
         probed = subprocess.run(
-            [*argv, "--timeout", "300", "--json", "-"], env=packages, capture_output=True, text=True
+            [*argv, "--timeout", "300", "--json", "-"], env=probing, capture_output=True, text=True
         )
     outcomes = json.loads(probed.stdout)["outcomes"]
     assert len(outcomes) == 27 and {one["status"] for one in outcomes} == {"pass"}, outcomes
@@ -727,71 +727,95 @@ def test_what_cannot_be_served_is_told(project: Path, tmp_path: Path, capsys: An
     assert "llama.cpp needs no --python" in fails("--engine", "llama.cpp", "--python", sys.executable)
 
 
-# Run with the package that is named: each has this module of its own.
+# Run with the package that is named: each has this module of its own. A server gets an answer in pieces.
 PARSE = """
 import importlib, json, sys
-parse = importlib.import_module(sys.argv[1]).parse_response
-print(json.dumps([
-    parse(text, template, prefix=prompt, tools=tools)
-    for template, prompt, text, tools in json.load(sys.stdin)
-]))
+chat_parsing = importlib.import_module(sys.argv[1])
+
+def parsed(template, prompt, text, tools):
+    parser = chat_parsing.ResponseParser(template, prefix=prompt, tools=tools)
+    for character in text:
+        parser.feed(character)
+    return parser.finalize()[0]
+
+print(json.dumps([parsed(*one) for one in json.load(sys.stdin)]))
 """
 
 
 @pytest.mark.parametrize(
-    ("module", "packages"),
+    ("module", "packages", "folder"),
     [
-        ("transformers.utils.chat_parsing", ["transformers==5.24.0", "tokenizers==0.23.1"]),  # 5.5 has none
-        pytest.param("chat_parsing", [f"{VLLM}/vllm/parser"], marks=pytest.mark.slow),
-        pytest.param("chat_parsing", [f"{SGLANG}/sglang/srt/parser"], marks=pytest.mark.slow),
+        (
+            "transformers.utils.chat_parsing",
+            ["transformers==5.24.0", "tokenizers==0.23.1"],
+            "",
+        ),  # 5.5 has none
+        pytest.param("chat_parsing", [VLLM], "vllm/parser", marks=pytest.mark.slow),
+        pytest.param("chat_parsing", [SGLANG], "sglang/srt/parser", marks=pytest.mark.slow),
     ],
 )
-def test_answers_are_parsed_by_the_response_template(module: str, packages: list[str]) -> None:
+@pytest.mark.parametrize("thinking", [False, True])
+def test_answers_are_parsed_by_the_response_template(
+    thinking: bool, module: str, packages: list[str], folder: str
+) -> None:
+    question, calls = chat_templates.QUESTION, chat_templates.CALLS
+    called = chat_templates.calling(calls["one call"])
+    turns = [
+        ([question], chat_templates.calling(made, said), made, said)
+        for made in calls.values()
+        for said in (None, "Let me see.")
+    ]
+    turns.append(([question, called, chat_templates.RESULT], chat_templates.ANSWER, [], "It is 7."))
     given, expected, formats = [], [], Counter[str]()
     for name, text in chat_templates.templates():
         # cohere2 ends an answer with a token of its own, diffusion_gemma opens it again after a result
         if name in ("trl/cohere2", "trl/diffusion_gemma"):
             continue
-        with suppress(McpLoraError):
-            template = ChatTemplate(chat_templates.tokenizer_of(text))
-            if not (parsed := card.response_template(template)):
-                continue
-            formats[parsed["fields"]["tool_calls"]["content"]] += 1
-            question, calls = chat_templates.QUESTION, chat_templates.CALLS
-            turns = [
-                ([question], chat_templates.calling(made, said), made, said)
-                for what, made in calls.items()
-                for said in (None, "Let me see.")
+        try:
+            template = ChatTemplate(chat_templates.tokenizer_of(text), thinking=thinking)
+        except McpLoraError:
+            continue
+        if not (parsed := card.response_template(template)):
+            continue
+        formats[parsed["fields"]["tool_calls"]["open_pattern"]] += 1
+        for messages, answer, made, said in turns:
+            with suppress(RowError):  # the template cannot write this
+                prompt, target = template.turn(messages, answer, chat_templates.TOOLS)
                 # SGLang reads the None of a text that may be null as text
-                if not (
-                    what == "types" and packages[0].startswith(SGLANG) and "<function=" in template.written
-                )
-            ]
-            called = chat_templates.calling(calls["one call"])
-            turns.append(([question, called, chat_templates.RESULT], chat_templates.ANSWER, [], "It is 7."))
-            for messages, answer, made, said in turns:
-                with suppress(RowError):  # the template cannot write this
-                    prompt, target = template.turn(messages, answer, chat_templates.TOOLS)
-                    given.append([parsed, prompt, target, chat_templates.TOOLS])
-                    functions = [{"name": call.name, "arguments": call.arguments} for call in made]
-                    found = [{"type": "function", "function": function} for function in functions]
-                    message = {"role": "assistant"} | ({"tool_calls": found} if found else {})
-                    # some templates leave out what is said besides a call
-                    expected.append(message | ({"content": said} if said and said in target else {}))
-    assert formats.keys() == {"json", "xml-inline"} and formats.total() >= 40, formats
-    folders = [
-        chat_templates.fetched(name).joinpath(*rest) for name, *rest in (one.split("/") for one in packages)
-    ]
+                null = "None" if packages == [SGLANG] and "\nNone\n" in target else None
+                given.append([parsed, prompt, target, chat_templates.TOOLS])
+                functions = [
+                    {
+                        "name": name,
+                        "arguments": {key: null if one is None else one for key, one in values.items()},
+                    }
+                    for name, values in made
+                ]
+                found = [{"type": "function", "function": function} for function in functions]
+                message = {"role": "assistant"} | ({"tool_calls": found} if found else {})
+                # some templates leave out what is said besides a call
+                expected.append(message | ({"content": said} if said and said in target else {}))
+    assert len(formats) == 3 and formats.total() >= 50, formats
+    paths = [str(chat_templates.fetched(package) / folder) for package in packages]
     done = subprocess.run(
         [sys.executable, "-c", PARSE, module],
         input=json.dumps(given),
-        env=environment(PYTHONPATH=":".join(map(str, folders))),
+        env=environment(PYTHONPATH=":".join(paths)),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     for (_, _, target, _), wanted, found in zip(given, expected, json.loads(done.stdout), strict=True):
         assert found == wanted, target
+
+
+def test_without_an_opening_there_is_no_response_template() -> None:
+    """Mistral's first chat template begins an answer at once."""
+    text = (
+        "{{ bos_token }}{% for one in messages %}{% if one.role == 'user' %}[INST] {{ one.content }} [/INST]"
+        "{% elif one.role == 'assistant' %}{{ one.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    assert card.response_template(ChatTemplate(chat_templates.tokenizer_of(text))) is None
 
 
 def test_push_makes_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

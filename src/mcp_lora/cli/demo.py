@@ -18,6 +18,7 @@ from mcp_lora.train.machine import detect_machine
 if TYPE_CHECKING:
     from mcp_lora.evaluate.evaluation import Evaluation
 
+_SEED = "Of the training: the first weights, the order of the samples."
 _MINUTES = "Minutes in all; by default 10, without bf16 in the processor 15."
 _OUT, _RUN, _RECIPE = Path("data/demo"), Path("outputs/demo"), Path("demo")
 _ENGINE = 0.7  # of that speed, with the optimizer and samples of all lengths: 279 tokens a second of 401
@@ -29,7 +30,7 @@ _WHERE = {"seen": "questions about known tools", "unseen_tool": "new tools", "un
 
 def demo(
     minutes: Annotated[float | None, Option(min=5, help=_MINUTES)] = None,
-    seed: Annotated[int, Option(min=0, help="Of the training: the first weights, the order of the samples.")] = 42,
+    seed: Annotated[int, Option(min=0, help=_SEED)] = 42,
 ) -> None:
     """Run the whole pipeline on the CPU, with the embedded model and the shipped sample."""
     from mcp_lora.evaluate import evaluation, questions

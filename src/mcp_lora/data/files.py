@@ -61,9 +61,11 @@ def find(places: list[Path], command: str = "mcp-lora convert OTHER_FILE") -> tu
     for place in places:
         if os.path.isdir(place):
             there = sorted(place.rglob("*"))  # not in linked folders, which may lead in circles
-            for one in (place, *there):  # rglob passes over what it cannot list
-                if one.is_dir() and not os.access(one, os.R_OK | os.X_OK) and not _is_hidden(one, place):
-                    raise McpLoraError(f"{one} cannot be listed: chmod -R u+rX {shlex.quote(str(one))}")
+            walked = (one for one in there if one.is_dir() and not one.is_symlink())
+            for one in (place, *walked):  # rglob passes over what it cannot list
+                if not os.access(one, os.R_OK | os.X_OK) and not _is_hidden(one, place):
+                    again = f"chmod -R u+rX {shlex.quote(str(one))}, or name other folders or files"
+                    raise McpLoraError(f"{one} cannot be listed: {again}")
             every = [
                 one for one in there if (one.is_symlink() if one.is_dir() else one.name.endswith(SUFFIXES))
             ]

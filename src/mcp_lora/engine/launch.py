@@ -190,7 +190,7 @@ def cached(
         make: makes it in a scratch folder, and returns where.
         again: what to do if the target's folder cannot be written.
 
-    Raises McpLoraError if it cannot, and what `make` raises.
+    Raises McpLoraError if the folder cannot be written, and what `make` raises.
     """
     if target.exists():  # also in a cache that cannot be written
         return target

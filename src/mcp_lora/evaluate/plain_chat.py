@@ -48,7 +48,8 @@ def questions() -> list[str]:
 def of_run(run: Path, adapter: Path, template: ChatTemplate, say: Callable[[str], None]) -> PlainChat | None:
     """Return what an adapter of a run has changed, and keep it; measured only once.
 
-    It is None if the base is quantized or has added tokens, or PiSSA has changed its weights; `say` logs a warning if it cannot be measured.
+    It is None if the base is quantized, has added tokens, or was changed by PiSSA; `say` logs a warning if it
+    cannot be measured.
     """
     try:
         config = runs.read_run(run)

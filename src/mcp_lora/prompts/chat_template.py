@@ -213,7 +213,7 @@ class ChatTemplate:
     def opening(self) -> str:
         """How the template opens an answer, up to the end of the line or a thought."""
         prompt, asked = (self.prompt([_QUESTION], [_TOOL], prompting=one) for one in (True, False))
-        opened = prompt[len(os.path.commonprefix([prompt, asked])) :].splitlines(keepends=True)
+        opened = prompt[len(os.path.commonprefix([prompt, asked])) :].lstrip().splitlines(keepends=True)
         marks = "|".join(re.escape(mark) for thought in calls.THOUGHTS for mark in thought)
         return re.split(marks, opened[0])[0] if opened else ""
 

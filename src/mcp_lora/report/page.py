@@ -155,8 +155,9 @@ def _compared(found: Sequence[Run], place: str) -> tuple[evaluation.Evaluation |
     for folder in (run.folder for run in found if _is_stale(run, place)):
         again = advice("eval", folder, *["--benchmark", place] * bool(place))
         notes.append(f"The adapter in {folder}, or mcp-lora, has changed since it was evaluated: {again}")
-    for run, (reason, count) in ((run, one) for run in found for one in _left_out(run, place)):
-        notes.append(f"{count} questions could not be asked in {run.folder} ({reason}).")
+    for one in found:
+        for reason, count in _left_out(one, place):
+            notes.append(f"{count} questions could not be asked in {one.folder} ({reason}).")
     return summarise(by_model) if by_model else None, notes
 
 

@@ -3,9 +3,10 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mcp_lora.data import files
+from mcp_lora.data.calls import split_thought
 from mcp_lora.errors import McpLoraError
 from mcp_lora.evaluate import evaluation
 from mcp_lora.evaluate.stats import Proportion
@@ -17,18 +18,36 @@ from mcp_lora.train import manifest, runs
 # Model types whose chat template Ollama ignores (its server/create.go).
 _RENDERED_BY_OLLAMA = ("gemma4", "laguna", "nemotron_h")
 
-_NAMED = {"name": "{name}", "arguments": "{content}"}
-# How answers are parsed: the start of a call, the marks of a thought, what may stand before an answer besides
-# the template's opening, where a call begins and ends, and what its function is.
-_ANSWERS: tuple[tuple[str, tuple[str, str], tuple[str, ...], dict[str, Any], Any], ...] = (
-    (
+
+class _Answers(NamedTuple):
+    """How answers in a format are parsed.
+
+    Attributes:
+        start: what a call starts with, a pattern.
+        thought: the marks around a thought.
+        anchors: what stands before an answer besides what opens it.
+        calls: where a call with its name begins and ends, and how its arguments are read.
+    """
+
+    start: str
+    thought: tuple[str, str]
+    anchors: tuple[str, ...]
+    calls: dict[str, Any]
+
+
+# vLLM's frontend in Rust allows no look-around, and a pattern has to begin with plain text.
+_ANSWERS = (
+    _Answers(
         r"\s*<tool_call>\s*\{",  # Hermes
         ("<think>", "</think>"),
         (),
-        {"open": "<tool_call>", "close_pattern": r"(?<=\}\s*)</tool_call>\s*", "content": "json"},
-        "{content}",
+        {
+            "open_pattern": r'<tool_call>\s*\{\s*"name":\s*"(?P<name>[^"]+)",\s*"arguments":\s*',
+            "close_pattern": r"\}\s*</tool_call>\s*",
+            "content": "json",
+        },
     ),
-    (
+    _Answers(
         r"\s*<tool_call>\s*<function=",  # Qwen3-Coder, Qwen3.5
         ("<think>", "</think>"),
         (),
@@ -38,9 +57,8 @@ _ANSWERS: tuple[tuple[str, tuple[str, str], tuple[str, ...], dict[str, Any], Any
             "content": "xml-inline",
             "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
         },
-        _NAMED,
     ),
-    (
+    _Answers(
         r"<\|tool_call>call:",  # Gemma 4, whose answer to a result is in the same turn
         ("<|channel>thought\n", "<channel|>"),
         ("<tool_response|>",),
@@ -50,7 +68,6 @@ _ANSWERS: tuple[tuple[str, tuple[str, str], tuple[str, ...], dict[str, Any], Any
             "content": "json",
             "content_args": {"unquoted_keys": True, "string_delims": [['<|"|>', '<|"|>']]},
         },
-        _NAMED,
     ),
 )
 
@@ -101,23 +118,25 @@ def modelfile(template: ChatTemplate) -> str:
 def response_template(template: ChatTemplate) -> dict[str, Any] | None:
     """Return how to parse answers in one of _ANSWERS, None for other formats.
 
-    transformers (from 5.13, utils/chat_parsing), vLLM (--tool-call-parser hf) and SGLang (auto) read it from
-    tokenizer_config.json.
+    transformers (from 5.13, utils/chat_parsing), vLLM (--tool-call-parser hf) and SGLang (--tool-call-parser
+    response_template) read it from tokenizer_config.json.
     """
-    for start, (thought, thought_end), anchors, calls, function in _ANSWERS:
-        if re.match(start, template.written):
-            ends = "|".join(map(re.escape, sorted({*template.ends.values()})))
-            tool_calls = calls | {"repeats": True, "transform": {"type": "function", "function": function}}
-            return {
-                "start_anchor": [template.opening, *anchors],
-                "defaults": {"role": "assistant"},
-                "fields": {
-                    "thinking": {"open": thought, "close_pattern": re.escape(thought_end) + r"\s*"},
-                    "tool_calls": tool_calls,
-                    "content": {"close_pattern": rf"\s*(?:{ends})"},
-                },
-            }
-    return None
+    call = split_thought(template.written)[0]
+    found = next((one for one in _ANSWERS if re.match(one.start, call)), None)
+    if not found or not template.opening:
+        return None
+    ends = "|".join(map(re.escape, sorted({*template.ends.values()})))
+    function = {"name": "{name}", "arguments": "{content}"}
+    return {
+        "start_anchor": [template.opening, *found.anchors],
+        "defaults": {"role": "assistant"},
+        "fields": {
+            "thinking": dict(zip(("open", "close"), found.thought, strict=True)),
+            "tool_calls": found.calls
+            | {"repeats": True, "transform": {"type": "function", "function": function}},
+            "content": {"close_pattern": f"(?:{ends}).*"},
+        },
+    }
 
 
 def model_card(run: Path, adapter: Path, serving: str) -> str:

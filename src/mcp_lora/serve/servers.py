@@ -149,19 +149,19 @@ def _serve_gguf(request: Request, say: Callable[[str], None], progress: ShowsPro
     llama_cpp.require()
     if not gguf.is_file():
         say(f"exporting {request.target} as {gguf}, once")
-        if not request.is_run:
+        if request.is_run:
+            with progress() as show:
+                say(f"{gguf}: {exports.export(exports.Request(request.target, gguf, gguf='f16'), show)}")
+            for other in gguf.parent.glob(_KEPT.format("*")):  # of earlier adapters
+                if other != gguf:
+                    other.unlink()
+        else:
 
             def converted(scratch: Path) -> Path:
                 llama_cpp.convert(request.target, scratch / gguf.name, "f16")
                 return scratch / gguf.name
 
             launch.cached(gguf, converted, f"copy {request.target} to another folder, and serve that")
-    if not gguf.is_file():
-        with progress() as show:
-            say(f"{gguf}: {exports.export(exports.Request(request.target, gguf, gguf='f16'), show)}")
-        for other in gguf.parent.glob(_KEPT.format("*")):  # of earlier adapters
-            if other != gguf:
-                other.unlink()
     where = (request.host, request.port, request.api_key)
     with llama_cpp.running(gguf, None, None, *where) as url, suppress(Interrupted):
         announce(url, request.api_key, say)

@@ -305,6 +305,20 @@ def test_the_model_card_has_only_the_adapters_metrics(run: Path, monkeypatch: py
     )  # of an earlier version: it is asked again, not damaged
 
 
+def test_plain_chat_is_not_compared_where_the_base_was_changed(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_chat, "measure", lambda *rest: plain_chat.PlainChat(1, 1, 100, 4000))
+    write_json(run / "adapter_config.json", {})
+    (run / "eval").mkdir()
+    template = ChatTemplate(tokenizer_of(CHAT_TEMPLATE))
+    settings = (run / "run.yaml").read_text()
+    (run / "run.yaml").write_text(f"{settings}\npissa_init: true\n")
+    assert plain_chat.of_run(run, run, template, pytest.fail) is None
+    (run / "run.yaml").write_text(settings)
+    assert plain_chat.of_run(run, run, template, pytest.fail)
+
+
 def test_asking_the_adapter_alone_or_a_checkpoint_replaces_nothing(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,6 +223,15 @@ def test_what_is_missing_is_said(folders: list[Path], tmp_path: Path) -> None:
         page_of(bare)
 
 
+def test_questions_that_could_not_be_asked_are_counted(folders: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(folders[0], folder)
+    found = Evaluation({}, [], [], adapter=adapter_hash(folder), left_out={"too-long": 9})
+    (folder / "eval/metrics_part.json").write_text(found.metrics())
+    page = report.write([folder]).read_text(encoding="utf-8")
+    assert f"9 questions could not be asked in {folder} (too-long)." in page
+
+
 def test_answers_of_an_older_checkpoint_are_marked(folders: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(folders[0], folder)

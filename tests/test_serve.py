@@ -745,11 +745,8 @@ print(json.dumps([parsed(*one) for one in json.load(sys.stdin)]))
 @pytest.mark.parametrize(
     ("module", "packages", "folder"),
     [
-        (
-            "transformers.utils.chat_parsing",
-            ["transformers==5.24.0", "tokenizers==0.23.1"],
-            "",
-        ),  # 5.5 has none
+        # 5.5, which LLaMA-Factory needs, has none
+        ("transformers.utils.chat_parsing", ["transformers==5.24.0", "tokenizers==0.23.1"], ""),
         pytest.param("chat_parsing", [VLLM], "vllm/parser", marks=pytest.mark.slow),
         pytest.param("chat_parsing", [SGLANG], "sglang/srt/parser", marks=pytest.mark.slow),
     ],

@@ -96,16 +96,16 @@ def test_a_damaged_question_is_told(tmp_path: Path) -> None:
 
 def test_an_answer_is_kept_at_once_and_asked_once(asked: list[Question], tmp_path: Path) -> None:
     file = tmp_path / "eval/base.jsonl"
-    book = Notebook(file, asked, ["a"], JUDGE)
+    book = Notebook(file, asked, ["a"], 99, JUDGE)
     assert book.missing(asked) == asked
     for question in asked[::-1][:3]:
         book.add(question, right(question))
     with file.open("a") as stream:
         stream.write('{"key": "torn')  # where the power went
-    again = Notebook(file, asked, ["a"], JUDGE)
+    again = Notebook(file, asked, ["a"], 99, JUDGE)
     assert again.missing(asked) == asked[:-3]
     again.add(asked[0], said("No."))  # not behind the half line
-    assert Notebook(file, asked, ["a"], JUDGE).missing(asked) == asked[1:-3]
+    assert Notebook(file, asked, ["a"], 99, JUDGE).missing(asked) == asked[1:-3]
     for question in again.missing(asked):
         again.add(question, said("No."))
     answers = again.answers(asked)
@@ -113,8 +113,21 @@ def test_an_answer_is_kept_at_once_and_asked_once(asked: list[Question], tmp_pat
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [row["instruction"] for row in rows] == [question.instruction for question in asked]
     assert rows[-1]["verdict"]["abstained"] and rows[0]["text"] == "No."
-    assert Notebook(file, asked, ["b"], JUDGE).missing(asked) == asked
-    assert Notebook(file, asked[:2], ["a"], JUDGE).missing(asked[:2]) == []
+    assert Notebook(file, asked, ["b"], 99, JUDGE).missing(asked) == asked
+    assert Notebook(file, asked[:2], ["a"], 99, JUDGE).missing(asked[:2]) == []
+
+
+def test_answers_that_ended_are_kept_at_another_length(asked: list[Question], tmp_path: Path) -> None:
+    file = tmp_path / "eval/base.jsonl"
+    book = Notebook(file, asked, ["a"], 99, JUDGE)
+    for question in asked[1:]:
+        book.add(question, right(question))
+    book.add(asked[0], said("And then")._replace(failed="cut off"))
+    assert Notebook(file, asked, ["a"], 99, JUDGE).missing(asked) == []
+    longer = Notebook(file, asked, ["a"], 2048, JUDGE)
+    assert longer.missing(asked) == asked[:1]
+    longer.add(asked[0], right(asked[0]))
+    assert Notebook(file, asked, ["a"], 99, JUDGE).missing(asked) == []
 
 
 def test_a_servers_tool_calls_are_read_as_they_are(asked: list[Question]) -> None:

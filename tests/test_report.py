@@ -63,7 +63,7 @@ def make_run(place: Path, name: str, wrong: int, **changes: Any) -> Path:
     asked = questions.read(data, [])
     judge = Judge(ChatTemplate(tokenizer_of(CHAT_TEMPLATE)))
     for model in MODELS:
-        book = Notebook(folder / f"eval/{model}.jsonl", asked, model, judge)
+        book = Notebook(folder / f"eval/{model}.jsonl", asked, model, 99, judge)
         for number, question in enumerate(asked):
             calls = [call._asdict() for call in question.expected]
             if number % wrong == 0:

@@ -99,53 +99,56 @@ class Notebook:
         file: where they are kept.
         questions: all questions of the run, in order; answers to others are dropped.
         identity: identifies the model, as JSON; answers of another model are dropped.
+        length: maximum tokens per answer; answers that were cut off at another length are dropped.
         judge: scores the answers.
     """
 
-    def __init__(self, file: Path, questions: Sequence[Question], identity: Any, judge: Judge) -> None:
-        self._file, self._judge = file, judge
+    def __init__(
+        self, file: Path, questions: Sequence[Question], identity: Any, length: int, judge: Judge
+    ) -> None:
+        self._file, self._judge, self._length = file, judge, length
         self._identity = json.dumps(identity, sort_keys=True)
-        asked = {self._key(question): question for question in questions}
-        self._answers: dict[str, Answer | None] = dict.fromkeys(asked)
+        self._answers: dict[str, Answer | None] = {question.key: None for question in questions}
+        asked = {self._key(question.key, cut): question for question in questions for cut in (False, True)}
         for key, kept in _rows(file):
             if question := asked.get(key):
                 response = Response(kept.prompt, kept.text, kept.tool_calls, kept.failed)
-                self._answers[key] = judge(question, response)
+                self._answers[question.key] = judge(question, response)
         self._clean = False  # the file may end with an incomplete line
 
     def missing(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions without an answer."""
-        return [question for question in questions if not self._answers[self._key(question)]]
+        return [question for question in questions if not self._answers[question.key]]
 
     def add(self, question: Question, response: Response) -> None:
         """Add an answer and write it immediately."""
         if not self._clean:
             self._write()
-        key = self._key(question)
-        answer = self._answers[key] = self._judge(question, response)
+        answer = self._answers[question.key] = self._judge(question, response)
         with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(_line(key, answer))
+            stream.write(self._line(answer))
 
     def answers(self, questions: Sequence[Question]) -> list[Answer]:
         """Return the answers to questions that all have one, and sort the file in the run's order."""
         self._write()
-        return [answer for question in questions if (answer := self._answers[self._key(question)])]
+        return [answer for question in questions if (answer := self._answers[question.key])]
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         new = self._file.with_suffix(".new")
         with new.open("w", encoding="utf-8") as stream:
-            stream.writelines(_line(key, answer) for key, answer in self._answers.items() if answer)
+            stream.writelines(self._line(answer) for answer in self._answers.values() if answer)
         os.replace(new, self._file)
         self._clean = True
 
-    def _key(self, question: Question) -> str:
-        return hashlib.sha256(f"{self._identity}\n{question.key}".encode()).hexdigest()[:16]
+    def _line(self, answer: Answer) -> str:
+        calls = {field: [call._asdict() for call in getattr(answer, field)] for field in _CALLS}
+        row = {"key": self._key(answer.question, answer.failed == "cut off")}
+        return json.dumps(row | msgspec.to_builtins(answer) | calls, ensure_ascii=False) + "\n"
 
-
-def _line(key: str, answer: Answer) -> str:
-    calls = {field: [call._asdict() for call in getattr(answer, field)] for field in _CALLS}
-    return json.dumps({"key": key} | msgspec.to_builtins(answer) | calls, ensure_ascii=False) + "\n"
+    def _key(self, question: str, cut: bool) -> str:
+        length = self._length if cut else ""
+        return hashlib.sha256(f"{self._identity}\n{question}\n{length}".encode()).hexdigest()[:16]
 
 
 def read(file: Path) -> list[Answer]:

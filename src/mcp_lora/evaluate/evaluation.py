@@ -164,10 +164,11 @@ def evaluate(
     predictors = _predictors(request, prepared, say)
     every, asked, judge, answers = prepared.every, prepared.asked, Judge(prepared.template), {}
     folder = run / "eval" / (benchmark.NAME if request.benchmark else "")
-    common = [runs.serving_config(run, None), prepared.length, prepared.template.tokenizer.chat_template]
+    common = [runs.serving_config(run, None), prepared.template.tokenizer.chat_template]
     try:
         for one in predictors:
-            book = Notebook(folder / f"{one.stem}.jsonl", every, [*common, one.identity], judge)
+            file, identity = folder / f"{one.stem}.jsonl", [*common, one.identity]
+            book = Notebook(file, every, identity, prepared.length, judge)
             missing = book.missing(asked)
             if missing and not one.is_asked:
                 continue  # only what it has answered before is compared
@@ -230,7 +231,7 @@ def prepare(request: Request) -> Prepared:
         manifest.check_data(run, folder)
         wanted, read = questions.chosen(folder, request.splits), questions.read(folder, [])
     template = chat_template.load(config)
-    # of all splits, as kept answers are only valid for one max_new_tokens
+    # of all splits, as an answer that is cut off is kept only for one max_new_tokens
     every, left_out, longest = _rendered(read, template, config)
     by_split = {split: [one for one in every if one.split == split] for split in wanted}
     if idle := [one for one in request.requirements if not by_split.get(one.split)]:

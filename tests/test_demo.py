@@ -44,7 +44,7 @@ def test_the_demos_metrics() -> None:
     adapter, unseen = (splits[split]["metrics"]["adapter"] for split in ("seen", "unseen_tool"))
     assert adapter["valid"]["rate"] >= 0.95 and unseen["valid"]["rate"] >= 0.90
     assert adapter["tool"]["rate"] >= 0.40 and unseen["tool"]["rate"] >= 0.20
-    assert adapter["ast"]["rate"] >= 0.15  # without bf16, with which it is 0.33 at least
+    assert adapter["ast"]["rate"] >= 0.15  # 0.19 without bf16; with it at least 0.33
     assert "Gold tool among ten: 0 → " in done.stdout and "outputs/demo/report.html; next:" in done.stdout
     page = (ROOT / "outputs/demo/report.html").read_text(encoding="utf-8")
     assert page.count('<div class="card tile">') == len(splits)
